@@ -1,0 +1,1 @@
+"""The TopK kernel: `reference` is the definition, `sparse` the fast path."""

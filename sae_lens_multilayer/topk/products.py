@@ -1,0 +1,181 @@
+"""Products with activations of which a few per vector are not zero.
+
+`SparseActs` touches only those; `DenseActs` does the same with matrix products, which
+are faster where a sizeable share of the latents is used.
+"""
+
+import warnings
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_GATHER_ELEMENTS = 2**26
+_DENSE_SHARE = 8
+
+
+class SparseActs:
+    """Activations of a tile as a matrix [act, latent] with k stored entries per row."""
+
+    def __init__(
+        self,
+        values: Float[Tensor, "act k"],
+        indices: Int[Tensor, "act k"],
+        n_latents: int,
+    ) -> None:
+        self.values = values
+        self.indices = indices
+        self.n_latents = n_latents
+
+    def times(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
+        """The sum of the rows of the active latents, weighted by the values."""
+        return weighted_row_sum(self.values, self.indices, rows)
+
+    def dots(
+        self, x: Float[Tensor, "act d_in"], rows: Float[Tensor, "latent d_in"]
+    ) -> Float[Tensor, "act k"]:
+        """The product of each vector with the row of each of its latents."""
+        return row_dots(x, rows, self.indices)
+
+    def add_transposed_product(
+        self,
+        out: Float[Tensor, "latent d_in"],
+        values: Float[Tensor, "act k"],
+        x: Float[Tensor, "act d_in"],
+    ) -> None:
+        """Add to each latent's row of `out` its vectors, weighted by `values`."""
+        order, acts, starts = self._by_latent
+        values = values.flatten()[order]
+        if not has_sparse_products(x):
+            out += F.embedding_bag(
+                acts, x, starts[:-1], mode="sum", per_sample_weights=values
+            )
+            return
+        matrix = _csr(starts, acts, values, (self.n_latents, len(x)))
+        if out.is_contiguous():
+            torch.addmm(out, matrix, x, out=out)
+        else:
+            out += matrix @ x
+
+    def add_sums(
+        self, out: Float[Tensor, " latent"], values: Float[Tensor, "act k"]
+    ) -> None:
+        """Add to each latent's entry of `out` the sum of its `values`."""
+        out.index_add_(0, self.indices.flatten(), values.flatten())
+
+    @cached_property
+    def _by_latent(
+        self,
+    ) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Int[Tensor, " start"]]:
+        """Entries sorted by latent: order, rows, and where each latent starts."""
+        flat = self.indices.flatten()
+        order = flat.sort(stable=True).indices
+        counts = flat.bincount(minlength=self.n_latents)
+        acts = order.div(self.indices.shape[1], rounding_mode="floor")
+        return order, acts, F.pad(counts.cumsum(0), (1, 0))
+
+
+class DenseActs:
+    """The same operations on a dense matrix [act, latent]."""
+
+    def __init__(
+        self,
+        values: Float[Tensor, "act k"],
+        indices: Int[Tensor, "act k"],
+        n_latents: int,
+    ) -> None:
+        dense = values.new_zeros(values.shape[0], n_latents)
+        self.values = dense.scatter_(1, indices, values)
+
+    def times(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
+        """The sum of the rows of the latents, weighted by the values."""
+        return self.values @ rows
+
+    def dots(
+        self, x: Float[Tensor, "act d_in"], rows: Float[Tensor, "latent d_in"]
+    ) -> Float[Tensor, "act latent"]:
+        """The product of each vector with the row of each latent."""
+        return x @ rows.T
+
+    def add_transposed_product(
+        self,
+        out: Float[Tensor, "latent d_in"],
+        values: Float[Tensor, "act latent"],
+        x: Float[Tensor, "act d_in"],
+    ) -> None:
+        """Add to each latent's row of `out` the vectors, weighted by `values`."""
+        out.addmm_(values.T, x)
+
+    def add_sums(
+        self, out: Float[Tensor, " latent"], values: Float[Tensor, "act latent"]
+    ) -> None:
+        """Add to each latent's entry of `out` the sum of its `values`."""
+        out += values.sum(dim=0)
+
+
+def as_matrix(
+    values: Float[Tensor, "act k"], indices: Int[Tensor, "act k"], n_latents: int
+) -> SparseActs | DenseActs:
+    """The faster of the two forms for k entries out of `n_latents` per row."""
+    dense = n_latents <= _DENSE_SHARE * values.shape[1]
+    return (DenseActs if dense else SparseActs)(values, indices, n_latents)
+
+
+def weighted_row_sum(
+    values: Float[Tensor, "act k"],
+    indices: Int[Tensor, "act k"],
+    rows: Float[Tensor, "latent d_in"],
+) -> Float[Tensor, "act d_in"]:
+    """`sum_i values[n, i] rows[indices[n, i]]`."""
+    return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=values)
+
+
+def row_dots(
+    x: Float[Tensor, "act d_in"],
+    rows: Float[Tensor, "latent d_in"],
+    indices: Int[Tensor, "act k"],
+) -> Float[Tensor, "act k"]:
+    """`x[n] . rows[indices[n, i]]`."""
+    if x.device.type != "cpu":
+        return gathered_row_dots(x, rows, indices)
+    n_acts, k = indices.shape
+    starts = torch.arange(0, n_acts * k + 1, k)
+    pattern = _csr(
+        starts, indices.flatten(), x.new_zeros(n_acts * k), (n_acts, len(rows))
+    )
+    product = torch.sparse.sampled_addmm(pattern, x, rows.T, beta=0.0)
+    return product.values().view(n_acts, k)
+
+
+def gathered_row_dots(
+    x: Float[Tensor, "act d_in"],
+    rows: Float[Tensor, "latent d_in"],
+    indices: Int[Tensor, "act k"],
+) -> Float[Tensor, "act k"]:
+    """`row_dots` for any device: gathers a bounded number of rows at a time."""
+    n_at_once = max(1, _GATHER_ELEMENTS // (indices.shape[1] * x.shape[1]))
+    parts = zip(x.split(n_at_once), indices.split(n_at_once), strict=True)
+    return torch.cat([torch.bmm(rows[i], y.unsqueeze(2)).squeeze(2) for y, i in parts])
+
+
+def has_sparse_products(x: Tensor) -> bool:
+    """Whether torch multiplies CSR matrices where `x` is: on CUDA, and by MKL."""
+    return x.device.type == "cuda" or (
+        x.device.type == "cpu" and torch.backends.mkl.is_available()
+    )
+
+
+def _csr(
+    starts: Int[Tensor, " start"],
+    columns: Int[Tensor, " entry"],
+    values: Float[Tensor, " entry"],
+    shape: tuple[int, int],
+) -> Tensor:
+    """A CSR matrix, without torch's two warnings that such matrices are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(
+            starts, columns, values, shape, check_invariants=False
+        )

@@ -1,0 +1,123 @@
+"""The multi-layer TopK autoencoder written plainly: the definition.
+
+Dense, differentiable by autograd and slow. `sparse.py` computes the same numbers and is
+compared with this file, value by value and gradient by gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+STANDARDIZE_EPS = 1e-5
+"""Added to the standard deviation of a vector before dividing by it."""
+
+
+@dataclass
+class TopKLosses:
+    """Losses of one training batch: scalars, dimensionless."""
+
+    loss: Float[Tensor, ""]
+    """`mse_loss + aux_coefficient * aux_loss`."""
+    mse_loss: Float[Tensor, ""]
+    """Mean over layers of the mean squared error over the layer's variance."""
+    aux_loss: Float[Tensor, ""]
+    """AuxK loss, not yet multiplied by its coefficient; 0 if no latent is dead."""
+
+
+def standardize(
+    z: Float[Tensor, "*batch d_in"],
+) -> tuple[
+    Float[Tensor, "*batch d_in"], Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]
+]:
+    """Centre each vector on its mean and divide it by its standard deviation.
+
+    `u = (z - mean) / (std + 1e-5)`, mean and std over `d_in`, std with `d_in - 1`.
+
+    Returns:
+        `u`, the mean and the standard deviation (without the 1e-5).
+
+    Example:
+        >>> u, mean, std = standardize(torch.tensor([1.0, 2.0, 3.0]))
+        >>> mean, std
+        (tensor([2.]), tensor([1.]))
+    """
+    mean = z.mean(dim=-1, keepdim=True)
+    std = z.std(dim=-1, keepdim=True)
+    return (z - mean) / (std + STANDARDIZE_EPS), mean, std
+
+
+def topk_acts(
+    h: Float[Tensor, "*batch d_sae"], k: int
+) -> Float[Tensor, "*batch d_sae"]:
+    """Keep the k largest pre-activations of each vector, through a ReLU; zero the rest.
+
+    Example:
+        >>> topk_acts(torch.tensor([3.0, -1.0, 2.0, 1.0]), k=2)
+        tensor([3., 0., 2., 0.])
+        >>> topk_acts(torch.tensor([-3.0, -1.0, 2.0, -4.0]), k=2)
+        tensor([0., 0., 2., 0.])
+    """
+    values, indices = h.topk(k, dim=-1)
+    return torch.zeros_like(h).scatter(-1, indices, values.relu())
+
+
+def training_loss(
+    z: Float[Tensor, "token layer d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    *,
+    k: int,
+    dead_latents: Bool[Tensor, " d_sae"] | None,
+    k_aux: int,
+    aux_coefficient: float,
+    standardize_inputs: bool = True,
+) -> TopKLosses:
+    """Training loss of a batch, differentiable in the three parameters.
+
+        u = (z - mean) / (std + eps)       h = (u - b_dec) W_enc
+        z_hat = (ReLU(TopK(h)) W_dec + b_dec) std + mean
+        mse_loss = (1/L) sum_l mean((z_hat_l - z_l)^2) / Var(z_l)
+        aux_loss = (1/L) sum_l mean((e_hat_l - e_l)^2) / Var(e_l)
+
+    `e = z - z_hat` is a constant; `e_hat` is its reconstruction from the
+    `min(k_aux, n_dead)` largest pre-activations of dead latents, through a ReLU,
+    decoded without bias and multiplied by std. `Var` is the unbiased variance of all
+    entries of a layer about one scalar mean; means are over tokens and dimensions. Both
+    losses are in the space of `z`.
+
+    Args:
+        z: Vectors of a batch, tokens aligned across layers.
+        dead_latents: True where a latent is dead; None if none is.
+        standardize_inputs: False takes mean 0 and std + eps = std = 1.
+
+    References:
+        Lawson et al. (2024), arXiv:2409.04185, section 3; AuxK is Gao et al. (2024),
+        arXiv:2406.04093, appendix A.2. The paper's code adds the bias to `e_hat` and
+        does not multiply it by std, so that it is in another space than `e`.
+    """
+    if standardize_inputs:
+        u, mean, std = standardize(z)
+    else:
+        u, mean, std = z, z.new_zeros(()), z.new_ones(())
+    h = (u - b_dec) @ W_enc
+    z_hat = (topk_acts(h, k) @ W_dec + b_dec) * std + mean
+    mse_loss = _normalized_mse(z_hat, z)
+    aux_loss = torch.zeros_like(mse_loss)
+    if dead_latents is not None and dead_latents.any() and k_aux > 0:
+        h_dead = h[..., dead_latents]
+        acts = topk_acts(h_dead, min(k_aux, h_dead.shape[-1]))
+        e_hat = (acts @ W_dec[dead_latents]) * std
+        aux_loss = _normalized_mse(e_hat, (z - z_hat).detach())
+    return TopKLosses(mse_loss + aux_coefficient * aux_loss, mse_loss, aux_loss)
+
+
+def _normalized_mse(
+    prediction: Float[Tensor, "token layer d_in"],
+    target: Float[Tensor, "token layer d_in"],
+) -> Float[Tensor, ""]:
+    """Mean over layers of the mean squared error over the variance of the target."""
+    mse = (prediction - target).square().mean(dim=(0, 2))
+    return (mse / target.var(dim=(0, 2))).mean()

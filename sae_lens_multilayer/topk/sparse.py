@@ -1,0 +1,118 @@
+"""The multi-layer TopK autoencoder computed from its k active latents: the fast path.
+
+Plain PyTorch for any device. `reference.py` is the definition; `training_step` adds the
+gradients of `reference.training_loss` in closed form, without an autograd graph.
+
+`W_enc [d_in, d_sae]` is fastest when its memory holds one row of `d_in` numbers for
+each latent, that is when `W_enc.T` is contiguous; any strides are right. Parameters of
+less than 32 bits are taken as the float32 numbers they stand for, and their gradients
+are rounded once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lens_multilayer.topk.products import weighted_row_sum
+from sae_lens_multilayer.topk.select import make_encoder
+from sae_lens_multilayer.topk.step import TopKStep, training_step
+from sae_lens_multilayer.topk.tile import compute_dtype, make_tile, row_chunks
+
+__all__ = [
+    "TopKActs",
+    "TopKStep",
+    "decode_topk",
+    "encode_topk",
+    "normalize_decoder",
+    "project_decoder_gradient",
+    "training_step",
+]
+
+_INFERENCE_ROWS = 4096
+
+
+@dataclass
+class TopKActs:
+    """The k activations of each vector, and what takes a reconstruction back to z."""
+
+    values: Float[Tensor, "*batch k"]
+    """Activations, after the ReLU, in no particular order."""
+    indices: Int[Tensor, "*batch k"]
+    """Their latents, int64."""
+    mean: Float[Tensor, "*batch 1"]
+    """Mean of each vector; 0 if inputs are not standardised."""
+    std: Float[Tensor, "*batch 1"]
+    """Standard deviation of each vector; 1 if inputs are not standardised."""
+
+
+@torch.no_grad()
+def encode_topk(
+    z: Float[Tensor, "*batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_dec: Float[Tensor, " d_in"],
+    k: int,
+    *,
+    standardize_inputs: bool = True,
+    certified: bool | None = None,
+) -> TopKActs:
+    """`ReLU(TopK_k((u - b_dec) W_enc))` as values and indices; has no gradient.
+
+    Never holds more than one tile of pre-activations.
+
+    Args:
+        certified: As in `training_step`.
+
+    Returns:
+        Activations, in the wider dtype of `z` and `W_enc`.
+    """
+    dtype = compute_dtype(W_enc)
+    flat = z.reshape(-1, z.shape[-1])
+    W_enc_rows, bias = W_enc.T.to(dtype).contiguous(), b_dec.to(dtype)
+    encoder = make_encoder(W_enc_rows, k, n_acts=len(flat), certified=certified)
+    parts: list[tuple[Tensor, ...]] = []
+    for rows in flat.split(_INFERENCE_ROWS):
+        tile = make_tile(rows.to(dtype), bias, standardize_inputs)
+        selection = encoder(tile.v)
+        parts.append((selection.values.relu(), selection.indices, tile.mean, tile.std))
+    values, indices, mean, std = (torch.cat(p) for p in zip(*parts, strict=True))
+    batch, out = z.shape[:-1], torch.promote_types(z.dtype, W_enc.dtype)
+    return TopKActs(
+        values.to(out).view(*batch, k),
+        indices.view(*batch, k),
+        mean.to(out).view(*batch, 1),
+        std.to(out).view(*batch, 1),
+    )
+
+
+def decode_topk(
+    acts: TopKActs,
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+) -> Float[Tensor, "*batch d_in"]:
+    """`(a W_dec + b_dec) std + mean`, from the active rows of `W_dec` alone."""
+    k = acts.values.shape[-1]
+    values, indices = acts.values.reshape(-1, k), acts.indices.reshape(-1, k)
+    u_hat = weighted_row_sum(values.to(W_dec.dtype), indices, W_dec) + b_dec
+    return u_hat.view(*acts.values.shape[:-1], len(b_dec)) * acts.std + acts.mean
+
+
+@torch.no_grad()
+def project_decoder_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+    """Remove from `W_dec.grad` the component along each row, in place.
+
+    Rows must have unit norm: call `normalize_decoder` first.
+    """
+    if W_dec.grad is None:
+        return
+    for rows, grad in zip(row_chunks(W_dec), row_chunks(W_dec.grad), strict=True):
+        along = torch.linalg.vecdot(grad, rows, dim=1)
+        grad.addcmul_(rows, along.unsqueeze(1), value=-1)
+
+
+@torch.no_grad()
+def normalize_decoder(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+    """Scale each row of `W_dec` to unit norm, in place; a row of zeros stays so."""
+    norm = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
+    W_dec.div_(norm.masked_fill_(norm == 0, 1))

@@ -1,0 +1,259 @@
+"""One training step: losses, gradients and statistics from the k active latents."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lens_multilayer.topk.gradients import AuxK, LatentGradients
+from sae_lens_multilayer.topk.products import SparseActs
+from sae_lens_multilayer.topk.select import (
+    DeadLatents,
+    Encoder,
+    Selection,
+    make_encoder,
+)
+from sae_lens_multilayer.topk.tile import (
+    LayerMoments,
+    Tile,
+    compute_dtype,
+    layer_moments,
+    make_tile,
+    sum_dtype,
+    sum_of_squares,
+)
+
+Transform = Callable[[Tensor, int], Tensor]
+"""Maps raw vectors [act, d_in] of a layer, given with its index, before all else."""
+
+
+@dataclass
+class TopKStep:
+    """Losses and statistics of one training batch; sums are over the whole batch."""
+
+    loss: Float[Tensor, ""]
+    """`mse_loss + aux_coefficient * aux_loss`."""
+    mse_loss: Float[Tensor, ""]
+    """Mean over layers of the mean squared error over the layer's variance."""
+    aux_loss: Float[Tensor, ""]
+    """AuxK loss, not multiplied by its coefficient; 0 if no latent is dead."""
+    sum_sq_error: Float[Tensor, " layer"]
+    """Sum over tokens and dimensions of `(z - z_hat)^2`."""
+    n_active: Int[Tensor, " layer"]
+    """Number of activations above 0."""
+    sum_acts: Float[Tensor, " layer"]
+    """Sum of the activations (L1)."""
+    variance: Float[Tensor, " layer"]
+    """Unbiased variance of all entries of a layer about one scalar mean."""
+    sum_sq_deviation: Float[Tensor, " layer"]
+    """Sum over tokens and dimensions of the squares about the layer's mean vector."""
+    max_acts: Float[Tensor, " d_sae"]
+    """Largest activation of each latent over all layers and tokens, or 0."""
+    fire_counts: Int[Tensor, " d_sae"]
+    """Number of activations above 0 of each latent over all layers and tokens."""
+
+
+@torch.no_grad()
+def training_step(
+    z: Float[Tensor, "token layer d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    *,
+    k: int,
+    dead_latents: Bool[Tensor, " d_sae"] | None,
+    k_aux: int,
+    aux_coefficient: float,
+    micro_batch_size: int,
+    standardize_inputs: bool = True,
+    certified: bool | None = None,
+    transform: Transform | None = None,
+) -> TopKStep:
+    """Add the gradients of `reference.training_loss` to `.grad` of the parameters.
+
+    Walks layer by layer and tile by tile. Variances are those of the whole batch, so
+    the result does not depend on `micro_batch_size`; memory does not grow with the
+    batch. Input that is not finite gives losses that are NaN: the caller checks.
+
+    Args:
+        micro_batch_size: Tokens of one layer computed at a time. No more
+            pre-activations than [micro_batch_size, d_sae] are held.
+        certified: True chooses candidates from a bfloat16 encoder product, computes
+            their values in float32 and proves for each vector that the k largest are
+            among them; a vector without proof is computed in float32. False computes
+            all in the dtype of the parameters. None is True where that is faster; see
+            `select.is_certified_faster`.
+        transform: Applied to each tile before all else, such as a tuned lens.
+    """
+    dtype = compute_dtype(W_enc)
+    dead = _find_dead(W_enc, W_dec, dead_latents, k_aux)
+    encoder = make_encoder(
+        W_enc.T.to(dtype).contiguous(),
+        k,
+        n_acts=z.shape[0] * z.shape[1],
+        max_rows=micro_batch_size,
+        certified=certified,
+        dead=dead,
+    )
+    batch = _Batch(
+        encoder,
+        W_dec.to(dtype).contiguous(),
+        b_dec.to(dtype),
+        _start_gradients(W_enc, W_dec),
+        None if dead is None else AuxK(dead, aux_coefficient),
+        standardize_inputs,
+        z.shape[1],
+    )
+    for layer in range(z.shape[1]):
+        batch.add_layer(
+            partial(_tiles, z[:, layer], layer, micro_batch_size, dtype, transform)
+        )
+    batch.write_gradients(W_enc, W_dec, b_dec)
+    return batch.result(aux_coefficient)
+
+
+class _Batch:
+    """Walks over a batch and gathers gradients and statistics."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        W_dec: Float[Tensor, "d_sae d_in"],
+        b_dec: Float[Tensor, " d_in"],
+        gradients: LatentGradients,
+        aux: AuxK | None,
+        standardize_inputs: bool,
+        n_layers: int,
+    ) -> None:
+        self.encoder = encoder
+        self.W_dec = W_dec
+        self.b_dec = b_dec
+        self.gradients = gradients
+        self.aux = aux
+        self.standardize_inputs = standardize_inputs
+        self.n_layers = n_layers
+        self.b_dec_gradient = torch.zeros_like(b_dec)
+        self.max_acts = W_dec.new_zeros(len(W_dec))
+        self.fire_counts = torch.zeros_like(self.max_acts, dtype=torch.int64)
+        self.sums: list[Tensor] = []
+        self.moments: list[LayerMoments] = []
+
+    def add_layer(self, tiles: Callable[[], Iterable[Tensor]]) -> None:
+        """Add one layer, given a function that starts over its tiles."""
+        moments = layer_moments(tiles())
+        weight = 2 / (self.n_layers * moments.n_entries * moments.variance)
+        sums = torch.zeros_like(moments.variance).expand(3).clone()
+        for z in tiles():
+            tile = make_tile(z, self.b_dec, self.standardize_inputs)
+            selection = self.encoder(tile.v)
+            sums += self._add_tile(tile, selection, weight)
+        if self.aux is not None:
+            self.aux.finish_layer(self.gradients, self.n_layers)
+        self.sums.append(sums)
+        self.moments.append(moments)
+
+    def _add_tile(
+        self, tile: Tile, selection: Selection, weight: Float[Tensor, ""]
+    ) -> Float[Tensor, " 3"]:
+        """Add one tile; returns its squared error, active latents and activations."""
+        values = selection.values.relu()
+        acts = SparseActs(values, selection.indices, len(self.W_dec))
+        # z_hat - z, without adding the mean only to subtract it again
+        residual = (acts.times(self.W_dec).add_(self.b_dec)).mul_(tile.std)
+        residual.sub_(tile.centred)
+        gradient = residual * (tile.std * weight)
+        self.gradients.add(acts, gradient, tile.v, self.W_dec)
+        self.b_dec_gradient += gradient.sum(dim=0)
+        if self.aux is not None:
+            self.aux.add_tile(tile, selection, residual)
+        active = values > 0
+        flat = selection.indices.flatten()
+        self.fire_counts.index_add_(0, flat, active.flatten().to(torch.int64))
+        self.max_acts.scatter_reduce_(0, flat, values.flatten(), "amax")
+        wide = sum_dtype(values.device)
+        return torch.stack(
+            [sum_of_squares(residual), active.sum(dtype=wide), values.sum(dtype=wide)]
+        )
+
+    def write_gradients(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
+        """Add to `.grad` what is not there yet."""
+        h_gradient = self.gradients.h
+        through_encoder = self.encoder.W_enc_rows.T @ h_gradient
+        _grad(b_dec).add_(self.b_dec_gradient - through_encoder)
+        if W_enc.dtype != self.W_dec.dtype:
+            _grad(W_enc).add_(self.gradients.W_enc_rows.T)
+            _grad(W_dec).add_(self.gradients.W_dec)
+
+    def result(self, aux_coefficient: float) -> TopKStep:
+        """The losses and statistics of all layers."""
+        sums = torch.stack(self.sums, dim=1)
+        variance = torch.stack([m.variance for m in self.moments])
+        n_entries = self.moments[0].n_entries
+        mse_loss = (sums[0] / (n_entries * variance)).mean()
+        aux_loss = torch.zeros_like(mse_loss)
+        if self.aux is not None:
+            aux_loss = torch.stack(self.aux.losses).mean()
+        return TopKStep(
+            loss=mse_loss + aux_coefficient * aux_loss,
+            mse_loss=mse_loss,
+            aux_loss=aux_loss,
+            sum_sq_error=sums[0],
+            n_active=sums[1].to(torch.int64),
+            sum_acts=sums[2],
+            variance=variance,
+            sum_sq_deviation=torch.stack([m.sum_sq_deviation for m in self.moments]),
+            max_acts=self.max_acts,
+            fire_counts=self.fire_counts,
+        )
+
+
+def _tiles(
+    z: Float[Tensor, "token d_in"],
+    layer: int,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    transform: Transform | None,
+) -> Iterator[Float[Tensor, "act d_in"]]:
+    for tile in z.split(micro_batch_size):
+        wide = tile.to(dtype)
+        yield wide if transform is None else transform(wide, layer)
+
+
+def _find_dead(
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    dead_latents: Bool[Tensor, " d_sae"] | None,
+    k_aux: int,
+) -> DeadLatents | None:
+    if dead_latents is None or k_aux == 0:
+        return None
+    indices = dead_latents.nonzero().flatten()
+    if len(indices) == 0:
+        return None
+    dtype = compute_dtype(W_enc)
+    return DeadLatents(
+        indices,
+        W_enc.T[indices].to(dtype).contiguous(),
+        W_dec[indices].to(dtype),
+        min(k_aux, len(indices)),
+    )
+
+
+def _start_gradients(
+    W_enc: Float[Tensor, "d_in d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
+) -> LatentGradients:
+    """Accumulators that are the parameters' `.grad` themselves, if wide enough."""
+    dtype = compute_dtype(W_enc)
+    if W_enc.dtype != dtype:
+        return LatentGradients.zeros_like(W_dec.to(dtype))
+    h = W_dec.new_zeros(len(W_dec))
+    return LatentGradients(_grad(W_enc).T, _grad(W_dec), h)
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

@@ -1,0 +1,101 @@
+"""Shared fixtures: a seeded two-layer model that needs no download, and its text."""
+
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import LoggingConfig
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import AutoTokenizer
+
+from sae_lens_multilayer import MultiLayerConfig, MultiLayerTrainingSAEConfig
+
+PAPER_DATA = Path(__file__).parent / "data" / "paper"
+# Machines are shared, so no example is timed.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
+
+N_LAYERS, D_MODEL, N_CTX, D_VOCAB = 2, 16, 16, 512
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(PAPER_DATA / "model")
+
+
+@pytest.fixture
+def model(tokenizer) -> HookedTransformer:
+    return tiny_model(tokenizer)
+
+
+def tiny_model(
+    tokenizer, model_class=HookedTransformer, **changes
+) -> HookedTransformer:
+    settings = {
+        "n_layers": N_LAYERS,
+        "d_model": D_MODEL,
+        "n_ctx": N_CTX,
+        "d_head": 8,
+        "n_heads": 2,
+        "d_mlp": 32,
+        "d_vocab": D_VOCAB,
+        "act_fn": "gelu",
+        "normalization_type": "LN",
+        "seed": 0,
+        "default_prepend_bos": False,
+    }
+    config = HookedTransformerConfig(**{**settings, **changes})
+    return model_class(config, tokenizer=tokenizer).eval()
+
+
+@pytest.fixture
+def token_dataset() -> Dataset:
+    """64 contexts of distinct random tokens; none is special."""
+    rng = np.random.default_rng(0)
+    return Dataset.from_dict({"input_ids": rng.integers(1, D_VOCAB, (64, N_CTX))})
+
+
+@pytest.fixture
+def text_dataset() -> Dataset:
+    """200 short documents of the words that the tokenizer knows."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(5, 40, 200)
+    words = [rng.integers(1, D_VOCAB, n) for n in lengths]
+    return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in w) for w in words]})
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """Build a small `MultiLayerConfig` that saves under the test's own folder."""
+
+    def make(sae=None, **changes) -> MultiLayerConfig:
+        settings = {
+            "sae": sae or tiny_sae_config(),
+            "model_name": "tiny",
+            "context_size": N_CTX,
+            "training_tokens": 512,
+            "train_batch_size_tokens": 64,
+            "store_batch_size_prompts": 4,
+            "n_batches_in_buffer": 16,
+            "logger": LoggingConfig(log_to_wandb=False),
+            "output_path": str(tmp_path / "output"),
+            "checkpoint_path": str(tmp_path / "checkpoints"),
+            "prepend_bos": False,
+            "verbose": False,
+        }
+        return MultiLayerConfig(**{**settings, **changes})
+
+    return make
+
+
+def tiny_sae_config(**changes) -> MultiLayerTrainingSAEConfig:
+    settings = {"d_in": D_MODEL, "d_sae": 64, "k": 4, "k_aux": 8}
+    return MultiLayerTrainingSAEConfig(**{**settings, **changes})

@@ -1,0 +1,656 @@
+"""The fast path: parity with the definition, the certificate, and statistics."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae_lens_multilayer.topk import products, select
+from sae_lens_multilayer.topk.reference import standardize, topk_acts, training_loss
+from sae_lens_multilayer.topk.select import CertifiedEncoder, Encoder, exact_topk
+from sae_lens_multilayer.topk.sparse import (
+    TopKActs,
+    TopKStep,
+    decode_topk,
+    encode_topk,
+    normalize_decoder,
+    project_decoder_gradient,
+    training_step,
+)
+
+PAPER = Path(__file__).parent / "data" / "paper"
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+Weights = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small products are fastest so, many times on a busy machine."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> None:
+    """Memory that was not written is NaN, or -1 in integers."""
+
+    def poison(function):
+        def filled(*args, **kwargs) -> Tensor:
+            out = function(*args, **kwargs)
+            return out.fill_(torch.nan if out.is_floating_point() else -1)
+
+        return filled
+
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (Tensor, "new_empty"),
+    ]:
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def make_case(
+    n_tokens: int = 37,
+    n_layers: int = 3,
+    d_in: int = 19,
+    d_sae: int = 101,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Tensor, Weights]:
+    """Layers of different means and scales, weights without any special form."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    scale = torch.arange(1, n_layers + 1)[:, None]
+    z = normal(n_tokens, n_layers, d_in) * scale + 3 * normal(n_layers, d_in)
+    W_enc = normal(d_sae, d_in).to(dtype).T
+    weights = (W_enc, normal(d_sae, d_in).to(dtype), (0.1 * normal(d_in)).to(dtype))
+    return z.to(dtype), weights
+
+
+def some_dead(d_sae: int, share: float = 0.3) -> Tensor:
+    return torch.rand(d_sae, generator=torch.Generator().manual_seed(1)) < share
+
+
+def copies(weights: Weights) -> Weights:
+    """Leaves with the strides of the weights."""
+    W_enc, W_dec, b_dec = (w.detach().clone().requires_grad_() for w in weights)
+    return W_enc, W_dec, b_dec
+
+
+def gradients(weights: Weights) -> Iterator[Tensor]:
+    for weight in weights:
+        assert weight.grad is not None
+        yield weight.grad
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = torch.linalg.vector_norm((actual - expected).double())
+    norm = torch.linalg.vector_norm(expected.double())
+    return (difference / norm.clamp_min(1e-9)).item()  # a gradient may be 0
+
+
+def assert_parity(
+    z: Tensor, weights: Weights, tolerance: float, micro_batch_size: int = 10, **changes
+) -> TopKStep:
+    """Losses and every gradient against autograd of the dense definition."""
+    options = {"k": 7, "dead_latents": None, "k_aux": 9, "aux_coefficient": 0.3}
+    options = {**options, **changes}
+    certified = options.pop("certified", None)
+    dense, sparse = copies(weights), copies(weights)
+    losses = training_loss(z, *dense, **options)
+    losses.loss.backward()
+    step = training_step(
+        z, *sparse, micro_batch_size=micro_batch_size, certified=certified, **options
+    )
+    for actual, expected in zip(gradients(sparse), gradients(dense), strict=True):
+        assert actual.stride() == expected.stride()
+        assert relative_error(actual, expected) < tolerance
+    for name in ("loss", "mse_loss", "aux_loss"):
+        expected = getattr(losses, name).item()
+        assert getattr(step, name).item() == pytest.approx(expected, rel=tolerance)
+    return step
+
+
+# Parity with the definition
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("k", [1, 7, 101])
+@pytest.mark.parametrize("dead_share", [None, 0.0, 0.3, 1.0])
+def test_losses_and_gradients_are_those_of_autograd(dtype, k, dead_share):
+    dead = None if dead_share is None else some_dead(101, dead_share)
+    z, weights = make_case(dtype=dtype)
+    assert_parity(z, weights, TOLERANCE[dtype], k=k, dead_latents=dead)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("certified", [False, True])
+def test_gradients_with_many_latents_of_which_few_are_used(certified):
+    # 2,999 latents go through three rounds of groups, and leave a rest in two of them.
+    z, weights = make_case(150, 2, 33, 2999, torch.float32)
+    assert_parity(
+        z,
+        weights,
+        1e-5,
+        micro_batch_size=64,
+        k=3,
+        dead_latents=some_dead(2999),
+        certified=certified,
+    )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("n_layers", [1, 4])
+@pytest.mark.parametrize("standardize_inputs", [False, True])
+def test_gradients_with_and_without_standardised_inputs(n_layers, standardize_inputs):
+    z, weights = make_case(29, n_layers, 13, 57)
+    assert_parity(
+        z,
+        weights,
+        1e-10,
+        k=4,
+        dead_latents=some_dead(57),
+        standardize_inputs=standardize_inputs,
+    )
+
+
+def test_duplicated_vectors_and_latents():
+    # Equal vectors, and latents of which each has a twin; k is even, so that ties are
+    # between latents both of which are active.
+    z, (W_enc, W_dec, b_dec) = make_case(20, 2, 19, 50)
+    z = torch.cat([z, z, z[:1].expand(5, -1, -1)])
+    W_enc = torch.cat([W_enc.T, W_enc.T]).T
+    W_dec = torch.cat([W_dec, W_dec])
+    assert_parity(z, (W_enc, W_dec, b_dec), 1e-10, k=6, dead_latents=some_dead(100))
+
+
+@pytest.mark.parametrize("layout", ["columns", "strided"])
+def test_any_strides_of_the_weights_are_right(layout):
+    z, (W_enc, W_dec, b_dec) = make_case()
+    if layout == "columns":
+        W_enc, W_dec = W_enc.contiguous(), W_dec.T.contiguous().T
+    else:
+        W_enc = W_enc.repeat_interleave(2, dim=1)[:, ::2]
+        W_dec = W_dec.repeat_interleave(2, dim=1)[:, ::2]
+    assert_parity(z, (W_enc, W_dec, b_dec), 1e-10, dead_latents=some_dead(101))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n_tokens=st.integers(2, 40),
+    n_layers=st.integers(1, 3),
+    d_in=st.integers(2, 17),
+    d_sae=st.integers(1, 150),
+    data=st.data(),
+)
+def test_parity_for_any_sizes(n_tokens, n_layers, d_in, d_sae, data):
+    z, weights = make_case(n_tokens, n_layers, d_in, d_sae)
+    assert_parity(
+        z,
+        weights,
+        1e-8,
+        micro_batch_size=data.draw(st.integers(1, n_tokens + 3)),
+        k=data.draw(st.integers(1, d_sae)),
+        k_aux=data.draw(st.integers(0, d_sae)),
+        dead_latents=some_dead(d_sae, data.draw(st.sampled_from([0.0, 0.5, 1.0]))),
+        # two dimensions standardised are two points, and their errors may all be 0
+        standardize_inputs=d_in > 2,
+    )
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_results_do_not_depend_on_the_micro_batch_size(certified):
+    dtype = torch.float32 if certified else torch.float64
+    z, weights = make_case(dtype=dtype, d_sae=997)
+    results = []
+    for size in (1, 10, 37, 100):
+        leaves = copies(weights)
+        step = training_step(
+            z,
+            *leaves,
+            k=5,
+            dead_latents=some_dead(997),
+            k_aux=8,
+            aux_coefficient=0.3,
+            micro_batch_size=size,
+            certified=certified,
+        )
+        results.append([*vars(step).values(), *gradients(leaves)])
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_added_to_those_there_are():
+    z, weights = make_case()
+    leaves = copies(weights)
+    options = {"k": 3, "dead_latents": some_dead(101), "k_aux": 4}
+    for _ in range(2):
+        training_step(z, *leaves, aux_coefficient=1.0, micro_batch_size=9, **options)
+    twice = [g.clone() for g in gradients(leaves)]
+    for leaf in leaves:
+        leaf.grad = None
+    training_step(z, *leaves, aux_coefficient=1.0, micro_batch_size=9, **options)
+    for actual, once in zip(twice, gradients(leaves), strict=True):
+        torch.testing.assert_close(actual, 2 * once)
+
+
+def test_bfloat16_parameters_are_the_float32_numbers_they_stand_for():
+    z, weights = make_case(dtype=torch.float32)
+    low = copies(tuple(w.bfloat16() for w in weights))  # pyright: ignore[reportArgumentType]
+    wide = copies(tuple(w.detach().float() for w in low))  # pyright: ignore[reportArgumentType]
+    options = {"k": 3, "dead_latents": some_dead(101), "k_aux": 4}
+    for leaves in (low, wide):
+        training_step(z, *leaves, aux_coefficient=1.0, micro_batch_size=9, **options)
+    for actual, expected in zip(gradients(low), gradients(wide), strict=True):
+        assert actual.dtype == torch.bfloat16
+        torch.testing.assert_close(actual, expected.bfloat16())
+
+
+def test_a_transform_maps_the_vectors_of_each_layer_first():
+    z, weights = make_case()
+    scale = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    options = {"k": 3, "dead_latents": some_dead(101), "k_aux": 4}
+    before, inside = copies(weights), copies(weights)
+    training_step(
+        z * scale[:, None] + 1,
+        *before,
+        aux_coefficient=1.0,
+        micro_batch_size=9,
+        **options,
+    )
+    training_step(
+        z,
+        *inside,
+        aux_coefficient=1.0,
+        micro_batch_size=9,
+        transform=lambda tile, layer: tile * scale[layer] + 1,
+        **options,
+    )
+    for actual, expected in zip(gradients(inside), gradients(before), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_input_that_is_not_finite_makes_the_losses_nan():
+    z, weights = make_case()
+    for bad in (torch.nan, torch.inf):
+        z[3, 1, 2] = bad
+        step = training_step(
+            z,
+            *copies(weights),
+            k=3,
+            dead_latents=some_dead(101),
+            k_aux=4,
+            aux_coefficient=1.0,
+            micro_batch_size=9,
+        )
+        assert step.loss.isnan()
+        assert step.aux_loss.isnan()
+
+
+def test_loss_and_gradients_are_those_of_the_papers_code():
+    # Authority: the reference implementation, step_no_aux (float32).
+    data = load_file(PAPER / "topk_step.safetensors")
+    z = load_file(PAPER / "activations.safetensors")["resid_post"]
+    leaves = copies(
+        (
+            data["initial.encoder.weight"].T,
+            data["initial.decoder.weight"].T,
+            data["initial.pre_encoder_bias"],
+        )
+    )
+    step = training_step(
+        z.flatten(1, 2).transpose(0, 1),
+        *leaves,
+        k=4,
+        dead_latents=None,
+        k_aux=16,
+        aux_coefficient=0.0,
+        micro_batch_size=100,
+    )
+    assert step.loss.item() == pytest.approx(1.4939429759979248, rel=1e-6)
+    expected = (
+        data["no_aux.grad_before.encoder.weight"].T,
+        data["no_aux.grad_before.decoder.weight"].T,
+        data["no_aux.grad_before.pre_encoder_bias"],
+    )
+    for actual, gradient in zip(gradients(leaves), expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-7)
+
+
+# Statistics
+
+
+def test_statistics_are_those_of_the_dense_activations():
+    # Authority: brute force over the dense activations.
+    z, (W_enc, W_dec, b_dec) = make_case()
+    step = training_step(
+        z,
+        *copies((W_enc, W_dec, b_dec)),
+        k=3,
+        dead_latents=None,
+        k_aux=4,
+        aux_coefficient=1.0,
+        micro_batch_size=9,
+    )
+    u, mean, std = standardize(z)
+    acts = topk_acts((u - b_dec) @ W_enc, 3)
+    z_hat = (acts @ W_dec + b_dec) * std + mean
+    expected = {
+        "sum_sq_error": (z - z_hat).square().sum((0, 2)),
+        "n_active": (acts > 0).sum((0, 2)),
+        "sum_acts": acts.sum((0, 2)),
+        "variance": z.transpose(0, 1).flatten(1).var(1),
+        "sum_sq_deviation": (z - z.mean(0)).square().sum((0, 2)),
+        "max_acts": acts.amax((0, 1)),
+        "fire_counts": (acts > 0).sum((0, 1)),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(step, name), value)
+
+
+def test_variances_survive_a_large_mean():
+    # float32 sums of squares lose everything here: the mean is 1e4 standard deviations
+    z, weights = make_case(n_tokens=500, dtype=torch.float32)
+    z = z + 1e4
+    step = training_step(
+        z,
+        *copies(weights),
+        k=3,
+        dead_latents=None,
+        k_aux=4,
+        aux_coefficient=1.0,
+        micro_batch_size=99,
+    )
+    wide = z.double()
+    deviation = (wide - wide.mean(0)).square().sum((0, 2))
+    torch.testing.assert_close(step.sum_sq_deviation, deviation, rtol=1e-4, atol=0)
+    variance = wide.transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(step.variance, variance, rtol=1e-4, atol=0)
+
+
+def test_a_worked_step_by_hand():
+    # Identity weights, k = 1, no standardisation. Of (2, 0), (0, 1), (1, 3) only the
+    # last loses something: its first entry, 1. Entries 2 0 0 1 1 3: squares 15, sum 7.
+    z = torch.tensor([[[2.0, 0.0]], [[0.0, 1.0]], [[1.0, 3.0]]])
+    leaves = copies((torch.eye(2), torch.eye(2), torch.zeros(2)))
+    step = training_step(
+        z,
+        *leaves,
+        k=1,
+        dead_latents=None,
+        k_aux=1,
+        aux_coefficient=1.0,
+        micro_batch_size=2,
+        standardize_inputs=False,
+    )
+    variance = (15 - 7**2 / 6) / 5
+    assert step.mse_loss.item() == pytest.approx(1 / 6 / variance)
+    assert step.sum_sq_error.tolist() == [1]
+    assert step.fire_counts.tolist() == [1, 2]
+    assert step.max_acts.tolist() == [2, 3]
+    assert step.sum_acts.tolist() == [6]
+    # dL/dz_hat = 2 / (6 variance) (-1, 0) for the last token, whose latent 1 was 3
+    slope = 2 / (6 * variance)
+    W_enc, W_dec, b_dec = gradients(leaves)
+    torch.testing.assert_close(W_dec, torch.tensor([[0.0, 0.0], [-3 * slope, 0.0]]))
+    torch.testing.assert_close(W_enc, torch.zeros(2, 2))
+    torch.testing.assert_close(b_dec, torch.tensor([-slope, 0.0]))
+
+
+# Selection
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_acts=st.integers(1, 5),
+    n_latents=st.integers(1, 700),
+    levels=st.sampled_from([2, 5, 10**6]),
+    data=st.data(),
+)
+def test_exact_topk_is_topk_as_sets_of_values(n_acts, n_latents, levels, data):
+    # few levels make ties everywhere
+    k = data.draw(st.integers(1, min(n_latents, 40)))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    h = torch.randint(-levels, levels, (n_acts, n_latents), generator=g).float()
+    values, indices = exact_topk(h, k)
+    expected = h.topk(k, dim=1).values
+    torch.testing.assert_close(values.sort(descending=True).values, expected)
+    torch.testing.assert_close(h.gather(1, indices), values)
+    assert all(len(set(row.tolist())) == k for row in indices)
+
+
+def dense_acts(acts: TopKActs, d_sae: int) -> Tensor:
+    flat = acts.values.flatten(0, -2)
+    zeros = flat.new_zeros(len(flat), d_sae)
+    return zeros.scatter_(1, acts.indices.flatten(0, -2), flat)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 20),
+    scale=st.sampled_from([1e-20, 1.0, 1e10]),
+    spread=st.sampled_from([0.0, 0.01, 3.0]),
+)
+def test_certified_selection_is_the_float32_selection(seed, k, scale, spread):
+    # Rows of very different norms, and vectors close to one another, leave the bound no
+    # room, so that all rows need the float32 product; others need none.
+    z, (W_enc, _, b_dec) = make_case(40, 1, 24, 600, torch.float32, seed)
+    z = z[0] + spread * (z[:, 0] - z[0])
+    W_enc = W_enc * scale
+    exact = encode_topk(z, W_enc, b_dec, k, certified=False)
+    certified = encode_topk(z, W_enc, b_dec, k, certified=True)
+    torch.testing.assert_close(
+        dense_acts(certified, 600), dense_acts(exact, 600), rtol=1e-4, atol=1e-5 * scale
+    )
+
+
+def test_every_certified_row_is_right_and_most_are_certified():
+    # Authority: float64. Whatever the selection, no row may be proven that is wrong.
+    z, (W_enc, _, _) = make_case(400, 1, 64, 4096, torch.float32)
+    v = standardize(z[:, 0])[0]
+    encoder = CertifiedEncoder(W_enc.T.contiguous(), 16, max_rows=128)
+    selection, margin = encoder._select_with_margin(v[:128])
+    expected = (v[:128].double() @ W_enc.double()).topk(16, dim=1).values
+    right = selection.values.double().amin(1) >= expected[:, -1] - 1e-4
+    assert right[margin > 0].all()
+    encoder(v)
+    assert encoder.n_unproven < 0.1 * len(v)
+
+
+def test_rows_that_bfloat16_gets_wrong_are_not_certified():
+    # Large parts of the products cancel, so that their rounding exceeds what is left.
+    signs = torch.ones(64)
+    signs[::2] = -1
+    rows, v = 0.05 * torch.randn(1024, 64) + 20 * signs, torch.randn(100, 64) + 20
+    encoder = CertifiedEncoder(rows, 4, max_rows=100)
+    selection, _ = encoder._select_with_margin(v)
+    expected = (v @ rows.T).topk(4, dim=1).values.relu()
+    assert (selection.values.relu().sum(1) < expected.sum(1) - 0.01).any()
+    values = encoder(v).values.sort(descending=True).values.relu()
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("rounded", ["vectors", "weights", "both"])
+def test_the_error_bound_holds_where_it_is_tight(rounded):
+    # All rounding errors point the same way: no smaller bound is right.
+    exact, inexact = torch.ones(3, 64), torch.full((3, 64), 1 + 0.99 * 2**-8)
+    v = exact if rounded == "weights" else inexact
+    rows = exact if rounded == "vectors" else inexact
+    bound = CertifiedEncoder(rows, 1, max_rows=3)._product_error(v, v.bfloat16())
+    product = v.bfloat16().double() @ rows.bfloat16().double().T
+    error = (product - v.double() @ rows.double().T).abs().amax(1)
+    assert (error <= bound).all()
+    assert (bound < 1.02 * error).all()
+
+
+def test_rows_without_proof_are_computed_in_float32():
+    # All latents alike but for less than bfloat16 can tell: nothing can be proven.
+    v = torch.randn(5, 8)
+    rows = torch.randn(1, 8) + 1e-5 * torch.randn(64, 8)
+    encoder = CertifiedEncoder(rows, 3, max_rows=5)
+    selection = encoder(v.abs() * rows[0].sign())
+    assert encoder.n_unproven == 5
+    expected = Encoder(rows, 3, max_rows=5)(v.abs() * rows[0].sign())
+    torch.testing.assert_close(
+        selection.values.sort().values, expected.values.sort().values, rtol=0, atol=0
+    )
+
+
+def test_certified_selection_keeps_nan():
+    v = torch.randn(5, 8)
+    v[2, 0] = torch.nan
+    selection = CertifiedEncoder(torch.randn(64, 8), 3, max_rows=5)(v)
+    assert selection.values.isnan().any(1).tolist() == [i == 2 for i in range(5)]
+
+
+def test_certified_float64_is_an_error():
+    z, (W_enc, _, b_dec) = make_case()
+    with pytest.raises(ValueError, match=r"`certified=True` .* got float64"):
+        encode_topk(z, W_enc, b_dec, 3, certified=True)
+
+
+@pytest.mark.parametrize("k", [0, 102])
+def test_impossible_k_is_an_error(k):
+    z, (W_enc, _, b_dec) = make_case()
+    with pytest.raises(ValueError, match=rf"`k` must be in \[1, d_sae=101\]; got {k}"):
+        encode_topk(z, W_enc, b_dec, k)
+
+
+# Products
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_products_of_other_devices_and_builds_are_the_same(monkeypatch):
+    # The formulations for CUDA, and for a CPU without MKL, run here on this CPU.
+    z, weights = make_case()
+    monkeypatch.setattr(products, "row_dots", products.gathered_row_dots)
+    monkeypatch.setattr(products, "_GATHER_ELEMENTS", 500)
+    monkeypatch.setattr(products, "has_sparse_products", lambda x: False)
+    assert_parity(z, weights, 1e-10, dead_latents=some_dead(101))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("share", [1, 10**6])
+def test_dense_and_sparse_auxiliary_activations_agree(monkeypatch, share):
+    monkeypatch.setattr(products, "_DENSE_SHARE", share)
+    z, weights = make_case()
+    assert_parity(z, weights, 1e-10, dead_latents=some_dead(101), k_aux=3)
+
+
+def test_no_more_pre_activations_than_a_block_are_held(monkeypatch):
+    # The block is the only memory of d_sae columns; it is asked for once.
+    monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 64 * 5000)
+    sizes = []
+    original = Tensor.new_empty
+
+    def record(self, *size, **kwargs):
+        sizes.append(size)
+        return original(self, *size, **kwargs)
+
+    monkeypatch.setattr(Tensor, "new_empty", record)
+    z, (W_enc, _, b_dec) = make_case(300, 2, 8, 5000, torch.float32)
+    encode_topk(z, W_enc, b_dec, 3, certified=False)
+    assert sizes == [(64, 5000)]
+
+
+# Inference
+
+
+def test_encode_and_decode_are_those_of_the_papers_code():
+    # Authority: the reference implementation, MLSAE.forward (float32).
+    data = load_file(PAPER / "plain.safetensors")
+    n_prompts, b_dec = data["recons"].shape[1], data["pre_encoder_bias"]
+    z = load_file(PAPER / "activations.safetensors")["resid_post"][:, :n_prompts]
+    acts = encode_topk(z, data["encoder.weight"].T, b_dec, 8)
+    assert acts.values.shape == data["topk_values"].shape
+    torch.testing.assert_close(
+        acts.values.sort().values,
+        data["topk_values"].sort().values,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(acts.mean, data["stats_mean"])
+    torch.testing.assert_close(acts.std, data["stats_std"])
+    z_hat = decode_topk(acts, data["decoder.weight"].T, b_dec)
+    torch.testing.assert_close(z_hat, data["recons"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3, 4)])
+@pytest.mark.parametrize("standardize_inputs", [False, True])
+def test_encode_and_decode_keep_the_shape_of_the_batch(batch, standardize_inputs):
+    _, (W_enc, W_dec, b_dec) = make_case()
+    z = torch.randn(*batch, 19, dtype=torch.float64)
+    acts = encode_topk(z, W_enc, b_dec, 5, standardize_inputs=standardize_inputs)
+    u, mean, std = standardize(z) if standardize_inputs else (z, 0, 1)
+    expected = topk_acts((u - b_dec) @ W_enc, 5)
+    assert acts.indices.shape == (*batch, 5)
+    assert acts.indices.dtype == torch.int64
+    dense = torch.zeros_like(expected).scatter_(-1, acts.indices, acts.values)
+    torch.testing.assert_close(dense, expected)
+    z_hat = (expected @ W_dec + b_dec) * std + mean
+    torch.testing.assert_close(decode_topk(acts, W_dec, b_dec), z_hat)
+
+
+def test_no_vectors_give_no_activations():
+    _, (W_enc, W_dec, b_dec) = make_case()
+    acts = encode_topk(torch.empty(0, 3, 19, dtype=torch.float64), W_enc, b_dec, 5)
+    assert acts.values.shape == acts.indices.shape == (0, 3, 5)
+    assert decode_topk(acts, W_dec, b_dec).shape == (0, 3, 19)
+
+
+def test_encode_takes_vectors_of_another_dtype_than_the_weights():
+    z, (W_enc, W_dec, b_dec) = make_case(dtype=torch.float32)
+    low = z.bfloat16()
+    acts = encode_topk(low, W_enc, b_dec, 5)
+    expected = encode_topk(low.float(), W_enc, b_dec, 5)
+    assert acts.values.dtype == torch.float32
+    torch.testing.assert_close(acts.values, expected.values)
+    assert decode_topk(acts, W_dec, b_dec).dtype == torch.float32
+    all_low = encode_topk(low, W_enc.bfloat16(), b_dec.bfloat16(), 5)
+    assert all_low.values.dtype == torch.bfloat16
+    z_hat = decode_topk(all_low, W_dec.bfloat16(), b_dec.bfloat16())
+    assert z_hat.dtype == torch.bfloat16
+
+
+# The decoder's norm
+
+
+def test_unit_norm_and_projection_are_those_of_the_papers_code():
+    # Authority: the reference's on_after_backward (float32): norm first, then gradient.
+    data = load_file(PAPER / "topk_step.safetensors")
+    W_dec = data["initial.decoder.weight"].T.contiguous().requires_grad_()
+    W_dec.grad = data["auxk_active.grad_before.decoder.weight"].T.contiguous()
+    normalize_decoder(W_dec)
+    project_decoder_gradient(W_dec)
+    torch.testing.assert_close(
+        W_dec.detach(), data["auxk_active.decoder.weight_after_unit_norm"].T
+    )
+    torch.testing.assert_close(
+        W_dec.grad, data["auxk_active.grad_after.decoder.weight"].T
+    )
+
+
+def test_a_decoder_row_of_zeros_stays_so():
+    W_dec = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    normalize_decoder(W_dec)
+    torch.testing.assert_close(W_dec, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+
+
+def test_projection_without_a_gradient_does_nothing():
+    W_dec = torch.eye(2)
+    project_decoder_gradient(W_dec)
+    assert W_dec.grad is None
