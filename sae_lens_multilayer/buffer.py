@@ -1,0 +1,73 @@
+"""A pool of token rows that is allocated once, refilled in place and drawn from."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class ShuffleBuffer:
+    """Slots for tokens; each holds the vectors of one token at all layers.
+
+    A refill writes into the slots that are free, and shuffling permutes slot numbers,
+    so no activation is moved except into its slot and out of it.
+
+    Attributes:
+        data: The slots, [slot, layer, d_in].
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        n_layers: int,
+        d_in: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Allocate the slots.
+
+        Args:
+            capacity: Number of slots, in tokens.
+            generator: Source of randomness, on the CPU; None: serve tokens in the order
+                in which they came.
+        """
+        self.data: Float[Tensor, "slot layer d_in"] = torch.empty(
+            capacity, n_layers, d_in, dtype=dtype, device=device
+        )
+        self.n_filled = 0
+        self._generator = generator
+        # The first n_filled are full, in reverse order of serving; the others are free.
+        self._slots: Int[Tensor, " slot"] = torch.arange(capacity)
+
+    @property
+    def n_free(self) -> int:
+        """Number of tokens that can be added."""
+        return len(self._slots) - self.n_filled
+
+    def free_slots(self, n_tokens: int) -> Int[Tensor, " token"]:
+        """Slots to write the next tokens to; `commit` then makes them count."""
+        assert 0 <= n_tokens <= self.n_free
+        slots = self._slots[self.n_filled : self.n_filled + n_tokens]
+        return slots.to(self.data.device, copy=True)
+
+    def commit(self, n_tokens: int) -> None:
+        """Count the next `n_tokens` free slots as filled."""
+        assert 0 <= n_tokens <= self.n_free
+        old, end = self.n_filled, self.n_filled + n_tokens
+        if self._generator is None:
+            newest_last_served = self._slots[old:end].flip(0)
+            self._slots[:end] = torch.cat([newest_last_served, self._slots[:old]])
+        self.n_filled = end
+
+    def shuffle(self) -> None:
+        """Put the filled slots into random order."""
+        if self._generator is not None:
+            order = torch.randperm(self.n_filled, generator=self._generator)
+            self._slots[: self.n_filled] = self._slots[: self.n_filled][order]
+
+    def draw(self, n_tokens: int) -> Float[Tensor, "token layer d_in"]:
+        """Take tokens out of the pool, each once; a copy."""
+        assert 0 <= n_tokens <= self.n_filled
+        self.n_filled -= n_tokens
+        slots = self._slots[self.n_filled : self.n_filled + n_tokens].flip(0)
+        return self.data[slots.to(self.data.device)]

@@ -1,0 +1,135 @@
+"""Folders on disk that are complete or not there."""
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+
+
+@contextmanager
+def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
+    """Yield a folder beside `path` that becomes `path` when the block ends well.
+
+    If the block raises, the folder is removed and `path` is as it was. Everything is
+    flushed to the disk before the rename, so a crash cannot leave a torn folder. Where
+    `path` is a link, the folder that it names is made.
+
+    Raises:
+        FileExistsError: If something is at `path` already, unless an empty folder.
+    """
+    check_free(path)
+    # A folder cannot be renamed onto a link, or onto "."
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial-{uuid4().hex}"
+    partial.mkdir()
+    try:
+        yield partial
+        for file in [*partial.rglob("*"), partial]:
+            _flush(file)
+        os.replace(partial, path)
+        _flush(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_free(path: str | Path) -> None:
+    """Raise FileExistsError if something would be overwritten at `path`."""
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise FileExistsError(
+            f"{path} must be a new or an empty folder, so that nothing is overwritten. "
+            "Choose another path or move what is there."
+        )
+    if path.resolve().is_mount():
+        raise FileExistsError(
+            f"{path} must be a new folder or an empty one that can be replaced; it is "
+            "the root of a file system. Choose a folder inside it."
+        )
+
+
+def free_path(path: str | Path) -> Path:
+    """`path`, or the first of `path-1`, `path-2`, ... where nothing is overwritten."""
+    for n in itertools.count():
+        candidate = Path(path) if n == 0 else Path(f"{path}-{n}")
+        try:
+            check_free(candidate)
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("unreachable: the count has no end")
+
+
+def check_writable(path: str | Path, what: str) -> None:
+    """Find out now whether a folder can be made at `path` later.
+
+    Args:
+        what: The name of the setting, for the message.
+
+    Raises:
+        FileExistsError: If something is there already.
+        OSError: If no folder can be made there.
+    """
+    try:
+        check_free(path)
+        parent = Path(path).resolve().parent
+        while not parent.exists():
+            parent = parent.parent
+        tempfile.TemporaryDirectory(prefix=".write-check-", dir=parent).cleanup()
+    except FileExistsError as error:
+        raise FileExistsError(f"`{what}`: {error}") from error
+    except OSError as error:
+        # OSError chooses the class that goes with the number.
+        raise OSError(
+            error.errno,
+            f"`{what}` must be a path that can be written; {error.strerror}",
+            str(path),
+        ) from error
+
+
+def check_checkpoint(
+    path: str | Path, architecture: str, d_in: int, d_sae: int
+) -> None:
+    """Check that a folder holds a training checkpoint of this architecture and shape.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If it is the checkpoint of another SAE, or torn.
+    """
+    path = Path(path)
+    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path} must be a checkpoint folder with {SAE_CFG_FILENAME} and "
+                f"{SAE_WEIGHTS_FILENAME}; {name} is not there."
+            )
+    try:
+        cfg: dict[str, Any] = json.loads((path / SAE_CFG_FILENAME).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path / SAE_CFG_FILENAME} must be JSON; {error}.") from error
+    wanted = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae}
+    found = {key: cfg.get(key) for key in wanted}
+    if found != wanted:
+        raise ValueError(
+            f"The checkpoint at {path} must be of this run's SAE, {wanted}; it has "
+            f"{found}."
+        )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

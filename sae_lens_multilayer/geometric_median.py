@@ -1,0 +1,60 @@
+"""The point with the least total distance to a set of vectors: where b_dec starts."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_ROWS_AT_A_TIME = 8192
+
+
+@torch.no_grad()
+def geometric_median(
+    points: Float[Tensor, "act d_in"], max_iter: int = 100, tol: float = 1e-5
+) -> Float[Tensor, " d_in"]:
+    """Geometric median by Weiszfeld's algorithm, from the mean.
+
+    `argmin_m sum_i |points[i] - m|`, in the space of the points. It works on blocks of
+    rows, so it needs little memory beyond the points. A step that starts on one of the
+    points, where Weiszfeld's would divide by zero, is that of Vardi and Zhang.
+
+    Args:
+        max_iter: Most steps.
+        tol: Step length (in the points' unit) below which it stops.
+
+    Raises:
+        ValueError: If there is no point.
+
+    References:
+        Initialisation of the pre-encoder bias: Bricken et al. (2023); Lawson et al.
+        (2025), section 3. Steps from a point: Vardi and Zhang (2000),
+        doi:10.1073/pnas.97.4.1423.
+    """
+    if len(points) == 0:
+        raise ValueError("The geometric median needs at least one vector; got none.")
+    median = points.mean(0)
+    for _ in range(max_iter):
+        previous, median = median, _step(points, median)
+        if (median - previous).norm() < tol:
+            break
+    return median
+
+
+def _step(
+    points: Float[Tensor, "act d_in"], median: Float[Tensor, " d_in"]
+) -> Float[Tensor, " d_in"]:
+    total, weight = torch.zeros_like(median), torch.zeros_like(median[0])
+    n_here = torch.zeros_like(median[0])
+    for rows in points.split(_ROWS_AT_A_TIME):
+        distance = (rows - median).norm(dim=1)
+        here = distance == 0
+        inverse = torch.where(here, 0.0, 1 / distance)
+        total += inverse @ rows
+        weight += inverse.sum()
+        n_here += here.sum()
+    if n_here == 0:
+        return total / weight
+    # The points elsewhere pull with this force; those here hold with one unit each.
+    force = (total - weight * median).norm()
+    if force <= n_here:
+        return median
+    return median + (1 - n_here / force) * (total / weight - median)

@@ -1,0 +1,189 @@
+"""Turns what `dataset_path` may name on this machine into a dataset SAELens reads."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
+from sae_lens.config import HfDataset
+
+_BUILDER_OF_SUFFIX = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".txt": "text",
+    ".text": "text",
+    ".arrow": "arrow",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_TOKEN_COLUMNS = ("tokens", "input_ids")
+
+
+def resolve_dataset(
+    dataset: HfDataset | str,
+    context_size: int,
+    streaming: bool = True,
+    disable_concat_sequences: bool = False,
+    use_chat_formatting: bool = False,
+) -> HfDataset | str:
+    """Load a local dataset, and make token rows as long as the context.
+
+    SAELens itself fails on a single file, a `save_to_disk` folder, a local folder of
+    tokens and a folder named like one of the builders of `datasets` ("json").
+
+    Args:
+        dataset: A dataset, a path on this machine, or a name on the Hugging Face hub,
+            which is returned as it is for SAELens to load.
+        context_size: Tokens in a row that the model is run on.
+        streaming: Whether to read files as they are needed.
+        disable_concat_sequences: Leave out token rows shorter than the context instead
+            of joining them.
+        use_chat_formatting: Leave token columns alone; conversations are read.
+
+    Raises:
+        ValueError: If the dataset is empty or has not one context of tokens, or if a
+            file is of an unknown kind.
+        FileNotFoundError: If nothing is there and it cannot be a name on the hub.
+    """
+    if isinstance(dataset, str):
+        found = _load_local(dataset, streaming)
+        if found is None:
+            return dataset
+        dataset = found
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        dataset = _train_split(dataset)
+    first: Any = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("The dataset must have at least one row; it is empty.")
+    column = next((name for name in _TOKEN_COLUMNS if name in first), None)
+    if column is None or use_chat_formatting:
+        return dataset
+    _check_token_ids(column, first[column])
+    if _rows_reach(dataset, column, context_size):
+        return dataset
+    return _of_whole_contexts(
+        dataset, column, context_size, join=not disable_concat_sequences
+    )
+
+
+def _load_local(name: str, streaming: bool) -> Any:
+    path = Path(name).expanduser()
+    if not path.exists():
+        if _is_path(name):
+            raise FileNotFoundError(f"`dataset_path` names {path}, which is not there.")
+        return None
+    files = [path] if path.is_file() else (f for f in path.rglob("*") if f.is_file())
+    if not any(file.stat().st_size for file in files):
+        raise ValueError(f"The dataset must have at least one row; {path} is empty.")
+    if path.is_file():
+        return load_dataset(
+            _builder_of(path), data_files=str(path.absolute()), streaming=streaming
+        )
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return load_from_disk(str(path))
+    # An absolute path is never taken for the name of a builder.
+    return load_dataset(str(path.absolute()), streaming=streaming)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path: on the hub it is `name` or `owner/name`."""
+    if "://" in name:
+        return False
+    has_too_many_parts = name.count("/") > 1
+    return (
+        has_too_many_parts
+        or name.startswith(("/", "./", "../", "~"))
+        or ("/" not in name and Path(name).suffix in _BUILDER_OF_SUFFIX)
+    )
+
+
+def _builder_of(path: Path) -> str:
+    suffixes = [s.lower() for s in path.suffixes if s.lower() not in _COMPRESSED]
+    builder = _BUILDER_OF_SUFFIX.get(suffixes[-1] if suffixes else "")
+    if builder is None:
+        raise ValueError(
+            f"`dataset_path` must be a folder or a file ending in one of "
+            f"{sorted(_BUILDER_OF_SUFFIX)}; got {path}."
+        )
+    return builder
+
+
+def _train_split(splits: DatasetDict | IterableDatasetDict) -> HfDataset:
+    if "train" in splits:
+        return splits["train"]
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    raise ValueError(
+        f"The dataset must have a 'train' split or a single one; it has {list(splits)}."
+    )
+
+
+def _check_token_ids(column: str, row: Any) -> None:
+    values = _as_list(row)
+    if values is None or any(not isinstance(value, int) for value in values):
+        raise ValueError(
+            f"The column {column!r} must hold lists of token ids, as SAELens takes it "
+            f"for tokens; its first row is {row!r:.100}. Rename or remove the column."
+        )
+
+
+def _as_list(row: Any) -> list[Any] | None:
+    """A row of a dataset in any of its formats; None if it is not a list."""
+    row = row.tolist() if hasattr(row, "tolist") else row
+    return row if isinstance(row, list) else None
+
+
+def _rows_reach(dataset: Any, column: str, context_size: int) -> bool:
+    """Whether every row is known to be long enough; a stream's rows are not."""
+    if not isinstance(dataset, Dataset):
+        return False
+    tables: Any = dataset.with_format("arrow", columns=[column]).iter(10_000)
+    for table in tables:
+        lengths = pc.call_function("list_value_length", [table[column]])
+        if lengths.fill_null(0).to_numpy().min() < context_size:
+            return False
+    return True
+
+
+def _of_whole_contexts(
+    dataset: Any, column: str, context_size: int, join: bool
+) -> IterableDataset:
+    kwargs = {
+        "dataset": dataset,
+        "column": column,
+        "context_size": context_size,
+        "join": join,
+    }
+    contexts = IterableDataset.from_generator(_contexts, gen_kwargs=kwargs)
+    if next(iter(contexts), None) is None:
+        found = "all rows together are" if join else "every row (not joined) is"
+        raise ValueError(
+            f"The dataset must have a whole context of {context_size} tokens; {found} "
+            "shorter. Use more data or a shorter `context_size`."
+        )
+    return contexts
+
+
+def _contexts(
+    dataset: Any, column: str, context_size: int, join: bool
+) -> Iterator[dict[str, list[int]]]:
+    """Rows of one context: long ones cut, as the host does, short ones joined."""
+    waiting: list[int] = []
+    for row in dataset:
+        tokens = _as_list(row[column]) or []
+        if len(tokens) >= context_size:
+            yield {column: tokens[:context_size]}
+        elif join:
+            waiting += tokens
+            if len(waiting) >= context_size:
+                yield {column: waiting[:context_size]}
+                waiting = waiting[context_size:]

@@ -1,0 +1,267 @@
+"""Authority: the file system, and the files that SAELens writes."""
+
+import os
+import stat
+
+import pytest
+from conftest import tiny_sae_config
+from sae_lens import TrainingSAE
+
+from sae_lens_multilayer import checkpoints
+from sae_lens_multilayer.checkpoints import (
+    check_checkpoint,
+    check_writable,
+    complete_or_absent,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(path, text="whole"):
+    with complete_or_absent(path) as partial:
+        (partial / "file").write_text(text)
+
+
+def write_half(path, error):
+    with complete_or_absent(path) as partial:
+        (partial / "file").write_text("half")
+        raise error
+
+
+def test_folder_appears_when_the_block_ends(tmp_path):
+    with complete_or_absent(tmp_path / "new") as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "file").write_text("whole")
+        assert partial.parent == tmp_path  # so that the rename is atomic
+        assert not (tmp_path / "new").exists()
+    assert names(tmp_path) == ["new"]
+    assert (tmp_path / "new" / "sub" / "file").read_text() == "whole"
+
+
+def test_missing_parents_are_made(tmp_path):
+    write(tmp_path / "a" / "b" / "new")
+    assert names(tmp_path / "a" / "b") == ["new"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("exists", [False, True])
+def test_nothing_is_left_when_the_block_raises(tmp_path, error, exists):
+    target = tmp_path / "new"
+    if exists:
+        target.mkdir()
+    with pytest.raises(error):
+        write_half(target, error)
+    assert names(tmp_path) == (["new"] if exists else [])
+    assert target.exists() == exists
+
+
+def test_nothing_is_left_when_the_disk_fails(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "new")
+    assert names(tmp_path) == []
+
+
+def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(checkpoints, "_flush", lambda path: flushed.append(path.name))
+    rename = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (flushed.append("rename"), rename(a, b))
+    )
+    write(tmp_path / "new")
+    assert flushed[0] == "file"
+    assert flushed[1].startswith(".new.partial-")
+    assert flushed[2:] == ["rename", tmp_path.name]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "new").mkdir()
+    write(tmp_path / "new")
+    assert names(tmp_path / "new") == ["file"]
+
+
+def make_full_folder(path):
+    path.mkdir()
+    (path / "old").write_text("old")
+
+
+def make_file(path):
+    path.write_text("old")
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make", [make_full_folder, make_file, make_pipe])
+def test_what_is_there_is_never_overwritten(tmp_path, make):
+    target = tmp_path / "there"
+    make(target)
+    mode = target.lstat().st_mode
+    with pytest.raises(FileExistsError, match="must be a new or an empty folder"):
+        write(target)
+    with pytest.raises(FileExistsError, match=r"`output_path`.*a new or an empty"):
+        check_writable(target, "output_path")
+    assert names(tmp_path) == ["there"]
+    assert target.lstat().st_mode == mode
+    if make is make_full_folder:
+        assert names(target) == ["old"]
+    if make is make_file:
+        assert target.read_text() == "old"
+
+
+def test_what_appears_meanwhile_is_not_overwritten(tmp_path):
+    with pytest.raises(OSError, match="not empty"), complete_or_absent(tmp_path / "a"):
+        make_full_folder(tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "old").read_text() == "old"
+
+
+def test_a_second_write_does_not_replace_the_first(tmp_path):
+    write(tmp_path / "new", "first")
+    with pytest.raises(FileExistsError, match="so that nothing is overwritten"):
+        write(tmp_path / "new", "second")
+    assert (tmp_path / "new" / "file").read_text() == "first"
+
+
+@pytest.mark.parametrize("target_exists", [True, False])
+def test_a_link_to_an_empty_or_missing_folder_is_followed(tmp_path, target_exists):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    if target_exists:
+        (scratch / "real").mkdir()
+    (tmp_path / "link").symlink_to(scratch / "real")
+    check_writable(tmp_path / "link", "output_path")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "link") == ["file"]
+    assert names(scratch) == ["real"]
+
+
+def test_a_relative_path_is_meant_from_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_writable("runs/new", "output_path")
+    assert names(tmp_path) == []  # a check leaves nothing behind
+    write("runs/new")
+    write("plain")
+    assert names(tmp_path) == ["plain", "runs"]
+
+
+def test_working_folder_itself_may_be_the_target(tmp_path, monkeypatch):
+    target = tmp_path / "here"
+    target.mkdir()
+    monkeypatch.chdir(target)
+    check_writable(".", "output_path")
+    write(".")
+    assert names(tmp_path) == ["here"]
+    assert names(target) == ["file"]
+
+
+def test_a_change_of_the_working_folder_in_the_block_does_no_harm(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with complete_or_absent("new") as partial:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        (partial / "file").write_text("whole")
+    assert names(tmp_path) == ["elsewhere", "new"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o755), (0o077, 0o700)])
+def test_folder_has_the_mode_that_mkdir_would_give(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write(tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == mode
+
+
+def test_a_path_below_a_file_cannot_be_written(tmp_path):
+    make_file(tmp_path / "file")
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        with pytest.raises(
+            NotADirectoryError, match="`checkpoint_path` must be a path that can be"
+        ):
+            check_writable(path, "checkpoint_path")
+    with pytest.raises(OSError, match=r"`output_path` must be a path.*/dev/null/x"):
+        check_writable("/dev/null/x", "output_path")
+
+
+def test_a_folder_without_permission_cannot_be_written(tmp_path, monkeypatch):
+    # Permissions do not hold for root, so the system's answer is played.
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoints.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(PermissionError, match=r"`output_path` must be.*denied") as info:
+        check_writable(tmp_path / "new", "output_path")
+    assert info.value.errno == 13
+    assert info.value.filename == str(tmp_path / "new")
+
+
+def test_a_name_that_is_too_long_is_found_out(tmp_path):
+    with pytest.raises(OSError, match="`output_path` must be a path that can be"):
+        check_writable(tmp_path / ("x" * 300), "output_path")
+
+
+def test_a_mount_point_is_found_out(tmp_path, monkeypatch):
+    # Nothing can be renamed onto one.
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(checkpoints.Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(FileExistsError, match=r"root of a file system.*inside it"):
+        check_writable(tmp_path / "disk", "output_path")
+    check_writable(tmp_path / "disk" / "new", "output_path")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    sae = TrainingSAE.from_dict(tiny_sae_config(d_in=16, d_sae=64).to_dict())
+    sae.save_model(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_a_fitting_checkpoint_passes(checkpoint):
+    check_checkpoint(checkpoint, "multilayer", 16, 64)
+    check_checkpoint(str(checkpoint), "multilayer", 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (("topk", 16, 64), "'architecture': 'multilayer'"),
+        (("multilayer", 32, 64), "'d_in': 16"),
+        (("multilayer", 16, 128), "'d_sae': 64"),
+    ],
+)
+def test_the_checkpoint_of_another_sae_is_an_error(checkpoint, wanted, found):
+    with pytest.raises(ValueError, match="must be of this run's SAE") as info:
+        check_checkpoint(checkpoint, *wanted)
+    wanted_text, found_text = str(info.value).split("it has")
+    assert found in found_text
+    assert str(wanted[1]) in wanted_text
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_a_torn_checkpoint_is_an_error_that_names_the_file(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"must be a checkpoint.*; {name} is"):
+        check_checkpoint(checkpoint, "multilayer", 16, 64)
+
+
+def test_a_missing_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be a checkpoint folder"):
+        check_checkpoint(tmp_path / "nothing", "multilayer", 16, 64)
+
+
+def test_a_checkpoint_whose_config_is_not_json_is_an_error(checkpoint):
+    (checkpoint / "cfg.json").write_text('{"architecture": "multil')
+    with pytest.raises(ValueError, match=r"cfg.json.*must be JSON"):
+        check_checkpoint(checkpoint, "multilayer", 16, 64)

@@ -1,0 +1,230 @@
+"""Authorities: brute force over whole tensors, SAELens' calculator, the paper's FVU."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import PAPER_DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens.evals import ExplainedVarianceCalculator
+from safetensors.torch import load_file
+
+from sae_lens_multilayer.metrics import LayerSums
+
+HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in (0, 3, 4)]
+COLUMNS = ["fvu", "fvu_scalar", "mse", "l0", "l1", "silent_fraction", "dead_fraction"]
+
+
+def sums_of(x, x_hat, acts):
+    """The sums for `x`, `x_hat` [token, layer, d_in], `acts` [token, layer, d_sae]."""
+    sums = LayerSums.zeros(x.shape[1], x.shape[2], acts.shape[2])
+    sums.n_tokens = len(x)
+    for layer in range(x.shape[1]):
+        a = acts[:, layer]
+        sums.add_layer(layer, x[:, layer], x_hat[:, layer], (a > 0).sum(0), a.sum())
+    return sums
+
+
+def random_case(seed, n_tokens=7, d_in=4, d_sae=6):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    n_layers = len(HOOKS)
+    scale = torch.tensor([1.0, 30.0, 1000.0], dtype=torch.float64).view(1, -1, 1)
+    x = scale * (randn(n_tokens, n_layers, d_in) + randn(1, n_layers, d_in))
+    x_hat = x + 0.3 * scale * randn(n_tokens, n_layers, d_in)
+    acts = (randn(n_tokens, n_layers, d_sae) - 1).relu()
+    return x, x_hat, acts
+
+
+def assert_same(a, b):
+    left, right = a.compute(HOOKS), b.compute(HOOKS)
+    assert left.n_tokens == right.n_tokens
+    pd.testing.assert_frame_equal(left.to_dataframe(), right.to_dataframe(), rtol=1e-9)
+
+
+def test_worked_case():
+    # One layer, two tokens, one dimension: vectors 0 and 2 about their mean 1.
+    x = torch.tensor([0.0, 2.0]).view(2, 1, 1)
+    x_hat = torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    acts = torch.tensor([[[5.0, 0.0, 0.0, 1.0]], [[3.0, 0.0, 0.0, 0.0]]])
+    metrics = sums_of(x, x_hat, acts).compute(["hook_embed"])
+    assert metrics.n_tokens == 2
+    assert metrics.fvu.item() == 0.5  # 1 / (1 + 1)
+    # MSE 1 / 2 over variance (1 + 1) / (2 - 1)
+    assert metrics.fvu_scalar.item() == 0.25
+    assert metrics.mse.item() == 0.5
+    assert metrics.l0.item() == 1.5
+    assert metrics.l1.item() == 4.5
+    assert metrics.silent_fraction.item() == 0.5
+    assert metrics.dead_fraction.item() == 0.5
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 9), st.integers(1, 4))
+def test_every_metric_is_its_definition(seed, n_tokens, d_in):
+    x, x_hat, acts = random_case(seed, n_tokens, d_in)
+    found = sums_of(x, x_hat, acts).compute(HOOKS)
+    error = (x_hat - x).square()
+    deviation = (x - x.mean(0)).square().sum((0, 2))
+    expected = {
+        "fvu": error.sum((0, 2)) / deviation,
+        "fvu_scalar": error.mean((0, 2)) / x.transpose(0, 1).flatten(1).var(1),
+        "mse": error.mean((0, 2)),
+        "l0": (acts > 0).sum(2).double().mean(0),
+        "l1": acts.sum(2).mean(0),
+        "silent_fraction": (acts == 0).all(0).double().mean(1),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-6, atol=1e-9)
+    assert (found.dead_fraction == (acts == 0).all(0).all(0).double().mean()).all()
+
+
+def test_fvu_is_one_minus_the_explained_variance_of_saelens():
+    x, x_hat, acts = random_case(0, n_tokens=50)
+    fvu = sums_of(x, x_hat, acts).compute(HOOKS).fvu
+    for layer in range(len(HOOKS)):
+        calculator = ExplainedVarianceCalculator()
+        for rows in torch.arange(50).split(17):
+            calculator.add_batch(x_hat[rows, layer], x[rows, layer])
+        assert fvu[layer].item() == pytest.approx(1 - calculator.compute(), rel=1e-9)
+
+
+# From `metrics.json`, made by the paper's code (`data/paper/SOURCE.md`):
+# `plain.reference`, and for the last one `plain.standard`.
+PUBLISHED = {
+    "fvu_scalar": [0.20482661, 0.15868308, 0.13951306, 0.13367836, 0.16522068],
+    "mse": [5.6206765, 8.7339678, 11.313013, 14.027874, 20.234848],
+    "l1": [26.43297, 26.74419, 26.676928, 26.474192, 27.250279],
+    "l0": [8.0, 8.0, 8.0, 8.0, 8.0],
+    "fvu": [0.22712269, 0.17020333, 0.1495862, 0.14362227, 0.17506632],
+}
+
+
+def test_agrees_with_the_numbers_of_the_papers_code():
+    sae = load_file(PAPER_DATA / "plain.safetensors")
+    x = load_file(PAPER_DATA / "activations.safetensors")["resid_post"]
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+    u = (x - mean) / (std + 1e-5) - sae["pre_encoder_bias"]
+    values, indices = (u @ sae["encoder.weight"].T).topk(8)
+    acts = torch.zeros(*x.shape[:-1], 512).scatter(3, indices, values.relu())
+    u_hat = acts @ sae["decoder.weight"].T + sae["pre_encoder_bias"]
+    case = (t.flatten(1, 2).transpose(0, 1) for t in (x, u_hat * std + mean, acts))
+    metrics = sums_of(*case).compute([f"blocks.{i}.hook_resid_post" for i in range(5)])
+    for name, numbers in PUBLISHED.items():
+        # The paper's sums are in float32.
+        expected = torch.tensor(numbers, dtype=torch.float64)
+        torch.testing.assert_close(
+            getattr(metrics, name), expected, rtol=1e-5, atol=0, msg=name
+        )
+
+
+def test_a_perfect_reconstruction_has_no_error_and_the_mean_has_fvu_one():
+    x, _, acts = random_case(0)
+    perfect = sums_of(x, x, acts).compute(HOOKS)
+    mean = sums_of(x, x.mean(0, keepdim=True).expand_as(x), acts).compute(HOOKS)
+    assert perfect.fvu.tolist() == perfect.mse.tolist() == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(mean.fvu, torch.ones(3, dtype=torch.float64))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 12), max_size=4))
+def test_any_split_of_the_tokens_adds_up_to_the_whole(seed, cuts):
+    case = random_case(seed, n_tokens=12)
+    parts = [t.tensor_split(sorted(cuts)) for t in case]
+    total = LayerSums.zeros(len(HOOKS), 4, 6)
+    for x, x_hat, acts in zip(*parts, strict=True):
+        total = total + sums_of(x, x_hat, acts)
+    assert_same(total, sums_of(*case))
+
+
+def test_adding_changes_neither_term():
+    a, b = sums_of(*random_case(0)), sums_of(*random_case(1))
+    before = a.sum_x.clone(), b.sum_x.clone()
+    _ = a + b
+    assert a.sum_x.equal(before[0])
+    assert b.sum_x.equal(before[1])
+    assert a.n_tokens == 7
+
+
+def test_sums_of_bfloat16_vectors_are_exact():
+    x = torch.full((511, 1, 8), 100.0, dtype=torch.bfloat16)
+    x[300:] = 101.0
+    sums = sums_of(x, x + 1, torch.ones(511, 1, 2, dtype=torch.bfloat16))
+    assert sums.compute(["hook_embed"]).mse.item() == 1.0
+    assert sums.sum_x.eq(300 * 100 + 211 * 101).all()  # bfloat16 has no such number
+
+
+def test_no_token_is_an_error():
+    with pytest.raises(ValueError, match="need at least one token; got none"):
+        LayerSums.zeros(3, 2, 4).compute(HOOKS)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e4])
+def test_a_layer_that_does_not_vary_is_an_error_that_names_it(value):
+    x, x_hat, acts = random_case(0, n_tokens=1000)
+    x[:, 1] = value * torch.arange(1, 5)
+    with pytest.raises(
+        ValueError, match=r"must vary over tokens.*all 1000 are"
+    ) as info:
+        sums_of(x, x_hat, acts).compute(HOOKS)
+    assert HOOKS[1] in str(info.value)
+    assert HOOKS[0] not in str(info.value)
+
+
+def test_a_layer_that_varies_little_about_a_large_mean_is_measured():
+    x, _, acts = random_case(0, n_tokens=1000)
+    x = 1e4 + x / 10  # deviations of 1e-5 to 1e-2 of the norm
+    metrics = sums_of(x, x.mean(0, keepdim=True).expand_as(x), acts).compute(HOOKS)
+    torch.testing.assert_close(
+        metrics.fvu, torch.ones(3, dtype=torch.float64), rtol=1e-4, atol=0
+    )
+
+
+def test_one_token_has_no_fvu():
+    with pytest.raises(ValueError, match="must vary over tokens"):
+        sums_of(*random_case(0, n_tokens=1)).compute(HOOKS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_finite_is_an_error_that_names_the_hook(which, value):
+    case = random_case(0)
+    case[which][3, 2, 1] = value
+    with pytest.raises(ValueError, match=r"must be finite; they are not at.*blocks.4"):
+        sums_of(*case).compute(HOOKS)
+
+
+def test_table_has_a_row_for_each_hook_in_order():
+    metrics = sums_of(*random_case(0)).compute(HOOKS)
+    table = metrics.to_dataframe()
+    assert list(table.columns) == COLUMNS
+    assert list(table.index) == HOOKS
+    assert table.index.name == "hook_name"
+    assert table["fvu"].tolist() == metrics.fvu.tolist()
+    assert table["dead_fraction"].tolist() == metrics.dead_fraction.tolist()
+
+
+def test_mean_is_over_layers():
+    metrics = sums_of(*random_case(0)).compute(HOOKS)
+    assert metrics.mean()["mse"] == pytest.approx(metrics.mse.mean().item())
+    assert metrics.mean()["dead_fraction"] == pytest.approx(metrics.dead_fraction[0])
+    assert list(metrics.mean().index) == COLUMNS
+
+
+def test_log_keys_name_the_layer():
+    metrics = sums_of(*random_case(0)).compute(HOOKS)
+    log = metrics.to_log_dict()
+    assert set(log) == {f"layer_{i}/{c}" for i in (0, 3, 4) for c in COLUMNS}
+    assert log["layer_3/fvu"] == metrics.fvu[1].item()
+    json.dumps(log)  # plain numbers
+
+
+def test_log_keys_are_hook_names_where_layers_are_unclear():
+    names = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
+    log = sums_of(*random_case(0)).compute(names).to_log_dict()
+    assert set(log) == {f"{name}/{column}" for name in names for column in COLUMNS}
