@@ -1,0 +1,371 @@
+"""The multi-layer SAE: one TopK SAE for the residual-stream vectors of all layers."""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sae_lens_multilayer.normalization import CopyableLayerNorm
+from sae_lens_multilayer.topk import reference, sparse
+from sae_lens_multilayer.topk.step import TopKStep, training_step
+from sae_lens_multilayer.views import check_unit_norm, view, views
+
+ARCHITECTURE = "multilayer"
+"""The name under which SAELens knows this SAE."""
+
+_T_CONFIG = TypeVar("_T_CONFIG", bound=SAEConfig)
+
+
+@dataclass
+class MultiLayerSAEConfig(SAEConfig):
+    """Configuration of a multi-layer SAE for inference.
+
+    The hooks that it was trained on are `metadata.hook_names`, in the order of the
+    layer axis.
+
+    Args:
+        k: Number of latents kept for each activation vector.
+        normalize_activations: "layer_norm" (the paper's): each vector is given mean 0
+            and standard deviation 1 before the encoder and taken back after the
+            decoder; or "none".
+    """
+
+    k: int = 32
+    normalize_activations: str = "layer_norm"  # type: ignore[assignment]
+    # An SAEMetadata; the host's `from_dict` makes it one only after this was built.
+    metadata: Any = field(default_factory=SAEMetadata)
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_config(self, self.k)
+
+
+@dataclass
+class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
+    """Configuration of a multi-layer SAE for training: the paper's recipe by default.
+
+    Args:
+        k: Number of latents kept for each activation vector.
+        k_aux: Number of dead latents that reconstruct the error; None: the power of two
+            nearest to `d_in` / 2, and at most `d_sae`.
+        aux_loss_coefficient: Weight of the auxiliary loss.
+        dead_after_tokens: Tokens without firing, on any layer, after which a latent is
+            dead.
+        dead_latent_threshold: Activation above which a latent has fired.
+        certified_topk: Choose the latents from a bfloat16 product and prove the choice
+            equal to float32's, recomputing it where the proof fails; None: where that
+            is faster. The result is the same.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    k: int = 32
+    k_aux: int | None = None
+    aux_loss_coefficient: float = 1 / 32
+    dead_after_tokens: int = 10_000_000
+    dead_latent_threshold: float = 1e-3
+    certified_topk: bool | None = None
+    normalize_activations: str = "layer_norm"  # type: ignore[assignment]
+    decoder_init_norm: float | None = 1.0
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        if self.k_aux is None:
+            self.k_aux = min(_power_of_two_near(self.d_in / 2), self.d_sae)
+        # The host copies the training settings, this one too, into the metadata.
+        super().__post_init__()
+        _check_config(self, self.k)
+        if not 0 < self.k_aux <= self.d_sae:
+            raise ValueError(
+                f"`k_aux` must be in [1, d_sae = {self.d_sae}]; got {self.k_aux}."
+            )
+        if self.dead_after_tokens <= 0:
+            raise ValueError(
+                f"`dead_after_tokens` must be positive; got {self.dead_after_tokens}."
+            )
+        if self.decoder_init_norm != 1.0:
+            raise ValueError(
+                "`decoder_init_norm` must be 1: the decoder rows of a multi-layer SAE "
+                f"have unit norm; got {self.decoder_init_norm}."
+            )
+
+
+class _MultiLayerWeights(CopyableLayerNorm, SAE[_T_CONFIG]):
+    """What the inference and the training class share: weights, maps, views."""
+
+    @override
+    def initialize_weights(self) -> None:
+        """Draw decoder rows of unit norm; the encoder starts as their transpose.
+
+        `W_enc` has SAELens' shape [d_in, d_sae] but one latent's weights lie together
+        in memory, as the sparse step gathers them.
+        """
+        SAE.initialize_weights(self)
+        with torch.no_grad():
+            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True))
+            self.W_enc = nn.Parameter(self.W_dec.clone().T)
+
+    @override
+    def get_activation_fn(self) -> TopK:
+        return TopK(_k_of(self.cfg))
+
+    def encode_with_hidden_pre(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
+        """Encode densely, with the pre-activations."""
+        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc)
+        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
+
+    @override
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Dense activations of all latents, as SAELens expects (`encode_topk`: sparse).
+
+        The vectors of any layers may be mixed in the batch axes.
+        """
+        return self.encode_with_hidden_pre(x)[0]
+
+    @override
+    def decode(
+        self, feature_acts: Float[Tensor, "*batch d_sae"]
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruct the vectors that were last encoded, in raw space.
+
+        As in SAELens, the mean and standard deviation of the last `encode` are used up
+        here; `decode_topk` takes them from its argument instead.
+        """
+        recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        return self.run_time_activation_norm_fn_out(recons)
+
+    @torch.no_grad()
+    def encode_topk(self, x: Float[Tensor, "*batch d_in"]) -> sparse.TopKActs:
+        """The k largest latents of each vector, without a tensor of d_sae columns.
+
+        Returns:
+            Values after ReLU, indices, and the statistics that `decode_topk` needs.
+        """
+        return sparse.encode_topk(
+            x.to(self.dtype),
+            self.W_enc,
+            self.b_dec,
+            _k_of(self.cfg),
+            standardize_inputs=self.standardizes,
+        )
+
+    @torch.no_grad()
+    def decode_topk(self, acts: sparse.TopKActs) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruct vectors in raw space from their k largest latents."""
+        return sparse.decode_topk(acts, self.W_dec, self.b_dec)
+
+    def view(self, layer_or_hook_name: int | str) -> SAE[Any]:
+        """An ordinary TopK SAE for one hook, which shares this SAE's memory.
+
+        Raises:
+            ValueError: If the hook is not one of this SAE's; lists those.
+        """
+        return view(self, layer_or_hook_name)
+
+    def views(self) -> list[SAE[Any]]:
+        """The views of all hooks, in the order of the layer axis."""
+        return views(self)
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        """Do nothing: the decoder rows have unit norm already.
+
+        Raises:
+            ValueError: If they have not, since folding would change the choice of the k
+                largest latents.
+        """
+        check_unit_norm(self.W_dec)
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Fold a constant scale of the inputs into the weights.
+
+        Raises:
+            ValueError: If the SAE standardises its inputs, which have no scale then.
+        """
+        self._check_not_standardizing("fold_activation_norm_scaling_factor")
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        """Fold a whitening of the inputs into the weights.
+
+        Raises:
+            ValueError: If the SAE standardises its inputs.
+        """
+        self._check_not_standardizing("fold_activation_whitening")
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+
+    def _check_not_standardizing(self, what: str) -> None:
+        if self.standardizes:
+            raise ValueError(
+                f"`{what}` needs an SAE with normalize_activations='none'; this one "
+                "standardises each vector, which cannot be folded into its weights."
+            )
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        # safetensors refuses tensors whose memory is not in the order of their axes.
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T
+
+
+class MultiLayerSAE(_MultiLayerWeights[MultiLayerSAEConfig]):
+    """One TopK SAE whose weights are tied across the layers of a transformer.
+
+    `u = (x - mean) / (std + 1e-5); a = ReLU(TopK((u - b_dec) W_enc));
+    x_hat = (a W_dec + b_dec) * std + mean`, for a vector x of any hooked layer.
+
+    References:
+        Lawson et al. (2025), arXiv:2409.04185, section 3.
+    """
+
+
+class MultiLayerTrainingSAE(
+    _MultiLayerWeights[MultiLayerTrainingSAEConfig],
+    TrainingSAE[MultiLayerTrainingSAEConfig],
+):
+    """The multi-layer SAE in training.
+
+    The trainer of this package takes its gradients by `accumulate_gradients`, from the
+    k active latents only. `training_forward_pass` is the plain dense version of the
+    same loss for SAELens' own trainers.
+    """
+
+    @override
+    def get_coefficients(self) -> dict[str, Any]:
+        return {}
+
+    @torch.no_grad()
+    def accumulate_gradients(
+        self,
+        x: Float[Tensor, "token layer d_in"],
+        dead_latents: Bool[Tensor, " d_sae"] | None,
+        micro_batch_size: int,
+    ) -> TopKStep:
+        """Add the gradients of the loss on a whole training batch to the parameters'.
+
+        Args:
+            x: Activation vectors in raw space.
+            dead_latents: Latents that the auxiliary loss trains.
+            micro_batch_size: Tokens whose vectors at one layer are encoded at a time.
+
+        Returns:
+            The losses and the sums for metrics of this batch.
+
+        References:
+            Design of this package, section 3; auxiliary loss: Gao et al. (2024),
+            arXiv:2406.04093, appendix A.2.
+        """
+        assert self.cfg.k_aux is not None  # set by the config
+        return training_step(
+            x.to(self.dtype),
+            self.W_enc,
+            self.W_dec,
+            self.b_dec,
+            k=self.cfg.k,
+            dead_latents=dead_latents,
+            k_aux=self.cfg.k_aux,
+            aux_coefficient=self.cfg.aux_loss_coefficient,
+            micro_batch_size=micro_batch_size,
+            standardize_inputs=self.standardizes,
+            certified=self.cfg.certified_topk,
+        )
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The loss by the dense definition, differentiable by autograd.
+
+        Args:
+            step_input: `sae_in` is [token, layer, d_in], or [token, d_in] of one layer.
+        """
+        x = step_input.sae_in.to(self.dtype)
+        feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
+        assert self.cfg.k_aux is not None  # set by the config
+        losses = reference.training_loss(
+            x if x.ndim == 3 else x.unsqueeze(1),
+            self.W_enc,
+            self.W_dec,
+            self.b_dec,
+            k=self.cfg.k,
+            dead_latents=step_input.dead_neuron_mask,
+            k_aux=self.cfg.k_aux,
+            aux_coefficient=self.cfg.aux_loss_coefficient,
+            standardize_inputs=self.standardizes,
+        )
+        return TrainStepOutput(
+            sae_in=x,
+            sae_out=self.decode(feature_acts),
+            feature_acts=feature_acts,
+            hidden_pre=hidden_pre,
+            loss=losses.loss,
+            losses={
+                "mse_loss": losses.mse_loss,
+                "auxiliary_reconstruction_loss": losses.aux_loss,
+            },
+        )
+
+    @override
+    def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Not used: the auxiliary loss is part of `training_forward_pass`."""
+        raise NotImplementedError(
+            "The auxiliary loss of a multi-layer SAE is part of its training loss; "
+            "call `training_forward_pass`."
+        )
+
+
+def _k_of(cfg: Any) -> int:
+    return cfg.k
+
+
+def _check_config(cfg: SAEConfig, k: int) -> None:
+    for name in ("d_in", "d_sae"):
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"`{name}` must be positive; got {getattr(cfg, name)}.")
+    if not 0 < k <= cfg.d_sae:
+        raise ValueError(f"`k` must be in [1, d_sae = {cfg.d_sae}]; got {k}.")
+    if cfg.normalize_activations not in ("layer_norm", "none"):
+        raise ValueError(
+            "`normalize_activations` of a multi-layer SAE must be 'layer_norm' or "
+            f"'none'; got {cfg.normalize_activations!r}."
+        )
+    if not cfg.apply_b_dec_to_input:
+        raise ValueError(
+            "`apply_b_dec_to_input` must be True for a multi-layer SAE; got False."
+        )
+    if cfg.reshape_activations != "none":
+        raise ValueError(
+            "`reshape_activations` of a multi-layer SAE must be 'none'; got "
+            f"{cfg.reshape_activations!r}. For `attn.hook_z` call "
+            "`turn_on_forward_pass_hook_z_reshaping()` of its views."
+        )
+
+
+def _power_of_two_near(x: float) -> int:
+    power = 1
+    while power * 2 - x <= x - power:
+        power *= 2
+    return power

@@ -1,0 +1,171 @@
+"""Ordinary SAELens SAEs for the hooks of a multi-layer SAE, which share its memory."""
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, SAEConfig, TopKSAE, TopKSAEConfig, TrainingSAE
+from sae_lens.registry import get_sae_class
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sae_lens_multilayer.hooks import find_hook
+from sae_lens_multilayer.normalization import CopyableLayerNorm
+
+_UNIT_NORM_TOLERANCE = 1e-2
+
+
+def hook_names_of(sae: SAE[Any]) -> list[str]:
+    """The hooks an SAE was trained on, in the order of the layer axis.
+
+    Raises:
+        ValueError: If the SAE was not trained on several hooks by this package.
+    """
+    names = sae.cfg.metadata.hook_names
+    if not names:
+        raise ValueError(
+            "The SAE must name its hooks in `cfg.metadata.hook_names`, as those "
+            "trained by this package do; this one has "
+            f"hook_name={sae.cfg.metadata.hook_name!r} only."
+        )
+    return list(names)
+
+
+def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
+    """An ordinary SAE for one hook of an SAE that was trained on several.
+
+    Its tensors share the memory of `sae`'s until it is converted, folded or loaded
+    into; then it gets its own. Nothing done to it changes `sae` or another view, except
+    writing to its tensors in place, as an optimiser does; train a `copy.deepcopy`.
+
+    A stock SAE in training folds norms and thresholds into its weights when it is saved
+    for inference; its views hold such folded weights, apart from it.
+
+    Args:
+        sae: A `MultiLayerSAE`, or any SAELens SAE trained on a multi-layer stream.
+        layer_or_hook_name: One of `sae.cfg.metadata.hook_names`, or its block number.
+
+    Returns:
+        An SAE of the stock class: TopK for a multi-layer SAE. Saved, it loads in
+        SAELens without this package.
+
+    Raises:
+        ValueError: If the hook is not one of this SAE's; lists those.
+    """
+    names = hook_names_of(sae)
+    return _views_of(sae, [names[find_hook(names, layer_or_hook_name)]])[0]
+
+
+def views(sae: SAE[Any]) -> list[SAE[Any]]:
+    """The views of all hooks, in the order of the layer axis."""
+    return _views_of(sae, hook_names_of(sae))
+
+
+def _views_of(sae: SAE[Any], hook_names: Sequence[str]) -> list[SAE[Any]]:
+    cfg, tensors = _stock_form(sae)
+    return [_HookView.build(cfg, tensors, hook_name) for hook_name in hook_names]
+
+
+def _stock_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
+    """The stock inference config and tensors that compute what `sae` computes."""
+    from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
+
+    if isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE)):
+        shared = {f.name: getattr(sae.cfg, f.name) for f in fields(SAEConfig)}
+        b_enc = torch.zeros(sae.cfg.d_sae, dtype=sae.dtype, device=sae.device)
+        tensors = {**sae.state_dict(), "b_enc": b_enc}
+        return TopKSAEConfig(k=sae.cfg.k, **shared), tensors
+    if isinstance(sae, TrainingSAE):
+        # Saving for inference folds norms and thresholds into the tensors it is given.
+        tensors = {name: t.clone() for name, t in sae.state_dict().items()}
+        sae.process_state_dict_for_saving_inference(tensors)
+        return SAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()), tensors
+    return sae.cfg, sae.state_dict()
+
+
+class _HookView(CopyableLayerNorm):
+    """What a view adds to the stock class that it is made from."""
+
+    @staticmethod
+    def build(cfg: SAEConfig, tensors: dict[str, Tensor], hook_name: str) -> SAE[Any]:
+        cfg = copy.deepcopy(cfg)
+        cfg.metadata.hook_name = hook_name
+        delattr(cfg.metadata, "hook_names")
+        device, cfg.device = cfg.device, "meta"
+        sae = _view_class(get_sae_class(cfg.architecture())[0])(cfg)
+        cfg.device, sae.device = device, torch.device(device)
+        for name in sae.state_dict():
+            # A parameter of its own over the shared memory: its gradient and
+            # `requires_grad` are not its siblings'.
+            is_parameter = name in sae._parameters
+            value = tensors[name].detach()
+            setattr(sae, name, nn.Parameter(value) if is_parameter else value)
+        return sae
+
+    def _own_memory(self) -> None:
+        for tensor in [*self.parameters(), *self.buffers()]:
+            tensor.data = tensor.data.clone()
+
+    @override
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._own_memory()
+        return super().load_state_dict(*args, **kwargs)
+
+    @override
+    def fold_W_dec_norm(self) -> None:
+        """Give the decoder rows unit norm.
+
+        A TopK view whose rows have it already stays as it is (SAEDashboard asks this of
+        every SAE, and the stock TopK refuses).
+        """
+        if isinstance(self, TopKSAE) and not self.cfg.rescale_acts_by_decoder_norm:
+            check_unit_norm(self.W_dec)
+            return
+        self._own_memory()
+        super().fold_W_dec_norm()
+
+    @override
+    def fold_and_get_W_dec_norm(self) -> Tensor:
+        self._own_memory()
+        return super().fold_and_get_W_dec_norm()
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self._own_memory()
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        self._own_memory()
+        super().fold_activation_whitening(*args, **kwargs)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        # safetensors refuses tensors whose memory is not in the order of their axes.
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+
+@functools.cache
+def _view_class(stock: type[SAE[Any]]) -> type[SAE[Any]]:
+    name = f"{stock.__name__}View"
+    return type(name, (_HookView, stock), {"__module__": __name__})
+
+
+def check_unit_norm(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+    """Raise ValueError if a decoder row's norm is not 1 within 0.01.
+
+    The decoders that the paper's code saved are off by its last optimiser step, which
+    is far less.
+    """
+    off = (W_dec.norm(dim=-1) - 1).abs().max().item()
+    if not off <= _UNIT_NORM_TOLERANCE:
+        raise ValueError(
+            "`fold_W_dec_norm` needs decoder rows of unit norm, since folding other "
+            "norms would change which latents are the k largest; one is off by "
+            f"{off:.3g}."
+        )
