@@ -1,0 +1,43 @@
+"""Multi-layer sparse autoencoders for SAELens: one SAE, tied across all layers."""
+
+from sae_lens_multilayer._registration import register
+from sae_lens_multilayer.activations import (
+    MultiLayerActivationsStore,
+    NonFiniteActivationError,
+)
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.evaluation import (
+    SpliceMetrics,
+    evaluate,
+    reconstruction_metrics,
+)
+from sae_lens_multilayer.metrics import LayerMetrics
+from sae_lens_multilayer.sae import (
+    MultiLayerSAE,
+    MultiLayerSAEConfig,
+    MultiLayerTrainingSAE,
+    MultiLayerTrainingSAEConfig,
+)
+from sae_lens_multilayer.training import MultiLayerSAETrainingRunner
+from sae_lens_multilayer.views import view, views
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "LayerMetrics",
+    "MultiLayerActivationsStore",
+    "MultiLayerConfig",
+    "MultiLayerSAE",
+    "MultiLayerSAEConfig",
+    "MultiLayerSAETrainingRunner",
+    "MultiLayerTrainingSAE",
+    "MultiLayerTrainingSAEConfig",
+    "NonFiniteActivationError",
+    "SpliceMetrics",
+    "evaluate",
+    "reconstruction_metrics",
+    "view",
+    "views",
+]
+
+register()

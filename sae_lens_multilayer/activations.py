@@ -1,0 +1,305 @@
+"""Runs the model once for all hooks and serves shuffled tokens, layers together."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens.config import HfDataset
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import load_file
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_multilayer import hooks
+from sae_lens_multilayer.buffer import ShuffleBuffer
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.local_datasets import resolve_dataset
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteActivationError(ValueError):
+    """An activation of the model is NaN or infinite."""
+
+
+class MultiLayerActivationsStore(ActivationsStore):
+    """SAELens' activations store for many hooks at once.
+
+    The tokens come from the host's store. One forward pass, which stops after the last
+    block needed, gives the vectors of all hooks; they go straight into the free slots
+    of a buffer that is allocated once. `next(store)` gives `[token, layer, d_in]` in
+    the order of `hook_names`; a token's layers stay together. Every token of an epoch
+    is served exactly once before any of the next.
+    """
+
+    hook_names: list[str]
+    _own_hook_names: list[str]
+    _generator: torch.Generator
+    _buffer: ShuffleBuffer | None = None
+    _n_model_batches: int = 0
+    _n_served: int = 0
+    _n_tokens_this_epoch: int | None = 0  # None: the start of the epoch was not seen
+    _epoch_has_ended: bool = False  # the buffer holds the last tokens of an epoch
+
+    @override
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls,
+        model: Any,
+        cfg: MultiLayerConfig[Any],
+        override_dataset: HfDataset | None = None,
+    ) -> "MultiLayerActivationsStore":
+        """Make the store of a training run.
+
+        Args:
+            model: A loaded model of any kind the host can hook.
+            cfg: The run's configuration.
+            override_dataset: A dataset to read instead of `cfg.dataset_path`.
+
+        Raises:
+            ValueError: If a hook does not exist or the hooks differ in width, if the
+                context is too long for the model, or if the dataset is empty.
+        """
+        if override_dataset is None and not cfg.dataset_path:
+            raise ValueError("Give `dataset_path`, or a dataset to the runner.")
+        shape = hooks.shape_of_model(model)
+        hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
+        names = cfg.resolve_hook_names(shape.n_layers)
+        own_names = hooks.model_hook_names(model, names)
+        dataset = resolve_dataset(
+            override_dataset if override_dataset is not None else cfg.dataset_path,
+            cfg.context_size,
+            cfg.streaming,
+            cfg.disable_concat_sequences,
+            cfg.use_chat_formatting,
+        )
+        store = super().from_config(model, cfg, override_dataset=dataset)  # type: ignore[arg-type]
+        assert isinstance(store, cls)
+        store.hook_name, store.hook_names = names[0], names
+        store._own_hook_names = own_names
+        store._generator = torch.Generator().manual_seed(cfg.seed)
+        hooks.check_widths(store.measure_widths(), cfg.sae.d_in)
+        return store
+
+    @torch.no_grad()
+    def measure_widths(self) -> dict[str, int]:
+        """Run the model on one token and measure the width at each hook."""
+        token = torch.zeros(1, 1, dtype=torch.long)
+        acts = self._run_model(token.to(self._model_device()), slice(None))
+        return {name: act.shape[-1] for name, act in acts.items()}
+
+    @override
+    @torch.no_grad()
+    def get_multi_hook_activations(
+        self, batch_tokens: Int[Tensor, "prompt pos"]
+    ) -> dict[str, Float[Tensor, "prompt kept_pos d_in"]]:
+        """Vectors of all hooks from one forward pass, in raw space.
+
+        Positions outside `seqpos_slice` are left out.
+        """
+        return self._run_model(batch_tokens, slice(*self.seqpos_slice))
+
+    def _run_model(self, batch_tokens: Tensor, positions: slice) -> dict[str, Tensor]:
+        with torch.autocast(
+            device_type=batch_tokens.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.autocast_lm,
+        ):
+            _, cache = self.model.run_with_cache(
+                batch_tokens,
+                names_filter=list(self._own_hook_names),
+                stop_at_layer=hooks.stop_at_layer(self._own_hook_names),
+                prepend_bos=False,
+                **self.model_kwargs,
+            )
+        return {
+            name: one_vector_per_position(
+                cache[own][:, positions], self.hook_head_index
+            )
+            for name, own in zip(self.hook_names, self._own_hook_names, strict=True)
+        }
+
+    def _model_device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @override
+    def __next__(self) -> Float[Tensor, "token layer d_in"]:
+        """The next training batch of `train_batch_size_tokens` tokens.
+
+        Raises:
+            NonFiniteActivationError: If the model gives a NaN or an infinity; names the
+                hook and the batch.
+            ValueError: If the dataset holds less than one training batch.
+        """
+        buffer = self._ensure_buffer()
+        n_missing = self.train_batch_size_tokens
+        parts: list[Tensor] = []
+        while n_missing > 0:
+            if buffer.n_filled - n_missing < self._n_kept(buffer):
+                if self._epoch_has_ended:
+                    parts.append(self._draw(buffer, buffer.n_filled))
+                    n_missing -= len(parts[-1])
+                self._refill(buffer)
+            parts.append(self._draw(buffer, min(n_missing, buffer.n_filled)))
+            n_missing -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _draw(self, buffer: ShuffleBuffer, n_tokens: int) -> Tensor:
+        self._n_served += n_tokens
+        return buffer.draw(n_tokens)
+
+    def _ensure_buffer(self) -> ShuffleBuffer:
+        if self._buffer is None:
+            capacity = self.buffer_capacity_tokens
+            shuffles = self.activations_mixing_fraction > 0
+            self._buffer = ShuffleBuffer(
+                capacity,
+                len(self.hook_names),
+                self.d_in,
+                self.dtype,
+                self.device,
+                self._generator if shuffles else None,
+            )
+            logger.info(
+                "Activation buffer: %d tokens x %d layers x %d, %s: %d bytes "
+                "(%.2f GiB)",
+                *self._buffer.data.shape,
+                self.dtype,
+                self._buffer.data.nbytes,
+                self._buffer.data.nbytes / 2**30,
+            )
+        return self._buffer
+
+    @property
+    def tokens_per_model_batch(self) -> int:
+        """Tokens whose vectors one forward pass can give."""
+        return self.store_batch_size_prompts * self.training_context_size
+
+    @property
+    def buffer_capacity_tokens(self) -> int:
+        """Slots of the buffer.
+
+        The host's size, `n_batches_in_buffer` contexts, or more where that cannot hold
+        a model batch beside two training batches (the host then raises).
+        """
+        needed = self.tokens_per_model_batch + 2 * self.train_batch_size_tokens
+        return max(self.n_batches_in_buffer * self.training_context_size, needed)
+
+    def _n_kept(self, buffer: ShuffleBuffer) -> int:
+        """Tokens that stay to be mixed with the next ones, while an epoch lasts."""
+        if self._epoch_has_ended:
+            return 0
+        capacity = buffer.n_filled + buffer.n_free
+        most = capacity - self.tokens_per_model_batch - self.train_batch_size_tokens
+        return min(math.floor(capacity * self.activations_mixing_fraction), most)
+
+    def _refill(self, buffer: ShuffleBuffer) -> None:
+        """Run the model until the buffer is full, or holds all that the run needs, or
+        the dataset has ended."""
+        self._epoch_has_ended = False
+        while buffer.n_free >= self.tokens_per_model_batch:
+            if self._has_enough(buffer.n_filled) or self._epoch_has_ended:
+                break
+            tokens, self._epoch_has_ended = self._next_prompts()
+            if tokens is not None:
+                self._harvest(tokens, buffer)
+            if self._epoch_has_ended:
+                self._end_epoch()
+        buffer.shuffle()
+
+    def _has_enough(self, n_filled: int) -> bool:
+        batch = self.train_batch_size_tokens
+        n_in_run = math.ceil(self.total_training_tokens / batch) * batch
+        return 0 < n_in_run - self._n_served <= n_filled
+
+    def _end_epoch(self) -> None:
+        n_tokens, self._n_tokens_this_epoch = self._n_tokens_this_epoch, 0
+        if n_tokens is not None and n_tokens < self.train_batch_size_tokens:
+            raise ValueError(
+                "The dataset must hold at least one training batch of "
+                f"{self.train_batch_size_tokens} tokens, in whole contexts of "
+                f"{self.context_size}; it gives {n_tokens}. Use more data, a smaller "
+                "`train_batch_size_tokens` or a shorter `context_size`."
+            )
+        logger.info("The dataset has ended; a new epoch begins.")
+
+    def _next_prompts(self) -> tuple[Int[Tensor, "prompt pos"] | None, bool]:
+        """Up to `store_batch_size_prompts` rows, and whether the dataset has ended."""
+        rows: list[Tensor] = []
+        ended = False
+        while len(rows) < self.store_batch_size_prompts and not ended:
+            try:
+                rows.append(self.get_batch_tokens(1, raise_at_epoch_end=True))
+            except StopIteration:
+                ended = True
+        return (torch.cat(rows) if rows else None), ended
+
+    @torch.no_grad()
+    def _harvest(
+        self, tokens: Int[Tensor, "prompt pos"], buffer: ShuffleBuffer
+    ) -> None:
+        """Write the vectors of a batch of prompts into free slots."""
+        self._n_model_batches += 1
+        keep = self._kept_tokens(tokens)
+        slots = buffer.free_slots(int(keep.sum()))
+        for layer, (name, acts) in enumerate(
+            self.get_multi_hook_activations(tokens).items()
+        ):
+            rows = acts.flatten(0, 1).to(buffer.data.device)[keep]
+            self._check_finite(rows, name)
+            buffer.data[:, layer].index_copy_(0, slots, rows.to(buffer.data.dtype))
+        buffer.commit(len(slots))
+        if self._n_tokens_this_epoch is not None:
+            self._n_tokens_this_epoch += len(slots)
+
+    def _kept_tokens(self, tokens: Tensor) -> Tensor:
+        flat = tokens[:, slice(*self.seqpos_slice)].flatten().to(self.device)
+        if self.exclude_special_tokens is None:
+            return torch.ones_like(flat, dtype=torch.bool)
+        return ~torch.isin(flat, self.exclude_special_tokens)
+
+    def _check_finite(self, rows: Tensor, hook_name: str) -> None:
+        if rows.numel() and not rows.abs().amax().isfinite():
+            n_bad = int((~rows.isfinite().all(-1)).sum())
+            raise NonFiniteActivationError(
+                f"Activations must be finite; {n_bad} of {len(rows)} vectors at "
+                f"{hook_name!r} in model batch {self._n_model_batches} (dataset row "
+                f"{self.n_dataset_processed}) are NaN or infinite. Nothing was trained "
+                "on them or saved. Check the model's dtype and this part of the data."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Tensor]:
+        """The place in the dataset, and how many tokens were served."""
+        return {**super().state_dict(), "n_served": torch.tensor(self._n_served)}
+
+    @override
+    def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
+        """Go on in the dataset where a checkpoint was written.
+
+        The tokens that were waiting in the buffer then are left out.
+        """
+        super().load_from_checkpoint(checkpoint_path)
+        state = load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
+        self._n_served = int(state["n_served"])
+        self._n_tokens_this_epoch = None
+
+
+def one_vector_per_position(
+    acts: Float[Tensor, "prompt pos *head d_in"], head_index: int | None
+) -> Float[Tensor, "prompt pos d_vector"]:
+    """Choose one head of a hook that has heads, or put the heads end to end.
+
+    Raises:
+        ValueError: If a head is chosen at a hook without heads.
+    """
+    if head_index is not None and acts.ndim != 4:
+        raise ValueError(
+            "`hook_head_index` must be None at a hook without heads; got "
+            f"{head_index} for activations of shape {tuple(acts.shape)}."
+        )
+    return acts.flatten(2) if head_index is None else acts[:, :, head_index]

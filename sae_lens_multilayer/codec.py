@@ -1,0 +1,127 @@
+"""Reconstructs the vectors of each hook and counts what the SAE did."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from sae_lens_multilayer.metrics import LayerMetrics, LayerSums
+from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.views import hook_names_of, views
+
+_VECTORS_AT_A_TIME = 4096
+
+
+class Codec:
+    """One SAE for all hooks, or one for each, behind one interface.
+
+    Attributes:
+        hook_names: The hooks, in the order of the layer axis.
+    """
+
+    def __init__(self, sae: SAE[Any] | Sequence[SAE[Any]]) -> None:
+        """Take the SAEs and start to count.
+
+        Args:
+            sae: An SAE trained on several hooks, ours or stock; or SAEs of one hook
+                each, such as views or ordinary SAELens SAEs.
+
+        Raises:
+            ValueError: If an SAE does not name its hook, or two name the same one.
+        """
+        if isinstance(sae, SAE):
+            self.hook_names = hook_names_of(sae)
+            is_ours = isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE))
+            self._saes = [sae if is_ours else views(sae)[0]] * len(self.hook_names)
+            self._sums = [_no_sums(sae, len(self.hook_names))]
+        else:
+            self.hook_names = _single_hook_names(sae)
+            self._saes = list(sae)
+            self._sums = [_no_sums(one, 1) for one in sae]
+
+    def reconstruct(
+        self,
+        hook: int,
+        x: Float[Tensor, "*batch d_in"],
+        counted: Bool[Tensor, "*batch"] | None = None,
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruct vectors of a hook, in raw space and their own dtype.
+
+        Args:
+            hook: Position on the layer axis.
+            counted: Vectors that are added to the metrics, of the same tokens at every
+                hook; None: none.
+        """
+        flat = x.flatten(0, -2).to(self._saes[hook].device)
+        if counted is None:
+            counted = torch.zeros(x.shape[:-1], dtype=torch.bool)
+        counted = counted.flatten().to(flat.device)
+        sums, layer = self._sums_of(hook)
+        if layer == 0:
+            sums.n_tokens += int(counted.sum())
+        blocks = zip(
+            flat.split(_VECTORS_AT_A_TIME),
+            counted.split(_VECTORS_AT_A_TIME),
+            strict=True,
+        )
+        parts = [self._block(hook, rows, keep) for rows, keep in blocks]
+        return torch.cat(parts).view(x.shape).to(x.device, x.dtype)
+
+    def _block(
+        self, hook: int, x: Float[Tensor, "act d_in"], keep: Bool[Tensor, " act"]
+    ) -> Float[Tensor, "act d_in"]:
+        x_hat, n_active, sum_acts = _encode_decode(self._saes[hook], x, keep)
+        if keep.any():
+            sums, layer = self._sums_of(hook)
+            sums.add_layer(layer, x[keep], x_hat[keep], n_active, sum_acts)
+        return x_hat
+
+    def compute(self) -> LayerMetrics:
+        """The metrics of all vectors that were counted.
+
+        Raises:
+            ValueError: As `LayerSums.compute`.
+        """
+        if len(self._sums) == 1:
+            return self._sums[0].compute(self.hook_names)
+        return LayerMetrics.concatenate(
+            [
+                sums.compute([name])
+                for sums, name in zip(self._sums, self.hook_names, strict=True)
+            ]
+        )
+
+    def _sums_of(self, hook: int) -> tuple[LayerSums, int]:
+        return (self._sums[0], hook) if len(self._sums) == 1 else (self._sums[hook], 0)
+
+
+def _encode_decode(
+    sae: SAE[Any], x: Float[Tensor, "act d_in"], keep: Bool[Tensor, " act"]
+) -> tuple[Float[Tensor, "act d_in"], Int[Tensor, " d_sae"], Float[Tensor, ""]]:
+    """Reconstructions, and how often each latent is active and how much all are."""
+    if isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE)):
+        acts = sae.encode_topk(x)
+        values = acts.values[keep]
+        fired = acts.indices[keep][values > 0]
+        n_active = fired.bincount(minlength=sae.cfg.d_sae)
+        return sae.decode_topk(acts), n_active, values.sum()
+    dense = sae.encode(x)
+    values = dense[keep]
+    return sae.decode(dense), (values != 0).sum(0), values.abs().sum()
+
+
+def _no_sums(sae: SAE[Any], n_layers: int) -> LayerSums:
+    return LayerSums.zeros(n_layers, sae.cfg.d_in, sae.cfg.d_sae)
+
+
+def _single_hook_names(saes: Sequence[SAE[Any]]) -> list[str]:
+    names = [sae.cfg.metadata.hook_name for sae in saes]
+    if not names or None in names or len(set(names)) != len(names):
+        raise ValueError(
+            "Each of several SAEs must name its own hook in `cfg.metadata.hook_name`; "
+            f"got {names}."
+        )
+    return names

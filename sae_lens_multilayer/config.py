@@ -1,0 +1,191 @@
+"""What a training run is told: the host's fields, and those of a multi-layer run."""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.util import str_to_dtype
+
+from sae_lens_multilayer import hooks
+from sae_lens_multilayer.sae import MultiLayerTrainingSAEConfig
+
+T_TRAINING_SAE_CONFIG = TypeVar(
+    "T_TRAINING_SAE_CONFIG", bound=TrainingSAEConfig, covariant=True
+)
+
+_POSITIVE = (
+    "training_tokens",
+    "train_batch_size_tokens",
+    "micro_batch_size_tokens",
+    "store_batch_size_prompts",
+    "n_batches_in_buffer",
+    "context_size",
+    "lr",
+    "adam_eps",
+    "max_grad_norm",
+)
+
+
+@dataclass
+class MultiLayerTrainerConfig(SAETrainerConfig):
+    """The part of `MultiLayerConfig` that the trainer needs.
+
+    "Samples" in the host's fields are tokens here: each gives one activation vector per
+    layer.
+    """
+
+    hook_names: list[str] = field(default_factory=list)
+    micro_batch_size_tokens: int | None = None
+    adam_eps: float = 6.25e-10
+    max_grad_norm: float | None = None
+    standardize_stock_inputs: bool = True
+
+
+@dataclass
+class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
+    """Configuration for training one SAE on many layers of a language model.
+
+    Every field of SAELens' `LanguageModelSAERunnerConfig` keeps its meaning; all counts
+    of tokens are tokens of text, each of which gives one activation vector per layer.
+    The defaults are the recipe of Lawson et al. (2025), section 3, except sizes: Adam
+    with a constant learning rate of 1e-4, no gradient clipping. Pass it to
+    `SAETrainingRunner` or `LanguageModelSAETrainingRunner` of SAELens.
+
+    `sae` is a `MultiLayerTrainingSAEConfig` (the paper's TopK SAE) or any other SAELens
+    training config, which then sees the same multi-layer stream.
+
+    Raises:
+        ValueError: If a value is out of range or two values contradict each other;
+            before a model is loaded.
+    """
+
+    sae: T_TRAINING_SAE_CONFIG = field(  # type: ignore[assignment]
+        default_factory=lambda: MultiLayerTrainingSAEConfig(d_in=512, d_sae=64 * 512)
+    )
+    hook_name: str = hooks.DEFAULT_HOOK_NAME
+    """Template of the hook names; `{layer}` stands for the block number."""
+    layers: list[int] | None = None
+    """Blocks whose hook feeds the SAE, in the order of the layer axis; None: all."""
+    hook_names: list[str] | None = None
+    """Explicit hook names instead of `hook_name` and `layers`."""
+    micro_batch_size_tokens: int | None = None
+    """Tokens worked on at a time; must divide `train_batch_size_tokens`. The update
+    does not depend on it. A multi-layer SAE takes one layer of them at a time and holds
+    pre-activations of `micro_batch_size_tokens` x `d_sae`; a stock SAE takes all layers
+    at once (and BatchTopK takes its k over them). None: chosen to fit the cache, or the
+    whole batch for a stock SAE."""
+    lr: float = 1e-4
+    adam_eps: float = 6.25e-10
+    """Epsilon of Adam."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this norm; None: no clipping (SAELens itself clips to 1)."""
+    standardize_stock_inputs: bool = True
+    """How a stock architecture sees layers whose scales differ by orders of magnitude.
+    True: each vector is given mean 0 and standard deviation 1 before the SAE, so every
+    vector of every layer counts the same in its losses, and the SAE is saved with
+    `normalize_activations="layer_norm"`, which does the same at inference. False: raw
+    vectors, with SAELens' own `normalize_activations`; large layers dominate."""
+
+    def __post_init__(self) -> None:
+        hooks.check_hook_choice(self.hook_name, self.hook_names, self.layers)
+        self.seqpos_slice = tuple(self.seqpos_slice)
+        # A range cannot be saved with the run, and a tuple comes back as a list.
+        self.layers = None if self.layers is None else list(self.layers)
+        self.hook_names = None if self.hook_names is None else list(self.hook_names)
+        self._check_sizes()
+        self._check_sae()
+        super().__post_init__()
+
+    def _check_sizes(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive; got {value}.")
+        if not 0 <= self.activations_mixing_fraction <= 1:
+            raise ValueError(
+                "`activations_mixing_fraction` must be in [0, 1]; got "
+                f"{self.activations_mixing_fraction}."
+            )
+        if self.n_checkpoints < 0:
+            raise ValueError(
+                f"`n_checkpoints` must not be negative; got {self.n_checkpoints}."
+            )
+        str_to_dtype(self.dtype)
+        micro, batch = self.micro_batch_size_tokens, self.train_batch_size_tokens
+        if micro is not None and batch % micro != 0:
+            raise ValueError(
+                "`train_batch_size_tokens` must be a multiple of "
+                f"`micro_batch_size_tokens`; got {batch} and {micro}."
+            )
+        if self.use_cached_activations:
+            raise ValueError(
+                "`use_cached_activations` must be False: SAELens' activation cache "
+                "holds one hook, and a multi-layer SAE needs all of them together."
+            )
+
+    def _check_sae(self) -> None:
+        sae: Any = self.sae
+        if not isinstance(sae, TrainingSAEConfig):
+            raise ValueError(
+                "`sae` must be a training config, such as MultiLayerTrainingSAEConfig; "
+                f"got {type(sae).__name__}."
+            )
+        for name in ("d_in", "d_sae"):
+            if getattr(self.sae, name) <= 0:
+                raise ValueError(
+                    f"`{name}` must be positive; got {getattr(self.sae, name)}."
+                )
+        k = getattr(self.sae, "k", None)
+        if k is not None and not 0 < k <= self.sae.d_sae:
+            raise ValueError(f"`k` must be in (0, d_sae = {self.sae.d_sae}]; got {k}.")
+        normalization = self.sae.normalize_activations
+        if self.standardizes_stock_inputs and normalization not in (
+            "none",
+            "layer_norm",
+        ):
+            raise ValueError(
+                "`normalize_activations` of a stock SAE must be 'none' or 'layer_norm' "
+                f"when its inputs are standardised; got {normalization!r}. Set "
+                "`standardize_stock_inputs=False` to use it on raw vectors."
+            )
+
+    @property
+    def standardizes_stock_inputs(self) -> bool:
+        """Whether this run trains a stock architecture on standardised vectors."""
+        return self.standardize_stock_inputs and not isinstance(
+            self.sae, MultiLayerTrainingSAEConfig
+        )
+
+    def resolve_hook_names(self, n_layers: int) -> list[str]:
+        """Name the hooks of this run in the order of the layer axis.
+
+        Args:
+            n_layers: Number of blocks of the model.
+
+        Raises:
+            ValueError: If a layer is not in the model.
+        """
+        return hooks.resolve_hook_names(
+            self.hook_name, self.hook_names, self.layers, n_layers, self.model_name
+        )
+
+    @classmethod
+    def from_dict(cls, cfg_dict: dict[str, Any]) -> "MultiLayerConfig[Any]":
+        """Load a config from `to_dict`, also after a way through JSON."""
+        if "seqpos_slice" in cfg_dict:
+            # JSON has no tuples.
+            cfg_dict = {**cfg_dict, "seqpos_slice": tuple(cfg_dict["seqpos_slice"])}
+        config = super().from_dict(cfg_dict)
+        assert isinstance(config, MultiLayerConfig)
+        return config
+
+    def to_sae_trainer_config(self) -> MultiLayerTrainerConfig:
+        """The trainer's part of this config; the runner adds the hook names."""
+        return MultiLayerTrainerConfig(
+            **vars(super().to_sae_trainer_config()),
+            micro_batch_size_tokens=self.micro_batch_size_tokens,
+            adam_eps=self.adam_eps,
+            max_grad_norm=self.max_grad_norm,
+            standardize_stock_inputs=self.standardizes_stock_inputs,
+        )

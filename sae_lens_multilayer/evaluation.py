@@ -1,0 +1,365 @@
+"""How well an SAE does on held-out tokens, by itself and spliced into the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from sae_lens import SAE
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lens_multilayer import hooks
+from sae_lens_multilayer.activations import one_vector_per_position
+from sae_lens_multilayer.codec import Codec
+from sae_lens_multilayer.metrics import LayerMetrics, log_dict
+from sae_lens_multilayer.scoring import RunSums, add_scores
+from sae_lens_multilayer.splicing import Edit, Splicer, make_splicer
+
+_PROMPTS_PER_BLOCK = 64
+
+
+@dataclass
+class SpliceMetrics:
+    """What happens to the model when layers pass through the SAE, in nats.
+
+    Each list has one entry for each hook, spliced by itself, in the order of
+    `reconstruction.hook_names`.
+    """
+
+    reconstruction: LayerMetrics
+    """How well the vectors themselves are reconstructed."""
+    ce_loss_clean: float
+    """Mean cross-entropy over predicted tokens, model untouched."""
+    ce_loss_spliced: list[float]
+    """The same with the layer's vectors replaced by their reconstructions."""
+    kl_div: list[float]
+    """Mean over positions of KL(clean ‖ spliced), as in SAELens."""
+    kl_div_reverse: list[float]
+    """Mean over positions of KL(spliced ‖ clean), as in the paper's code (which sums it
+    over the positions of a prompt)."""
+    ce_loss_ablated: list[float]
+    """Mean cross-entropy with the layer ablated at every position."""
+    together: dict[str, float] | None = None
+    """`ce_loss_spliced`, `delta_ce`, `kl_div` and `kl_div_reverse` of one run with
+    several layers replaced, each reconstructed from what the replaced ones before it
+    led to; None if not asked for."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each hook, in order; the index is the hook name."""
+        reconstruction = self.reconstruction.to_dataframe()
+        splices = pd.DataFrame(
+            {
+                "ce_loss_clean": self.ce_loss_clean,
+                "ce_loss_spliced": self.ce_loss_spliced,
+                "kl_div": self.kl_div,
+                "kl_div_reverse": self.kl_div_reverse,
+                "ce_loss_ablated": self.ce_loss_ablated,
+            },
+            index=reconstruction.index,
+        )
+        lost = splices.ce_loss_ablated - splices.ce_loss_spliced
+        score = lost / (splices.ce_loss_ablated - splices.ce_loss_clean)
+        delta = splices.ce_loss_spliced - splices.ce_loss_clean
+        splices.insert(2, "delta_ce", delta)
+        return splices.assign(ce_loss_score=score).join(reconstruction)
+
+    def mean(self) -> pd.Series:
+        """The mean over layers of every column."""
+        return self.to_dataframe().mean()
+
+    def to_log_dict(self) -> dict[str, float]:
+        """Flat keys for loggers: `layer_3/delta_ce` and so on."""
+        return log_dict(self.to_dataframe())
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SAE[Any] | Sequence[SAE[Any]],
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    *,
+    n_prompts: int | None = None,
+    batch_size_prompts: int = 8,
+    exclude_tokens: Sequence[int] = (),
+    keep_tokens: Sequence[int] = (),
+    keep_positions: Sequence[int] = (),
+    ablation: Literal["zero", "mean"] = "zero",
+    together: Sequence[int | str] | Literal["all"] | None = None,
+    use_error_term: bool = False,
+    from_middle: bool | None = None,
+) -> SpliceMetrics:
+    """Splice reconstructions into each layer in turn and compare with the clean run.
+
+    One clean pass gives the vectors of all hooks. The run of a layer starts after it,
+    and the runs of all layers share the blocks above as one larger batch, where the
+    model can start in the middle; else each is a whole pass with a hook. No more than a
+    few positions' logits are held (whole prompts' where the model cannot start in the
+    middle). The result does not depend on the batch size.
+
+    Args:
+        sae: A multi-layer SAE, ours or a stock one trained by this package, or a list
+            of SAEs of one hook each.
+        model: The model that the SAE was trained on, without SAEs attached.
+        tokens: Prompts with their special tokens, or a store to take them from.
+        n_prompts: Prompts taken from a store; None: `store_batch_size_prompts`.
+        batch_size_prompts: Prompts of a clean forward pass.
+        exclude_tokens: Token ids whose positions keep their own vectors and are left
+            out of all averages, as SAELens' `exclude_special_tokens`.
+        keep_tokens: Token ids whose positions keep their own vectors and are left out
+            of the metrics of reconstruction only.
+        keep_positions: Positions in a prompt, treated likewise.
+        ablation: What the ablated runs replace a layer's vectors by: zeros (as SAELens)
+            or their mean over these tokens.
+        together: Hooks that one more run replaces all at once.
+        use_error_term: Add the error of each reconstruction back, so that nothing is
+            changed; a check.
+        from_middle: See `make_splicer`; None: where the model can.
+
+    Raises:
+        ValueError: If no token is predicted, a prompt is longer than the context, a
+            hook is missing, or an SAE was trained on one attention head.
+
+    References:
+        Delta CE: Lawson et al. (2025), section 4; the score and the direction of KL:
+        `sae_lens.evals`.
+    """
+    prompts = _take_prompts(tokens, n_prompts)
+    codec = Codec(sae)
+    _check_no_heads(sae)
+    _check_context(sae, model, prompts)
+    splicer = make_splicer(model, codec.hook_names, _PROMPTS_PER_BLOCK, from_middle)
+    evaluation = _Evaluation(
+        codec,
+        splicer,
+        exclude=_Positions(exclude_tokens),
+        keep=_Positions(keep_tokens, keep_positions),
+        use_error_term=use_error_term,
+        together=_find_hooks(codec.hook_names, together),
+    )
+    batches = [
+        batch.to(next(model.parameters()).device)
+        for batch in prompts.split(batch_size_prompts)
+    ]
+    if ablation == "mean":
+        evaluation.find_means(batches)
+    for batch in tqdm(batches, desc="Splicing", unit="batch"):
+        evaluation.add(batch)
+    return evaluation.result()
+
+
+@torch.no_grad()
+def reconstruction_metrics(
+    sae: SAE[Any] | Sequence[SAE[Any]],
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"],
+    *,
+    batch_size_prompts: int = 8,
+    exclude_tokens: Sequence[int] = (),
+) -> LayerMetrics:
+    """The part of `evaluate` that needs one pass up to the last hook, and no logits.
+
+    Args:
+        sae: As in `evaluate`.
+        model: The model that the SAE was trained on.
+        tokens: Held-out prompts, with their special tokens.
+        batch_size_prompts: Prompts in a forward pass.
+        exclude_tokens: Token ids whose positions are left out.
+
+    Raises:
+        ValueError: If there is no token to measure, a prompt is longer than the model's
+            context, or the model lacks a hook of the SAE.
+    """
+    codec = Codec(sae)
+    _check_context(sae, model, tokens)
+    head_index = _first(sae).cfg.metadata.hook_head_index
+    own_names = hooks.model_hook_names(model, codec.hook_names)
+    excluded = _Positions(exclude_tokens)
+    for batch in tqdm(
+        tokens.split(batch_size_prompts), desc="Evaluating", unit="batch"
+    ):
+        _, cache = model.run_with_cache(
+            batch.to(next(model.parameters()).device),
+            names_filter=own_names,
+            stop_at_layer=hooks.stop_at_layer(own_names),
+            prepend_bos=False,
+        )
+        counted = ~excluded.of(batch)
+        for hook, name in enumerate(own_names):
+            x = one_vector_per_position(cache[name], head_index)
+            codec.reconstruct(hook, x, counted)
+    return codec.compute()
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Which positions of prompts are meant, by token id or by place."""
+
+    token_ids: Sequence[int] = ()
+    places: Sequence[int] = ()
+
+    def of(self, tokens: Int[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos"]:
+        wanted = torch.tensor(list(self.token_ids), dtype=tokens.dtype)
+        found = torch.isin(tokens, wanted.to(tokens.device))
+        found[:, list(self.places)] = True
+        return found
+
+
+class _Evaluation:
+    """Sums over batches, and the edits that make them."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        splicer: Splicer,
+        *,
+        exclude: _Positions,
+        keep: _Positions,
+        use_error_term: bool,
+        together: Sequence[int],
+    ) -> None:
+        self._codec = codec
+        self._splicer = splicer
+        self._exclude = exclude
+        self._keep = keep
+        self._use_error_term = use_error_term
+        self._together = together
+        self._means: list[Tensor] | None = None
+        self._clean = RunSums()
+        n_hooks = len(codec.hook_names)
+        self._spliced = [RunSums() for _ in range(n_hooks)]
+        self._ablated = [RunSums() for _ in range(n_hooks)]
+        self._joint = RunSums()
+
+    def find_means(self, batches: Sequence[Tensor]) -> None:
+        """Set the mean vector of each hook, over all positions of these batches."""
+        sums: dict[int, Tensor] = {}
+        n_tokens = 0
+
+        def add(hook: int, x: Tensor) -> Tensor:
+            total = x.flatten(0, 1).double().sum(0)
+            sums[hook] = sums.get(hook, 0.0) + total
+            return x
+
+        hooks_seen = range(len(self._codec.hook_names))
+        edit = Edit({hook: partial(add, hook) for hook in hooks_seen})
+        for batch in batches:
+            n_tokens += batch.numel()
+            for _ in self._splicer.runs(batch, [edit]):
+                pass
+        self._means = [sums[hook] / n_tokens for hook in hooks_seen]
+
+    def add(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+        """Add the runs of a batch of prompts."""
+        excluded = self._exclude.of(tokens)
+        kept = excluded | self._keep.of(tokens)
+        edits = [*self._splices(kept), *self._ablations()]
+        sums = [*self._spliced, *self._ablated]
+        if self._together:
+            replace = {h: partial(self._splice, h, kept, None) for h in self._together}
+            edits.append(Edit(replace))
+            sums.append(self._joint)
+        clean_sums = self._clean
+        for clean, runs in self._splicer.runs(tokens, edits):
+            by_run = {i: sums[i] for i in runs}
+            add_scores(by_run, clean_sums, clean, runs, tokens, ~excluded)
+            clean_sums = None
+
+    def _splices(self, kept: Bool[Tensor, "prompt pos"]) -> list[Edit]:
+        return [
+            Edit({hook: partial(self._splice, hook, kept, ~kept)})
+            for hook in range(len(self._codec.hook_names))
+        ]
+
+    def _ablations(self) -> list[Edit]:
+        # What an ablated run predicts does not depend on the prompt.
+        return [
+            Edit({hook: partial(self._ablate, hook)}, n_prompts=1)
+            for hook in range(len(self._codec.hook_names))
+        ]
+
+    def _splice(
+        self,
+        hook: int,
+        kept: Bool[Tensor, "prompt pos"],
+        counted: Bool[Tensor, "prompt pos"] | None,
+        x: Float[Tensor, "prompt pos d_in"],
+    ) -> Float[Tensor, "prompt pos d_in"]:
+        x_hat = self._codec.reconstruct(hook, x, counted)
+        if self._use_error_term:
+            x_hat = x_hat + (x - x_hat)
+        return torch.where(kept.to(x.device).unsqueeze(-1), x, x_hat)
+
+    def _ablate(
+        self, hook: int, x: Float[Tensor, "prompt pos d_in"]
+    ) -> Float[Tensor, "prompt pos d_in"]:
+        if self._means is None:
+            return torch.zeros_like(x)
+        return self._means[hook].to(x.device, x.dtype).expand_as(x)
+
+    def result(self) -> SpliceMetrics:
+        """The metrics of all batches."""
+        together = None
+        if self._together:
+            together = {
+                "ce_loss_spliced": self._joint.ce_loss(),
+                "delta_ce": self._joint.ce_loss() - self._clean.ce_loss(),
+                "kl_div": self._joint.kl_div(),
+                "kl_div_reverse": self._joint.kl_div_reverse(),
+            }
+        return SpliceMetrics(
+            ce_loss_clean=self._clean.ce_loss(),
+            ce_loss_spliced=[sums.ce_loss() for sums in self._spliced],
+            kl_div=[sums.kl_div() for sums in self._spliced],
+            kl_div_reverse=[sums.kl_div_reverse() for sums in self._spliced],
+            ce_loss_ablated=[sums.ce_loss() for sums in self._ablated],
+            together=together,
+            reconstruction=self._codec.compute(),
+        )
+
+
+def _take_prompts(
+    tokens: Int[Tensor, "prompt pos"] | ActivationsStore, n_prompts: int | None
+) -> Int[Tensor, "prompt pos"]:
+    if isinstance(tokens, ActivationsStore):
+        return tokens.get_batch_tokens(n_prompts)
+    if n_prompts is not None:
+        raise ValueError(
+            "`n_prompts` says how many prompts to take from a store; the tokens were "
+            f"given, {len(tokens)} prompts of them."
+        )
+    return tokens
+
+
+def _first(sae: SAE[Any] | Sequence[SAE[Any]]) -> SAE[Any]:
+    return sae if isinstance(sae, SAE) else sae[0]
+
+
+def _check_context(
+    sae: SAE[Any] | Sequence[SAE[Any]], model: Any, tokens: Int[Tensor, "prompt pos"]
+) -> None:
+    name = str(_first(sae).cfg.metadata.model_name)
+    hooks.check_context_size(tokens.shape[1], hooks.shape_of_model(model), name)
+
+
+def _check_no_heads(sae: SAE[Any] | Sequence[SAE[Any]]) -> None:
+    for one in [sae] if isinstance(sae, SAE) else sae:
+        if one.cfg.metadata.hook_head_index is not None:
+            raise ValueError(
+                "The evaluation needs SAEs of whole activation vectors; got one of "
+                f"attention head {one.cfg.metadata.hook_head_index}."
+            )
+
+
+def _find_hooks(
+    hook_names: Sequence[str], chosen: Sequence[int | str] | Literal["all"] | None
+) -> list[int]:
+    if chosen is None:
+        return []
+    if chosen == "all":
+        return list(range(len(hook_names)))
+    return sorted({hooks.find_hook(hook_names, hook) for hook in chosen})

@@ -1,0 +1,118 @@
+"""Cross-entropy and KL divergence of edited runs, as sums taken piece by piece."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lens_multilayer.splicing import Run
+
+_LOGITS_AT_A_TIME = 2**24
+"""Logits of one run held at a time: 64 MiB of float32."""
+
+
+@dataclass
+class RunSums:
+    """Sums over positions of one kind of run, in nats."""
+
+    ce: float = 0.0
+    """Cross-entropy of the next token."""
+    kl: float = 0.0
+    """KL(clean ‖ this run)."""
+    kl_reverse: float = 0.0
+    """KL(this run ‖ clean)."""
+    n_predicted: int = 0
+    """Positions whose next token was scored."""
+    n_positions: int = 0
+    """Positions whose distribution was compared."""
+
+    def ce_loss(self) -> float:
+        """Mean cross-entropy over predicted tokens, nats.
+
+        Raises:
+            ValueError: If no token was predicted.
+        """
+        if self.n_predicted == 0:
+            raise ValueError(
+                "The evaluation needs at least one predicted token; got none. Prompts "
+                "need two tokens or more, not all of them excluded."
+            )
+        return self.ce / self.n_predicted
+
+    def kl_div(self) -> float:
+        """Mean KL divergence of the clean run from this one, nats per position."""
+        return self.kl / self.n_positions
+
+    def kl_div_reverse(self) -> float:
+        """Mean KL divergence the other way round, nats per position."""
+        return self.kl_reverse / self.n_positions
+
+
+@torch.no_grad()
+def add_scores(
+    sums: Mapping[int, RunSums],
+    clean_sums: RunSums | None,
+    clean: Run,
+    runs: Mapping[int, Run],
+    tokens: Int[Tensor, "prompt pos"],
+    scored: Bool[Tensor, "prompt pos"],
+) -> None:
+    """Add the scores of a batch of prompts, holding few logits at a time.
+
+    Args:
+        sums: Sums of each run of `runs`, added to.
+        clean_sums: Sums of the clean run, added to; None if it is counted elsewhere.
+        scored: Positions that count.
+    """
+    first = clean.logits(slice(0, 1))
+    chunk = max(1, _LOGITS_AT_A_TIME // (len(tokens) * first.shape[-1]))
+    tokens, scored = tokens.to(first.device), scored.to(first.device)
+    for start in range(0, tokens.shape[1], chunk):
+        piece = _Piece(tokens, scored, slice(start, start + chunk))
+        log_p = clean.logits(piece.positions).float().log_softmax(-1)
+        if clean_sums is not None:
+            piece.add_ce(clean_sums, log_p)
+        for i, run in runs.items():
+            log_q = run.logits(piece.positions).float().log_softmax(-1)
+            piece.add_ce(sums[i], log_q)
+            piece.add_kl(sums[i], log_p, log_q)
+
+
+@dataclass
+class _Piece:
+    """Some positions of a batch of prompts."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    scored: Bool[Tensor, "prompt pos"]
+    positions: slice
+
+    def add_ce(
+        self, sums: RunSums, log_p: Float[Tensor, "run_prompt chunk d_vocab"]
+    ) -> None:
+        start, stop = self.positions.start, self.positions.stop
+        targets = self.tokens[:, start + 1 : stop + 1].unsqueeze(-1)
+        n = targets.shape[1]
+        # One prompt may stand for all.
+        log_p = log_p[:, :n].expand(len(targets), -1, -1)
+        keep = self.scored[:, self.positions][:, :n]
+        sums.ce -= log_p.gather(-1, targets).squeeze(-1)[keep].double().sum().item()
+        sums.n_predicted += int(keep.sum())
+
+    def add_kl(
+        self,
+        sums: RunSums,
+        log_p: Float[Tensor, "prompt chunk d_vocab"],
+        log_q: Float[Tensor, "run_prompt chunk d_vocab"],
+    ) -> None:
+        keep = self.scored[:, self.positions]
+        difference = log_p - log_q
+        sums.kl += _total(log_p, difference, keep)
+        sums.kl_reverse -= _total(log_q, difference, keep)
+        sums.n_positions += int(keep.sum())
+
+
+def _total(log_weight: Tensor, values: Tensor, keep: Tensor) -> float:
+    """Sum over kept positions of the mean of `values` under `exp(log_weight)`."""
+    return (log_weight.exp() * values).sum(-1)[keep].double().sum().item()

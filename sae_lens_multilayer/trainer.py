@@ -1,0 +1,344 @@
+"""The training loop: steps, counters in tokens, logs and checkpoints."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import TrainingSAE
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.optim import get_lr_scheduler
+from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.types import DataProvider
+from torch import Tensor
+from torch.optim import Adam
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from sae_lens_multilayer import trainer_state
+from sae_lens_multilayer.checkpoints import complete_or_absent
+from sae_lens_multilayer.config import MultiLayerTrainerConfig
+from sae_lens_multilayer.geometric_median import geometric_median
+from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.sae import MultiLayerTrainingSAE
+from sae_lens_multilayer.steps import StepStats, StockStep, topk_gradients
+from sae_lens_multilayer.topk.reference import standardize
+from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
+
+logger = logging.getLogger(__name__)
+
+
+class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
+    """SAELens' trainer for batches `[token, layer, d_in]`.
+
+    It counts tokens where the host counts rows, takes the sparse step for a multi-layer
+    SAE, and leaves no torn checkpoint. A stock SAE is trained by its own
+    `training_forward_pass`.
+    """
+
+    cfg: MultiLayerTrainerConfig
+    tokens_since_fired: Tensor
+    """Tokens since a latent last fired on any layer, [d_sae]."""
+    stop_requested: bool = False
+    """Set from outside to end training after the step under way."""
+
+    def __init__(
+        self,
+        cfg: MultiLayerTrainerConfig,
+        sae: TrainingSAE[Any],
+        data_provider: DataProvider,
+        evaluator: Callable[..., dict[str, Any]] | None = None,
+        save_checkpoint_fn: Any = None,
+        *,
+        initialize_b_dec: bool = True,
+    ) -> None:
+        """Prepare the optimiser and the counters.
+
+        Args:
+            cfg: The trainer's part of a `MultiLayerConfig`, with the hook names.
+            sae: The SAE to train, on its device.
+            data_provider: Gives batches `[token, layer, d_in]`.
+            evaluator: As in SAELens; called at its cadence.
+            save_checkpoint_fn: Writes the rest of a checkpoint into its folder.
+            initialize_b_dec: Whether `b_dec` of a multi-layer SAE is set to the
+                geometric median of the first batch; not for one that is trained on.
+        """
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        self._initialize_b_dec = initialize_b_dec and isinstance(
+            sae, MultiLayerTrainingSAE
+        )
+        self.optimizer = Adam(
+            sae.parameters(),
+            lr=cfg.lr,
+            betas=(cfg.adam_beta1, cfg.adam_beta2),
+            eps=cfg.adam_eps,
+            fused=True,
+        )
+        assert cfg.lr_end is not None  # set by MultiLayerConfig
+        self.lr_scheduler = get_lr_scheduler(
+            cfg.lr_scheduler_name,
+            lr=cfg.lr,
+            optimizer=self.optimizer,
+            warm_up_steps=cfg.lr_warm_up_steps,
+            decay_steps=cfg.lr_decay_steps,
+            training_steps=cfg.total_training_steps,
+            lr_end=cfg.lr_end,
+            num_cycles=cfg.n_restart_cycles,
+        )
+        self.tokens_since_fired = torch.zeros(
+            sae.cfg.d_sae, dtype=torch.int64, device=cfg.device
+        )
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """Tokens without firing after which a latent is dead."""
+        if isinstance(self.sae, MultiLayerTrainingSAE):
+            return self.sae.cfg.dead_after_tokens
+        # The host: more than `dead_feature_window` steps.
+        return (self.cfg.dead_feature_window + 1) * self.cfg.train_batch_size_samples
+
+    @property
+    def dead_neurons(self) -> Tensor:
+        """Which latents are dead, [d_sae] bool."""
+        return self.tokens_since_fired >= self.dead_after_tokens
+
+    @override
+    def fit(self) -> TrainingSAE[Any]:
+        """Train until `total_training_samples` tokens were seen.
+
+        Raises:
+            InterruptedException: If `stop_requested` was set; the state is that after a
+                whole step, so a checkpoint of it is sound.
+            FloatingPointError: If the loss or its gradient is not finite; the weights
+                are those before that batch.
+        """
+        self.sae.to(self.cfg.device)
+        self._estimate_scale()
+        with tqdm(
+            total=self.cfg.total_training_samples,
+            initial=self.n_training_samples,
+            desc="Training SAE",
+            unit="tok",
+        ) as progress:
+            while self.n_training_samples < self.cfg.total_training_samples:
+                self._fit_batch(progress)
+        # The last sparsity window is not reset, so it has not been logged yet.
+        if self.cfg.logger.log_to_wandb:
+            self._log(self.full_sparsity_window_log())
+        self._fold_scale()
+        self.set_final_sae_metadata()
+        if self.cfg.save_final_checkpoint:
+            self.save_checkpoint(checkpoint_name=f"final_{self.n_training_samples}")
+        return self.sae
+
+    def _fit_batch(self, progress: Any) -> None:
+        self._log(self.maybe_reset_sparsity())
+        stats = self.step(next(self.data_provider))
+        if self._is_logging_step():
+            self._log(self.build_train_step_log_dict(stats, self.n_training_samples))
+        if self.cfg.logger.log_to_wandb:
+            self._run_and_log_evals()
+        self.n_training_steps += 1
+        progress.update(stats.n_tokens)
+        progress.set_postfix(
+            loss=f"{stats.losses['overall_loss'].item():.4f}",
+            fvu=f"{stats.fvu.mean().item():.4f}",
+            dead=f"{self.dead_neurons.float().mean().item():.1%}",
+        )
+        self._checkpoint_if_needed()
+        if self.stop_requested:
+            raise InterruptedException()
+
+    @override
+    def maybe_reset_sparsity(self) -> dict[str, Any]:
+        """Start a new sparsity window where one is full; what to log of the old one."""
+        if self.cfg.logger.log_to_wandb:
+            return super().maybe_reset_sparsity()
+        # The host draws a W&B histogram even if nothing is logged.
+        steps, window = self.n_training_steps, self.cfg.feature_sampling_window
+        if steps > 0 and steps % window == 0:
+            self._reset_running_sparsity_stats()
+        return {}
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if values and self.cfg.logger.log_to_wandb:
+            import wandb
+
+            wandb.log(values, step=self.n_training_steps)
+
+    @override
+    def step(self, batch: Tensor) -> StepStats:  # type: ignore[override]
+        """Train on one batch `[token, layer, d_in]` in raw space.
+
+        Raises:
+            FloatingPointError: If the loss or its gradient is not finite; nothing has
+                changed then.
+        """
+        batch = batch.to(self.sae.device)
+        starts_b_dec = self.n_training_steps == 0 and self._initialize_b_dec
+        if starts_b_dec:
+            self._start_b_dec(batch)
+        self.sae.train()
+        stats = self._gradients(batch)
+        if not self._is_finite(stats):
+            self.optimizer.zero_grad()
+            if starts_b_dec:
+                self.sae.b_dec.data.zero_()
+            raise FloatingPointError(
+                "The loss and its gradient must be finite; the loss is "
+                f"{stats.losses['overall_loss'].item()} at step "
+                f"{self.n_training_steps} (token {self.n_training_samples}). The "
+                "weights are those before this batch. Lower `lr` or look at the data."
+            )
+        self._update_weights()
+        self._count(stats)
+        return stats
+
+    def _is_finite(self, stats: StepStats) -> bool:
+        gradient = self.sae.b_dec.grad
+        # Every vector has a part in the gradient of b_dec, which is small.
+        parts = [stats.losses["overall_loss"]] + (
+            [] if gradient is None else [gradient]
+        )
+        return all(bool(part.isfinite().all()) for part in parts)
+
+    def _start_b_dec(self, batch: Tensor) -> None:
+        assert isinstance(self.sae, MultiLayerTrainingSAE)
+        vectors = batch.flatten(0, 1).float()
+        if self.sae.standardizes:
+            vectors = standardize(vectors)[0]
+        self.sae.b_dec.data.copy_(geometric_median(vectors))
+
+    def _gradients(self, batch: Tensor) -> StepStats:
+        micro = self.cfg.micro_batch_size_tokens
+        if isinstance(self.sae, MultiLayerTrainingSAE):
+            return topk_gradients(self.sae, batch, self.dead_neurons, micro)
+        step = StockStep(
+            sae=self.sae,
+            coefficients=self.get_coefficients(),
+            n_training_steps=self.n_training_steps,
+            is_logging_step=self._is_logging_step(),
+            scaler=self.activation_scaler,
+            autocast=self.autocast_if_enabled,
+            standardize_inputs=self.cfg.standardize_stock_inputs,
+        )
+        return step.gradients(batch, self.dead_neurons, micro)
+
+    def _update_weights(self) -> None:
+        if self.cfg.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(
+                self.sae.parameters(), self.cfg.max_grad_norm
+            )
+        has_unit_norm = isinstance(self.sae, MultiLayerTrainingSAE)
+        if has_unit_norm:
+            project_decoder_gradient(self.sae.W_dec)
+        self.optimizer.step()
+        if has_unit_norm:
+            normalize_decoder(self.sae.W_dec)
+        self.optimizer.zero_grad(set_to_none=not has_unit_norm)
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+
+    def _count(self, stats: StepStats) -> None:
+        threshold = getattr(self.sae.cfg, "dead_latent_threshold", 0.0)
+        self.tokens_since_fired += stats.n_tokens
+        self.tokens_since_fired[stats.max_acts > threshold] = 0
+        self.act_freq_scores += stats.fire_counts
+        self.n_frac_active_samples += stats.n_tokens * len(stats.sum_sq_error)
+        self.n_training_samples += stats.n_tokens
+
+    @override
+    def build_train_step_log_dict(  # type: ignore[override]
+        self, output: StepStats, n_training_samples: int
+    ) -> dict[str, Any]:
+        """The values logged for a step: the host's keys, and `layer_{l}/...`."""
+        by_layer = output.by_layer()
+        values = {f"losses/{name}": loss.item() for name, loss in output.losses.items()}
+        values |= {f"metrics/{name}": v.mean().item() for name, v in by_layer.items()}
+        values |= {
+            f"{label}/{name}": v[i].item()
+            for i, label in enumerate(layer_labels(self.cfg.hook_names))
+            for name, v in by_layer.items()
+        }
+        values |= {
+            f"metrics/{name}": _number(value) for name, value in output.metrics.items()
+        }
+        values |= {
+            f"details/{name}_coefficient": value
+            for name, value in self.get_coefficients().items()
+        }
+        n_dead = self.dead_neurons.sum().item()
+        return values | {
+            "sparsity/dead_features": n_dead,
+            "sparsity/dead_fraction": n_dead / self.sae.cfg.d_sae,
+            "details/current_learning_rate": self.optimizer.param_groups[0]["lr"],
+            "details/n_training_samples": n_training_samples,
+        }
+
+    def _estimate_scale(self) -> None:
+        normalization = self.sae.cfg.normalize_activations
+        scaler, n_batches = self.activation_scaler, self.cfg.n_batches_for_norm_estimate
+        rows = (batch.flatten(0, 1) for batch in self.data_provider)
+        if (
+            normalization == "expected_average_only_in"
+            and scaler.scaling_factor is None
+        ):
+            scaler.estimate_scaling_factor(self.sae.cfg.d_in, rows, n_batches)
+        elif normalization == "covariance_whitening" and scaler.whitening is None:
+            scaler.estimate_whitening(self.sae.cfg.d_in, rows, n_batches)
+
+    def _fold_scale(self) -> None:
+        scaler = self.activation_scaler
+        if scaler.scaling_factor is not None:
+            self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+            scaler.scaling_factor = None
+        if scaler.whitening is not None:
+            self.sae.fold_activation_whitening(
+                mean=scaler.whitening.mean,
+                whitening_matrix=scaler.whitening.matrix,
+                unwhitening_matrix=scaler.whitening.inverse_matrix,
+            )
+            scaler.whitening = None
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """Write a checkpoint that is complete or not there."""
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None:
+            super().save_checkpoint(checkpoint_name, None, wandb_aliases)
+            return
+        path = Path(base) / checkpoint_name
+        if path.exists():
+            logger.info("The checkpoint %s is there already.", path)
+            return
+        with complete_or_absent(path) as partial:
+            super().save_checkpoint(partial.name, partial.parent, wandb_aliases)
+
+    @override
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        """Write the optimiser, the schedules and the counters; no pickle."""
+        trainer_state.save(self, checkpoint_path)
+
+    @override
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Go on from what `save_trainer_state` wrote.
+
+        Raises:
+            FileNotFoundError: If the folder has no such state.
+        """
+        trainer_state.load(self, Path(checkpoint_path))
+        self.checkpoint_thresholds = [
+            n for n in self.checkpoint_thresholds if n > self.n_training_samples
+        ]
+
+
+def _number(value: Any) -> float:
+    value = value() if callable(value) else value
+    return value.item() if isinstance(value, Tensor) else value

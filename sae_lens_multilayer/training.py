@@ -1,0 +1,335 @@
+"""The runner: model, store, SAE, trainer and checkpoints put together."""
+
+import itertools
+import logging
+import math
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import LanguageModelSAETrainingRunner, TrainingSAE
+from sae_lens.config import HfDataset
+from sae_lens.load_model import load_model
+from sae_lens.training._interruption import InterruptedException
+from sae_lens.training.prefetch import PrefetchingIterator
+from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.types import DataProvider
+from sae_lens.util import temporary_seed
+from typing_extensions import override
+
+from sae_lens_multilayer import hooks, trainer_state
+from sae_lens_multilayer.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.checkpoints import (
+    check_checkpoint,
+    check_writable,
+    complete_or_absent,
+    free_path,
+)
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.trainer import MultiLayerTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
+    """Trains one SAE on the activation vectors of many layers.
+
+    `sae_lens.SAETrainingRunner(cfg)` becomes this when `cfg` is a `MultiLayerConfig`.
+    """
+
+    cfg: MultiLayerConfig[Any]
+    activations_store: MultiLayerActivationsStore
+
+    def __init__(
+        self,
+        cfg: MultiLayerConfig[Any],
+        override_dataset: HfDataset | None = None,
+        override_model: Any | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+    ) -> None:
+        """Load what the run needs and check that it fits together.
+
+        Args:
+            cfg: The run.
+            override_dataset: Used instead of `cfg.dataset_path`.
+            override_model: Used instead of loading `cfg.model_name`.
+            override_sae: Trained on instead of a new SAE.
+
+        Raises:
+            ValueError: If the settings do not fit the model, the data or each other.
+            OSError: If a place to save to cannot be written.
+        """
+        given: Any = cfg
+        if not isinstance(given, MultiLayerConfig):
+            raise ValueError(
+                "`cfg` must be a MultiLayerConfig; for other configs use SAELens' "
+                f"LanguageModelSAETrainingRunner. Got {type(given).__name__}."
+            )
+        # Narrower than the host's, which are these in every run of ours.
+        self.cfg = cfg  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._check_places()
+        if override_sae is not None:
+            self._check_given_sae(override_sae)
+        if override_model is None:
+            self._check_named_model()
+        self.model = (
+            override_model if override_model is not None else load_any_model(cfg)
+        )
+        self._compile_llm_if_needed()
+        store = MultiLayerActivationsStore.from_config(
+            self.model, cfg, override_dataset=override_dataset
+        )
+        self.activations_store = store  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._starts_anew = override_sae is None and cfg.from_pretrained_path is None
+        self.sae = override_sae if override_sae is not None else self._make_sae()
+        self._check_normalization(self.sae)
+        self.sae.to(cfg.device)
+        self.evaluator = None  # type: ignore[assignment]
+
+    def _check_places(self) -> None:
+        """Find out before training what cannot be saved or resumed."""
+        if self.cfg.output_path is not None:
+            check_writable(self.cfg.output_path, "output_path")
+        if self.cfg.checkpoint_path is not None:
+            check_writable(Path(self.cfg.checkpoint_path) / "new", "checkpoint_path")
+        for folder in (self.cfg.resume_from_checkpoint, self.cfg.from_pretrained_path):
+            if folder is not None:
+                sae = self.cfg.sae
+                check_checkpoint(folder, sae.architecture(), sae.d_in, sae.d_sae)
+        if self.cfg.resume_from_checkpoint is not None:
+            trainer_state.check(Path(self.cfg.resume_from_checkpoint))
+
+    def _check_named_model(self) -> None:
+        cfg = self.cfg
+        kwargs = cfg.model_from_pretrained_kwargs or {}
+        shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
+        if shape is None:
+            return
+        names = cfg.resolve_hook_names(shape.n_layers)
+        hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
+        hooks.check_width(names, cfg.sae.d_in, shape)
+        if cfg.model_class_name == "AutoModelForCausalLM":
+            hooks.check_hf_hook_names(cfg.model_name, names, kwargs)
+
+    def _make_sae(self) -> TrainingSAE[Any]:
+        if self.cfg.from_pretrained_path is not None:
+            return TrainingSAE.load_from_disk(
+                self.cfg.from_pretrained_path, self.cfg.device
+            )
+        sae_cfg = self.cfg.get_training_sae_cfg_dict()
+        if self.cfg.standardizes_stock_inputs:
+            sae_cfg["normalize_activations"] = "layer_norm"
+        with temporary_seed(self.cfg.seed):
+            return TrainingSAE.from_dict(sae_cfg)
+
+    def _check_given_sae(self, sae: TrainingSAE[Any]) -> None:
+        wanted, found = (
+            {"architecture": c.architecture(), "d_in": c.d_in, "d_sae": c.d_sae}
+            for c in (self.cfg.sae, sae.cfg)
+        )
+        if found != wanted:
+            raise ValueError(
+                f"`override_sae` must be what `sae` in the config says, {wanted}; it "
+                f"has {found}."
+            )
+        self._check_normalization(sae)
+
+    def _check_normalization(self, sae: TrainingSAE[Any]) -> None:
+        found = sae.cfg.normalize_activations
+        if self.cfg.standardizes_stock_inputs and found != "layer_norm":
+            raise ValueError(
+                "`normalize_activations` of an SAE that is trained on must be "
+                f"'layer_norm' when its inputs are standardised; got {found!r}. Set "
+                "`standardize_stock_inputs=False` to train it on raw vectors."
+            )
+
+    @override
+    def run(self) -> TrainingSAE[Any]:
+        """Train, save and return the SAE.
+
+        Raises:
+            InterruptedException: After SIGINT or SIGTERM; a checkpoint has been saved.
+        """
+        self._set_sae_metadata()
+        folder = self.cfg.resume_from_checkpoint
+        if folder is not None:
+            # Before a prefetching thread begins to read.
+            self.activations_store.load_from_checkpoint(folder)
+        with self._wandb_run(), self._data_provider() as data_provider:
+            trainer = self._make_trainer(data_provider)
+            if folder is not None:
+                logger.info("Resuming from %s", folder)
+                trainer.load_trainer_state(folder)
+                self.sae.load_weights_from_checkpoint(folder)
+            self._compile_sae_if_needed()
+            sae = self.run_trainer_with_interruption_handling(trainer)
+            if self.cfg.output_path is not None:
+                self.save_final_sae(
+                    sae, self.cfg.output_path, trainer.log_feature_sparsity
+                )
+            return sae
+
+    def _make_trainer(self, data_provider: DataProvider) -> MultiLayerTrainer:
+        trainer_cfg = self.cfg.to_sae_trainer_config()
+        trainer_cfg.hook_names = self.activations_store.hook_names
+        return MultiLayerTrainer(
+            cfg=trainer_cfg,
+            sae=self.sae,
+            data_provider=data_provider,
+            evaluator=self.evaluator,
+            save_checkpoint_fn=self.save_checkpoint,
+            initialize_b_dec=self._starts_anew,
+        )
+
+    @contextmanager
+    def _wandb_run(self) -> Generator[None]:
+        log = self.cfg.logger
+        if not log.log_to_wandb:
+            yield
+            return
+        import wandb
+
+        wandb.init(
+            project=log.wandb_project,
+            entity=log.wandb_entity,
+            config=self.cfg.to_dict(),
+            name=log.run_name,
+            id=log.wandb_id,
+        )
+        try:
+            yield
+        except BaseException:
+            wandb.finish(exit_code=1)
+            raise
+        wandb.finish()
+
+    @contextmanager
+    def _data_provider(self) -> Generator[DataProvider]:
+        if not self.cfg.prefetch_llm_batches:
+            yield self.activations_store
+            return
+        # It reads ahead, but must not run the model for batches that nobody takes.
+        batches = itertools.islice(self.activations_store, self._n_batches())
+        prefetching = PrefetchingIterator(
+            batches, prefetch=int(self.cfg.prefetch_llm_batches)
+        )
+        try:
+            yield prefetching
+        finally:
+            prefetching.close()
+
+    def _n_batches(self) -> int:
+        """Batches that a run from the start takes from the store."""
+        cfg = self.cfg
+        n_steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
+        normalization = self.sae.cfg.normalize_activations
+        is_estimated = normalization in (
+            "expected_average_only_in",
+            "covariance_whitening",
+        )
+        return n_steps + cfg.n_batches_for_norm_estimate * is_estimated
+
+    @override
+    def run_trainer_with_interruption_handling(
+        self, trainer: SAETrainer[Any, Any]
+    ) -> TrainingSAE[Any]:
+        """Train; on SIGINT or SIGTERM end after the step under way and save it.
+
+        A second signal ends the process at once.
+        """
+        assert isinstance(trainer, MultiLayerTrainer)
+        with _signals_stop(trainer):
+            try:
+                return trainer.fit()
+            except InterruptedException:
+                if self.cfg.checkpoint_path is not None:
+                    trainer.save_checkpoint(str(trainer.n_training_samples))
+                    logger.warning(
+                        "Interrupted; resume from %s/%d",
+                        self.cfg.checkpoint_path,
+                        trainer.n_training_samples,
+                    )
+                raise
+
+    @override
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: torch.Tensor | None = None,
+    ) -> None:
+        """Save the SAE for inference with its run's config; all of it or nothing.
+
+        If something has appeared at `output_path` since the run began, it is saved in a
+        new folder beside it.
+        """
+        path = free_path(output_path)
+        if path != Path(output_path):
+            logger.warning("%s is taken by now; saving to %s", output_path, path)
+        with complete_or_absent(path) as partial:
+            super().save_final_sae(sae, str(partial), log_feature_sparsity)
+
+    @override
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        metadata = self.sae.cfg.metadata
+        metadata.hook_names = self.activations_store.hook_names
+        if self.cfg.hook_names is not None:
+            metadata.hook_name = None
+
+
+def load_any_model(cfg: MultiLayerConfig[Any]) -> Any:
+    """Load the model of a run: the host's kinds, and TransformerBridge.
+
+    Raises:
+        ValueError: If the model has no such hook or `model_class_name` is unknown.
+    """
+    kwargs = cfg.model_from_pretrained_kwargs or {}
+    if cfg.model_class_name == "TransformerBridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(
+            cfg.model_name, device=cfg.llm_device, **kwargs
+        )
+    hook_names = None
+    if cfg.model_class_name == "AutoModelForCausalLM":
+        shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
+        hook_names = None if shape is None else cfg.resolve_hook_names(shape.n_layers)
+    return load_model(
+        cfg.model_class_name,
+        cfg.model_name,
+        device=cfg.llm_device,
+        model_from_pretrained_kwargs=kwargs,
+        hook_names=hook_names,
+    )
+
+
+@contextmanager
+def _signals_stop(trainer: MultiLayerTrainer) -> Generator[None]:
+    """Make the first SIGINT or SIGTERM end training after a whole step."""
+    # Only the main thread may set handlers; elsewhere signals stay as they are.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: Any) -> None:
+        trainer.stop_requested = True
+        # Not the earlier handlers: SAELens leaves one behind whose exception, raised
+        # within a step, would look like a request to save.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        logger.warning("Stopping after this step; signal again to stop at once.")
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None stands for a handler that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,330 @@
+"""Authority: the paper's numbers, SAELens' `run_evals`, and whole passes with hooks."""
+
+import json
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import D_VOCAB, N_CTX, PAPER_DATA, tiny_model
+from datasets import Dataset
+from sae_lens import ActivationsStore, StandardSAE, StandardSAEConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.load_model import load_model
+from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import load_file
+
+from sae_lens_multilayer import (
+    MultiLayerActivationsStore,
+    MultiLayerSAE,
+    MultiLayerSAEConfig,
+    evaluate,
+    reconstruction_metrics,
+)
+
+HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(4)]
+COLUMNS = [
+    "ce_loss_clean",
+    "ce_loss_spliced",
+    "delta_ce",
+    "kl_div",
+    "kl_div_reverse",
+    "ce_loss_ablated",
+    "ce_loss_score",
+    "fvu",
+    "fvu_scalar",
+    "mse",
+    "l0",
+    "l1",
+    "silent_fraction",
+    "dead_fraction",
+]
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny_model(tokenizer, n_layers=4)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, D_VOCAB, (5, N_CTX))
+
+
+def random_sae(hook_names=HOOKS, d_in=16) -> MultiLayerSAE:
+    sae = MultiLayerSAE(MultiLayerSAEConfig(d_in=d_in, d_sae=64, k=4))
+    sae.cfg.metadata.hook_names = list(hook_names)
+    sae.cfg.metadata.context_size = N_CTX
+    sae.cfg.metadata.prepend_bos = False
+    return sae
+
+
+def assert_same(found: pd.DataFrame, expected: pd.DataFrame, atol=2e-6) -> None:
+    pd.testing.assert_frame_equal(found, expected, check_exact=False, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def data():
+    weights = load_file(PAPER_DATA / "plain.safetensors")
+    hooks = [f"gpt_neox.layers.{layer}" for layer in range(5)]
+    sae = MultiLayerSAE(MultiLayerSAEConfig(d_in=64, d_sae=512, k=8))
+    sae.load_state_dict(
+        {
+            "W_enc": weights["encoder.weight"].T,
+            "W_dec": weights["decoder.weight"].T,
+            "b_dec": weights["pre_encoder_bias"],
+        }
+    )
+    sae.cfg.metadata.hook_names = hooks
+    folder = str(PAPER_DATA / "model")
+    model = load_model("AutoModelForCausalLM", folder, "cpu", {}, hooks)
+    numbers = json.loads((PAPER_DATA / "splices.json").read_text())
+    return sae, model, load_file(PAPER_DATA / "activations.safetensors"), numbers
+
+
+class TestThePapersNumbers:
+    @pytest.mark.parametrize(
+        ("column", "name"),
+        [
+            ("ce_loss_clean", "ce_clean"),
+            ("ce_loss_spliced", "ce_spliced"),
+            ("delta_ce", "delta_ce"),
+            ("kl_div", "kl_clean_spliced"),
+            ("kl_div_reverse", "kl_spliced_clean"),
+            ("fvu", "fvu_per_dimension_mean"),
+        ],
+    )
+    def test_standard_metrics(self, data, column, name):
+        sae, model, inputs, numbers = data
+        table = evaluate(sae, model, inputs["tokens"]).to_dataframe()
+        assert table[column].tolist() == pytest.approx(numbers["plain"][name], abs=1e-5)
+
+    def test_fvu_of_the_papers_code_is_fvu_scalar(self, data):
+        sae, model, inputs, numbers = data
+        metrics = reconstruction_metrics(sae, model, inputs["tokens"])
+        expected = numbers["plain_reference_fvu"]
+        assert metrics.fvu_scalar.tolist() == pytest.approx(expected, abs=1e-6)
+
+    def test_special_tokens_keep_their_own_activations(self, data):
+        sae, model, inputs, numbers = data
+        metrics = evaluate(sae, model, inputs["tokens_special"], keep_tokens=[0])
+        table, expected = metrics.to_dataframe(), numbers["special_tokens"]
+        for column, name in [
+            ("ce_loss_clean", "ce_clean"),
+            ("delta_ce", "delta_ce"),
+            ("kl_div", "kl_clean_spliced"),
+        ]:
+            assert table[column].tolist() == pytest.approx(expected[name], abs=1e-5)
+
+
+class TestSAELens:
+    @pytest.mark.parametrize("exclude", [[], [1, 2, 3]])
+    def test_run_evals_on_a_view_gives_the_same_numbers(self, model, exclude):
+        tokens = torch.randint(1, 20, (6, N_CTX))
+        sae = random_sae()
+        table = evaluate(sae, model, tokens, exclude_tokens=exclude).to_dataframe()
+        for name in HOOKS:
+            host = self.run_evals(sae.view(name), model, tokens, exclude)
+            ours = {key: table.loc[name, key] for key in host}
+            assert ours == pytest.approx(host, abs=1e-5)
+
+    def run_evals(self, view, model, tokens, exclude) -> dict[str, float]:
+        dataset = Dataset.from_dict({"input_ids": tokens})
+        store = ActivationsStore.from_sae(model, view, dataset, streaming=False)
+        config = EvalConfig(
+            batch_size_prompts=len(tokens),
+            n_eval_reconstruction_batches=1,
+            n_eval_sparsity_variance_batches=1,
+            compute_kl=True,
+            compute_ce_loss=True,
+            compute_sparsity_metrics=True,
+            compute_variance_metrics=True,
+        )
+        found, _ = run_evals(
+            view,
+            store,
+            model,
+            ActivationScaler(),
+            eval_config=config,
+            exclude_special_tokens=exclude,
+        )
+        ce, kl = (
+            found["model_performance_preservation"],
+            found["model_behavior_preservation"],
+        )
+        quality, sparsity = found["reconstruction_quality"], found["sparsity"]
+        return {
+            "ce_loss_clean": ce["ce_loss_without_sae"],
+            "ce_loss_spliced": ce["ce_loss_with_sae"],
+            "ce_loss_ablated": ce["ce_loss_with_ablation"],
+            "ce_loss_score": ce["ce_loss_score"],
+            "kl_div": kl["kl_div_with_sae"],
+            "fvu": 1 - quality["explained_variance"],
+            "mse": quality["mse"] / 16,
+            "l0": sparsity["l0"],
+            "l1": sparsity["l1"],
+        }
+
+
+class TestOneResult:
+    def test_the_table_has_a_row_for_each_hook_and_the_columns_of_the_design(
+        self, model, tokens
+    ):
+        metrics = evaluate(random_sae(), model, tokens)
+        table = metrics.to_dataframe()
+        assert list(table.index) == HOOKS
+        assert list(table.columns) == COLUMNS
+        assert metrics.mean()["kl_div"] == pytest.approx(table["kl_div"].mean())
+        log = metrics.to_log_dict()
+        assert log["layer_2/delta_ce"] == table["delta_ce"].iloc[2]
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 3])
+    @pytest.mark.parametrize("ablation", ["zero", "mean"])
+    def test_batch_size_changes_nothing(self, model, tokens, batch_size, ablation):
+        options = {"together": "all", "ablation": ablation, "exclude_tokens": [7]}
+        tokens[0, 3] = 7
+        sae = random_sae()
+        parts = evaluate(sae, model, tokens, batch_size_prompts=batch_size, **options)
+        whole = evaluate(sae, model, tokens, batch_size_prompts=9, **options)
+        assert_same(parts.to_dataframe(), whole.to_dataframe())
+        assert parts.together == pytest.approx(whole.together, abs=2e-6)
+
+    def test_few_logits_at_a_time_change_nothing(self, model, tokens, monkeypatch):
+        sae = random_sae()
+        whole = evaluate(sae, model, tokens).to_dataframe()
+        monkeypatch.setattr(
+            "sae_lens_multilayer.scoring._LOGITS_AT_A_TIME", 3 * 5 * D_VOCAB
+        )
+        monkeypatch.setattr("sae_lens_multilayer.evaluation._PROMPTS_PER_BLOCK", 2)
+        assert_same(evaluate(sae, model, tokens).to_dataframe(), whole)
+
+    @pytest.mark.parametrize(
+        "hook_names",
+        [HOOKS, HOOKS[1:3], [f"blocks.{i}.hook_resid_pre" for i in (0, 2)]],
+    )
+    def test_starting_in_the_middle_equals_hooks_on_whole_passes(
+        self, model, tokens, hook_names
+    ):
+        sae = random_sae(hook_names)
+        options = {"together": "all", "keep_positions": [0], "exclude_tokens": [5]}
+        fast = evaluate(sae, model, tokens, from_middle=True, **options)
+        slow = evaluate(sae, model, tokens, from_middle=False, **options)
+        assert_same(fast.to_dataframe(), slow.to_dataframe(), atol=1e-5)
+        assert fast.together == pytest.approx(slow.together, abs=1e-5)
+
+    def test_other_hooks_take_whole_passes(self, model, tokens):
+        sae = random_sae([f"blocks.{i}.hook_mlp_out" for i in range(4)])
+        assert evaluate(sae, model, tokens).to_dataframe()["kl_div"].gt(0).all()
+        with pytest.raises(ValueError, match="`from_middle` needs a HookedTransformer"):
+            evaluate(sae, model, tokens, from_middle=True)
+
+    def test_each_run_starts_after_the_spliced_block(self, model, tokens):
+        calls = []
+        for i, block in enumerate(model.blocks):
+            block.register_forward_hook(
+                lambda module, args, out, i=i: calls.append((i, len(out)))
+            )
+        evaluate(random_sae(), model, tokens, batch_size_prompts=5)
+        # The clean prompts, and for each hook below the spliced ones and one ablated.
+        assert calls == [(i, 5 + i * (5 + 1)) for i in range(4)]
+
+    def test_tokens_may_come_from_a_store(self, model, make_config, token_dataset):
+        cfg = make_config()
+        store = MultiLayerActivationsStore.from_config(model, cfg, token_dataset)
+        sae = random_sae()
+        found = evaluate(sae, model, store, n_prompts=3).to_dataframe()
+        given = torch.as_tensor(token_dataset[:3]["input_ids"])
+        assert_same(found, evaluate(sae, model, given).to_dataframe())
+
+
+class TestWhatIsReplaced:
+    def test_the_error_term_restores_the_model(self, model, tokens):
+        metrics = evaluate(
+            random_sae(), model, tokens, use_error_term=True, together="all"
+        )
+        assert metrics.together is not None
+        table = metrics.to_dataframe()
+        assert table["delta_ce"].abs().max() < 1e-6
+        assert table["kl_div"].abs().max() < 1e-6
+        assert abs(metrics.together["delta_ce"]) < 1e-6
+        assert (table["fvu"] > 0.1).all()
+
+    def test_kept_positions_everywhere_change_nothing(self, model, tokens):
+        with pytest.raises(ValueError, match="at least one token"):
+            evaluate(random_sae(), model, tokens, keep_positions=range(N_CTX))
+
+    def test_together_is_the_model_with_all_views_attached(self, tokenizer, tokens):
+        from sae_lens import HookedSAETransformer
+
+        model: Any = tiny_model(tokenizer, HookedSAETransformer, n_layers=4)
+        sae = random_sae()
+        found = evaluate(sae, model, tokens, together=[0, HOOKS[2]]).together
+        assert found is not None
+        with model.saes(saes=[sae.view(0), sae.view(2)]):
+            loss = model(tokens, return_type="loss")
+        assert found["ce_loss_spliced"] == pytest.approx(loss.item(), abs=1e-5)
+
+    def test_mean_ablation_is_by_the_mean_of_these_tokens(self, model, tokens):
+        found = evaluate(random_sae(), model, tokens, ablation="mean").to_dataframe()
+        _, cache = model.run_with_cache(tokens)
+        for name in HOOKS:
+            mean = cache[name].flatten(0, 1).mean(0)
+            loss = model.run_with_hooks(
+                tokens,
+                return_type="loss",
+                fwd_hooks=[(name, lambda x, hook, mean=mean: mean.expand_as(x))],
+            )
+            assert found.loc[name, "ce_loss_ablated"] == pytest.approx(
+                loss.item(), abs=1e-5
+            )
+
+    def test_a_list_of_single_layer_saes(self, model, tokens):
+        saes = []
+        for name, d_sae in zip(HOOKS[:2], (32, 48), strict=True):
+            sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=d_sae))
+            sae.cfg.metadata.hook_name = name
+            saes.append(sae)
+        table = evaluate(saes, model, tokens).to_dataframe()
+        for i, sae in enumerate(saes):
+            alone = evaluate([sae], model, tokens).to_dataframe()
+            assert_same(table.iloc[[i]], alone)
+
+    def test_views_give_what_the_whole_gives(self, model, tokens):
+        sae = random_sae()
+        whole = evaluate(sae, model, tokens).to_dataframe()
+        views = evaluate(sae.views(), model, tokens).to_dataframe()
+        assert_same(views.iloc[:, :-1], whole.iloc[:, :-1], atol=1e-5)
+        assert (views["dead_fraction"] == views["silent_fraction"]).all()
+
+    def test_bfloat16(self, tokenizer, tokens):
+        model = tiny_model(tokenizer, n_layers=4, dtype=torch.bfloat16)
+        sae = random_sae().to(torch.bfloat16)
+        table = evaluate(sae, model, tokens).to_dataframe()
+        assert table.notna().all(axis=None)
+        assert (table["kl_div"] > 0).all()
+
+
+class TestBadInput:
+    def test_no_predicted_token(self, model):
+        with pytest.raises(ValueError, match="at least one predicted token; got none"):
+            evaluate(random_sae(), model, torch.tensor([[1], [2]]))
+
+    def test_tokens_longer_than_the_context(self, model):
+        tokens = torch.ones(1, N_CTX + 1, dtype=torch.long)
+        with pytest.raises(ValueError, match=f"at most {N_CTX} tokens"):
+            evaluate(random_sae(), model, tokens)
+
+    def test_two_saes_for_one_hook(self, model, tokens):
+        view = random_sae().view(0)
+        with pytest.raises(ValueError, match="must name its own hook"):
+            evaluate([view, view], model, tokens)
+
+    def test_an_sae_of_one_head(self, model, tokens):
+        sae = random_sae()
+        sae.cfg.metadata.hook_head_index = 1
+        with pytest.raises(ValueError, match="attention head 1"):
+            evaluate(sae, model, tokens)
+
+    def test_a_number_of_prompts_with_given_tokens(self, model, tokens):
+        with pytest.raises(ValueError, match="take from a store"):
+            evaluate(random_sae(), model, tokens, n_prompts=2)
