@@ -1,0 +1,388 @@
+"""Time of one full TopK training step: forward, gradients, unit norm, Adam.
+
+Claim: with k = 32 of d_sae latents active, the sparse step costs little more than the
+encoder's float32 matrix product, and with certified bfloat16 candidates less; several
+times less than the dense step of SAELens and the sparse one of `eai-sparsify`.
+
+Equality first: losses and gradients of the sparse step against autograd of the dense
+definition, and reconstructions of SAELens and sparsify against ours from equal weights.
+Then the contestants take turns. SAELens steps with the Adam of its trainer, all others
+with a fused one. Memory is the peak of a first step in a fresh process, less what the
+process held before, parameters and Adam's state included in neither.
+
+    python benchmarks/train_step.py [--small | --large] [--repeats N] [--threads N]
+
+On a machine that others use, `--threads 1 --cpu-time` is the least disturbed.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from torch import Tensor, nn
+
+from sae_lens_multilayer.topk.reference import training_loss
+from sae_lens_multilayer.topk.sparse import (
+    decode_topk,
+    encode_topk,
+    normalize_decoder,
+    project_decoder_gradient,
+    training_step,
+)
+
+N_VECTORS, D_IN, K, K_AUX, AUX_COEFFICIENT = 2048, 512, 32, 256, 1 / 32
+LEARNING_RATE, ADAM_EPS = 1e-4, 6.25e-10
+Step = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """Sizes and inputs of one comparison."""
+
+    d_sae: int
+    dead_share: float
+    device: str
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(self.d_sae, D_IN, generator=generator)
+        self.rows = (rows / rows.norm(dim=1, keepdim=True)).to(self.device)
+        mixing = torch.randn(D_IN, D_IN, generator=generator) / D_IN**0.5
+        x = torch.randn(N_VECTORS, D_IN, generator=generator) @ mixing
+        self.x = x.to(self.device)
+        dead = torch.rand(self.d_sae, generator=generator) < self.dead_share
+        self.dead = dead.to(self.device) if self.dead_share else None
+
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """Encoder rows, decoder rows and bias, all new."""
+        bias = nn.Parameter(self.x.new_zeros(D_IN))
+        return nn.Parameter(self.rows.clone()), nn.Parameter(self.rows.clone()), bias
+
+    def loss_options(self) -> dict:
+        return {
+            "k": K,
+            "dead_latents": self.dead,
+            "k_aux": K_AUX,
+            "aux_coefficient": AUX_COEFFICIENT,
+        }
+
+
+def fused_adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=ADAM_EPS, fused=True)
+
+
+def ours(case: Case, certified: bool) -> Step:
+    rows, W_dec, b_dec = case.parameters()
+    # Adam works on the encoder's rows, which it finds contiguous
+    W_enc = rows.detach().T
+    rows.grad, W_dec.grad = torch.zeros_like(rows), torch.zeros_like(W_dec)
+    b_dec.grad, W_enc.grad = torch.zeros_like(b_dec), rows.grad.T
+    optimizer = fused_adam([rows, W_dec, b_dec])
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        training_step(
+            case.x.unsqueeze(1),
+            W_enc,
+            W_dec,
+            b_dec,
+            micro_batch_size=N_VECTORS,
+            certified=certified,
+            **case.loss_options(),
+        )
+        normalize_decoder(W_dec)
+        project_decoder_gradient(W_dec)
+        optimizer.step()
+
+    return step
+
+
+def dense_reference(case: Case) -> Step:
+    rows, W_dec, b_dec = case.parameters()
+    optimizer = fused_adam([rows, W_dec, b_dec])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        options = case.loss_options()
+        training_loss(
+            case.x.unsqueeze(1), rows.T, W_dec, b_dec, **options
+        ).loss.backward()
+        normalize_decoder(W_dec)
+        project_decoder_gradient(W_dec)
+        optimizer.step()
+
+    return step
+
+
+def host_sae(case: Case) -> TopKTrainingSAE:
+    config = TopKTrainingSAEConfig(d_in=D_IN, d_sae=case.d_sae, k=K, device=case.device)
+    sae = TopKTrainingSAE(config)
+    sae.W_enc.data, sae.W_dec.data = case.rows.T.contiguous(), case.rows.clone()
+    return sae
+
+
+def sae_lens(case: Case) -> Step:
+    sae = host_sae(case)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
+    step_input = TrainStepInput(
+        sae_in=case.x,
+        coefficients={},
+        dead_neuron_mask=case.dead,
+        n_training_steps=0,
+        is_logging_step=False,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        sae.training_forward_pass(step_input).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def sparse_coder(case: Case):
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    config = SparseCoderConfig(num_latents=case.d_sae, k=K)
+    coder = SparseCoder(D_IN, config, device=case.device, dtype=torch.float32)
+    coder.encoder.weight.data = case.rows.clone()
+    coder.W_dec = nn.Parameter(case.rows.clone())
+    return coder
+
+
+def sparsify(case: Case) -> Step:
+    coder = sparse_coder(case)
+    optimizer = fused_adam(coder.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        out = coder(case.x, dead_mask=case.dead)
+        (out.fvu + AUX_COEFFICIENT * out.auxk_loss).backward()
+        coder.set_decoder_norm_to_unit_norm()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+
+    return step
+
+
+def encoder_product(case: Case, dtype: torch.dtype) -> Step:
+    x, W_enc = case.x.to(dtype), case.rows.to(dtype).T
+    return lambda: x @ W_enc
+
+
+def contestants(case: Case) -> dict[str, Callable[[], Step]]:
+    found = {
+        "encoder product, float32": lambda: encoder_product(case, torch.float32),
+        "encoder product, bfloat16": lambda: encoder_product(case, torch.bfloat16),
+        "this package, float32": lambda: ours(case, certified=False),
+        "this package, certified": lambda: ours(case, certified=True),
+        "sae-lens TopK": lambda: sae_lens(case),
+        "dense reference": lambda: dense_reference(case),
+    }
+    if has_sparsify():
+        found["sparsify"] = lambda: sparsify(case)
+    return found
+
+
+def has_sparsify() -> bool:
+    if find_spec("sparsify") is None:
+        return False
+    try:
+        import sparsify  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def check_equality(case: Case) -> None:
+    """Gradients on some vectors against autograd; all reconstructions against ours."""
+    z = case.x[:128].unsqueeze(1)
+    dense = case.parameters()
+    losses = training_loss(z, dense[0].T, dense[1], dense[2], **case.loss_options())
+    losses.loss.backward()
+    for certified in (False, True):
+        rows, W_dec, b_dec = case.parameters()
+        W_enc = rows.detach().T
+        step = training_step(
+            z,
+            W_enc,
+            W_dec,
+            b_dec,
+            micro_batch_size=100,
+            certified=certified,
+            **case.loss_options(),
+        )
+        torch.testing.assert_close(step.loss.float(), losses.loss.detach())
+        assert W_enc.grad is not None
+        check_close(W_enc.grad.T, dense[0].grad, 1e-5)
+        check_close(W_dec.grad, dense[1].grad, 1e-5)
+        check_close(b_dec.grad, dense[2].grad, 1e-5)
+    check_reconstructions(case)
+
+
+@torch.no_grad()
+def check_reconstructions(case: Case) -> None:
+    bias = case.x.new_zeros(D_IN)
+    for certified in (False, True):
+        acts = encode_topk(
+            case.x,
+            case.rows.T,
+            bias,
+            K,
+            standardize_inputs=False,
+            certified=certified,
+        )
+        x_hat = decode_topk(acts, case.rows, bias)
+        check_close(x_hat, host_sae(case)(case.x), 1e-5)
+        if has_sparsify():
+            check_close(x_hat, sparse_coder(case)(case.x).sae_out, 1e-5)
+
+
+def check_close(actual: Tensor | None, expected: Tensor | None, bound: float) -> None:
+    assert actual is not None
+    assert expected is not None
+    error = ((actual - expected).norm() / expected.norm()).item()
+    if not error < bound:
+        raise AssertionError(f"relative error {error:.1e} is not below {bound:.0e}")
+
+
+def time_steps(
+    case: Case, repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each contestant's steps, taken in turn after one to warm up."""
+    steps = {name: make() for name, make in contestants(case).items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            synchronize(case.device)
+            start = clock()
+            step()
+            synchronize(case.device)
+            if turn > 0:
+                times[name].append(clock() - start)
+    return times
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(name: str, sizes: tuple[int, float, str, int]) -> float:
+    """MiB that a first step takes beyond what was there before it."""
+    d_sae, dead_share, device, threads = sizes
+    torch.set_num_threads(threads)
+    case = Case(d_sae, dead_share, device)
+    step = contestants(case)[name]()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with open("/proc/self/clear_refs", "w") as resets_the_peak:
+        resets_the_peak.write("5")
+    before = read_status("VmRSS")
+    step()
+    return (read_status("VmHWM") - before) / 2**10
+
+
+def read_status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def peak_memories(names: list[str], sizes: tuple[int, float, str, int]) -> list[float]:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        arguments = [(name, sizes) for name in names]
+        return pool.starmap(peak_memory, arguments, chunksize=1)
+
+
+def report(case: Case, times: dict[str, list[float]], memory: dict[str, float]) -> None:
+    print(f"\nx [{N_VECTORS}, {D_IN}], k {K}, d_sae {case.d_sae:,}, ", end="")
+    print(f"{case.dead_share:.0%} dead, k_aux {K_AUX}; ms per step, {case.device}")
+    print(f"{'':28}{'median':>8}{'min':>8}{'max':>8}{'/ product':>11}{'peak MiB':>10}")
+    product = statistics.median(times["encoder product, float32"])
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        spread = (median, min(seconds), max(seconds))
+        numbers = "".join(f"{1e3 * s:8.0f}" for s in spread)
+        peak = f"{memory[name]:10.0f}" if name in memory else f"{'-':>10}"
+        print(f"{name:28}{numbers}{median / product:11.2f}{peak}")
+    for rival in ("sae-lens TopK", "sparsify", "dense reference"):
+        if rival in times:
+            print_ratios(rival, times)
+
+
+def print_ratios(rival: str, times: dict[str, list[float]]) -> None:
+    """Ratios of medians, and of the least disturbed steps."""
+    for name in ("this package, float32", "this package, certified"):
+        medians = statistics.median(times[rival]) / statistics.median(times[name])
+        least = min(times[rival]) / min(times[name])
+        print(f"{rival} / {name}: {medians:.1f} (of minima {least:.1f})")
+
+
+def print_versions(threads: int) -> None:
+    print(
+        f"python {platform.python_version()}, {threads} threads, {platform.machine()}"
+    )
+    for package in ("torch", "sae-lens", "eai-sparsify"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} is not installed")
+    if not has_sparsify():
+        print("sparsify cannot be imported and is left out")
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    print(f"{what} ...", end=" ", flush=True)
+    yield
+    print("ok", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="d_sae 8,192 only")
+    parser.add_argument("--large", action="store_true", help="add d_sae 131,072")
+    parser.add_argument("--repeats", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of the process; for a busy machine"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print_versions(arguments.threads)
+    cases = [(16 * D_IN, 0.0), (16 * D_IN, 0.3)]
+    cases += [] if arguments.small else [(64 * D_IN, 0.0)]
+    cases += [(256 * D_IN, 0.0)] if arguments.large else []
+    for d_sae, dead_share in cases:
+        case = Case(d_sae, dead_share, arguments.device)
+        with announced(f"d_sae {d_sae}, {dead_share:.0%} dead: equality of results"):
+            check_equality(case)
+        repeats = arguments.repeats or (5 if arguments.small else 9)
+        clock = time.process_time if arguments.cpu_time else time.perf_counter
+        times = time_steps(case, repeats, clock)
+        memory: dict[str, float] = {}
+        if not arguments.small:
+            names = list(times)
+            sizes = (d_sae, dead_share, arguments.device, arguments.threads)
+            memory = dict(zip(names, peak_memories(names, sizes), strict=True))
+        report(case, times, memory)
+
+
+if __name__ == "__main__":
+    main()
