@@ -10,28 +10,25 @@ Then the contestants take turns. SAELens steps with the Adam of its trainer, all
 with a fused one. Memory is the peak of a first step in a fresh process, less what the
 process held before, parameters and Adam's state included in neither.
 
-    python benchmarks/train_step.py [--small | --large] [--repeats N] [--threads N]
+    python -m benchmarks.train_step [--small | --large] [--repeats N] [--threads N]
 
 On a machine that others use, `--threads 1 --cpu-time` is the least disturbed.
 """
 
 import argparse
 import multiprocessing
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor, nn
 
+from benchmarks._common import announced, peak_rss_mib, print_versions
 from sae_lens_multilayer.topk.reference import training_loss
 from sae_lens_multilayer.topk.sparse import (
     decode_topk,
@@ -290,16 +287,7 @@ def peak_memory(name: str, sizes: tuple[int, float, str, int]) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with open("/proc/self/clear_refs", "w") as resets_the_peak:
-        resets_the_peak.write("5")
-    before = read_status("VmRSS")
-    step()
-    return (read_status("VmHWM") - before) / 2**10
-
-
-def read_status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return peak_rss_mib(step)
 
 
 def peak_memories(names: list[str], sizes: tuple[int, float, str, int]) -> list[float]:
@@ -333,26 +321,6 @@ def print_ratios(rival: str, times: dict[str, list[float]]) -> None:
         print(f"{rival} / {name}: {medians:.1f} (of minima {least:.1f})")
 
 
-def print_versions(threads: int) -> None:
-    print(
-        f"python {platform.python_version()}, {threads} threads, {platform.machine()}"
-    )
-    for package in ("torch", "sae-lens", "eai-sparsify"):
-        try:
-            print(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            print(f"{package} is not installed")
-    if not has_sparsify():
-        print("sparsify cannot be imported and is left out")
-
-
-@contextmanager
-def announced(what: str) -> Iterator[None]:
-    print(f"{what} ...", end=" ", flush=True)
-    yield
-    print("ok", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="d_sae 8,192 only")
@@ -365,7 +333,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print_versions(arguments.threads)
+    print_versions("torch", "sae-lens", "eai-sparsify")
+    if not has_sparsify():
+        print("sparsify cannot be imported and is left out")
     cases = [(16 * D_IN, 0.0), (16 * D_IN, 0.3)]
     cases += [] if arguments.small else [(64 * D_IN, 0.0)]
     cases += [(256 * D_IN, 0.0)] if arguments.large else []

@@ -18,7 +18,7 @@ from typing import Any
 
 from datasets import Dataset
 from jaxtyping import Int
-from sae_lens import LoggingConfig, SAETrainingRunner
+from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"{MODEL_NAME}: {model.cfg.n_layers} blocks, d_model {model.cfg.d_model}")
 
     cfg = make_config(settings, model)
-    sae = SAETrainingRunner(
+    sae = LanguageModelSAETrainingRunner(
         cfg, override_dataset=english_text("train"), override_model=model
     ).run()
     print(f"Trained in {time.perf_counter() - start:.0f} s, with loading the model.\n")

@@ -1,0 +1,127 @@
+"""Claim: a whole run is at least 4 times faster than SAELens' one SAE per layer.
+
+Trains on the residual stream of SmolLM2, harvesting included, by
+
+- this package: one SAE of width D for all hooked layers;
+- SAELens' `MultiSAETrainingRunner`: one TopK SAE of width D for each hooked layer.
+
+So every activation vector is encoded against D latents in both, which is the same work
+for each vector; SAELens' SAEs have as many times more parameters as there are layers.
+Model, text, tokens, batch and k are the same, and neither logs, evaluates or saves. The
+vectors that the two stores serve are compared in `benchmarks/store.py`, the steps in
+`benchmarks/train_step.py`; here both must reconstruct better than the mean vector.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sae_lens import (
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+
+from benchmarks._common import peak_rss_mib, print_versions, ratio, time_in_turns
+from examples.smollm2 import english_text, load_smollm2
+from sae_lens_multilayer import (
+    MultiLayerActivationsStore,
+    MultiLayerConfig,
+    MultiLayerTrainingSAEConfig,
+    reconstruction_metrics,
+)
+
+K, CONTEXT, BATCH = 32, 128, 512
+
+
+def main() -> None:
+    """Time both runs in turn and print tokens per second."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="six layers, few tokens")
+    args = parser.parse_args()
+    layers = [0, 6, 12, 18, 24, 29] if args.small else list(range(30))
+    n_tokens, rounds = (2_048, 2) if args.small else (4_096, 3)
+    model: Any = load_smollm2()
+    d_sae = 16 * model.cfg.d_model
+    print_versions("torch", "sae-lens", "transformer-lens")
+    print(f"{len(layers)} layers, d_sae {d_sae:,}, {n_tokens:,} tokens, k {K}")
+    turns = {
+        "this package": lambda: train_ours(model, layers, d_sae, n_tokens),
+        "MultiSAETrainingRunner": lambda: train_host(model, layers, d_sae, n_tokens),
+    }
+    check(model, turns["this package"](), turns["MultiSAETrainingRunner"]())
+    seconds = time_in_turns(turns, rounds)
+    for name, times in seconds.items():
+        rate = n_tokens / statistics.median(times)
+        print(f"{name:26}{rate:8.0f} tokens/s {peak_rss_mib(turns[name]):8.0f} MiB")
+    speed_up = ratio(seconds["MultiSAETrainingRunner"], seconds["this package"])
+    print(f"this package is {speed_up:.1f} times faster")
+
+
+def train_ours(model: Any, layers: list[int], d_sae: int, n_tokens: int) -> Any:
+    """One SAE for all layers."""
+    cfg = MultiLayerConfig(
+        sae=MultiLayerTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=d_sae, k=K),
+        layers=layers,
+        verbose=False,
+        **shared_settings(n_tokens),
+    )
+    return LanguageModelSAETrainingRunner(
+        cfg, override_dataset=english_text("train"), override_model=model
+    ).run()
+
+
+def train_host(model: Any, layers: list[int], d_sae: int, n_tokens: int) -> Any:
+    """One stock SAE for each layer, from one forward pass."""
+    names = {f"layer_{layer}": f"blocks.{layer}.hook_resid_post" for layer in layers}
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={
+            name: TopKTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=d_sae, k=K)
+            for name in names
+        },
+        hook_names=names,
+        **shared_settings(n_tokens),
+    )
+    return MultiSAETrainingRunner(
+        cfg, override_dataset=english_text("train"), override_model=model
+    ).run()
+
+
+def shared_settings(n_tokens: int) -> dict[str, Any]:
+    """What is the same in both runs."""
+    return {
+        "context_size": CONTEXT,
+        "training_tokens": n_tokens,
+        "train_batch_size_tokens": BATCH,
+        "store_batch_size_prompts": 8,
+        "n_batches_in_buffer": 16,
+        "lr": 1e-3,
+        "logger": LoggingConfig(log_to_wandb=False),
+        "checkpoint_path": None,
+        "output_path": None,
+    }
+
+
+def check(model: Any, ours: Any, host: dict[str, Any]) -> None:
+    """Both must have learnt something."""
+    cfg = MultiLayerConfig(sae=ours.cfg, **{**shared_settings(BATCH), "verbose": False})
+    dataset: Dataset = english_text("test")
+    store = MultiLayerActivationsStore.from_config(model, cfg, dataset)
+    tokens: torch.Tensor = store.get_batch_tokens(8)
+    for sae in host.values():
+        sae.cfg.metadata.hook_names = None
+    for name, saes in (("this package", ours), ("SAELens", list(host.values()))):
+        fvu = reconstruction_metrics(saes, model, tokens).fvu
+        print(f"{name}: median FVU of layers {fvu.median():.2f}")
+        if not fvu.median() < 1:
+            raise AssertionError(f"{name} learnt nothing: FVU {fvu.tolist()}")
+
+
+if __name__ == "__main__":
+    main()
