@@ -30,6 +30,7 @@ from sae_lens_multilayer.checkpoints import (
     free_path,
 )
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.trainer import MultiLayerTrainer
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,13 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self.sae = override_sae if override_sae is not None else self._make_sae()
         self._check_normalization(self.sae)
         self.sae.to(cfg.device)
-        self.evaluator = None  # type: ignore[assignment]
+        self.evaluator = MultiLayerEvaluator(  # type: ignore[assignment]
+            self.model,
+            store,
+            n_batches=cfg.n_eval_batches,
+            batch_size_prompts=cfg.eval_batch_size_prompts
+            or cfg.store_batch_size_prompts,
+        )
 
     def _check_places(self) -> None:
         """Find out before training what cannot be saved or resumed."""

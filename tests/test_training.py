@@ -31,6 +31,7 @@ from sae_lens import (
     TrainingSAE,
 )
 from sae_lens.training._interruption import InterruptedException, interrupt_callback
+from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,10 +41,12 @@ from sae_lens_multilayer import (
     MultiLayerTrainingSAE,
     MultiLayerTrainingSAEConfig,
     NonFiniteActivationError,
+    evaluate,
     reconstruction_metrics,
     training,
     views,
 )
+from sae_lens_multilayer.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.trainer import MultiLayerTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
@@ -570,7 +573,8 @@ class TestResuming:
             from sae_lens import LoggingConfig, LanguageModelSAETrainingRunner
             from transformers import AutoTokenizer
             from sae_lens_multilayer import MultiLayerConfig
-            from sae_lens_multilayer.trainer import MultiLayerTrainer
+            from sae_lens_multilayer.evaluator import MultiLayerEvaluator
+from sae_lens_multilayer.trainer import MultiLayerTrainer
 
             original = MultiLayerTrainer.step
             def step(self, batch):
@@ -817,6 +821,43 @@ class TestWandb:
         assert fake.calls[-1] == "finish"
         assert fake.files.count(("model", "sae_weights.safetensors")) == 2
         assert fake.files.count(("log_feature_sparsity", "sparsity.safetensors")) == 2
+
+    @pytest.mark.parametrize("prefetch", [False, True])
+    def test_layers_are_spliced_at_the_hosts_cadence(
+        self, start, make_config, monkeypatch, prefetch
+    ):
+        fake = FakeWandb(monkeypatch)
+        logger = LoggingConfig(
+            log_to_wandb=True, wandb_log_frequency=3, eval_every_n_wandb_logs=2
+        )
+        config = make_config(
+            logger=logger, n_eval_batches=2, prefetch_llm_batches=prefetch
+        )
+        start(config).run()
+        evals = {s: values for s, values in fake.logged if "layer_0/kl_div" in values}
+        assert list(evals) == [5]
+        for layer in ("layer_0", "layer_1", "metrics"):
+            assert evals[5][f"{layer}/kl_div"] > 0
+            assert f"{layer}/delta_ce" in evals[5]
+            assert f"{layer}/fvu" not in evals[5]
+
+    def test_the_evaluator_is_evaluate_on_the_next_tokens(
+        self, model, make_config, token_dataset
+    ):
+        config = make_config(exclude_special_tokens=[3, 4])
+        store, same = (
+            MultiLayerActivationsStore.from_config(model, config, token_dataset)
+            for _ in range(2)
+        )
+        sae = TrainingSAE.from_dict(config.sae.to_dict())
+        sae.cfg.metadata.hook_names = store.hook_names
+        found = MultiLayerEvaluator(model, store, n_batches=2, batch_size_prompts=3)(
+            sae, store, ActivationScaler()
+        )
+        tokens = same.get_batch_tokens(6)
+        expected = evaluate(sae, model, tokens, exclude_tokens=[3, 4]).to_log_dict()
+        for name in ("layer_0/delta_ce", "layer_1/kl_div", "layer_1/ce_loss_score"):
+            assert found[name] == pytest.approx(expected[name], abs=1e-6)
 
     def test_stock_sae_logs_the_same_keys(self, start, make_config, monkeypatch):
         fake = FakeWandb(monkeypatch)
