@@ -1,8 +1,8 @@
 """Fits a tuned lens to any model the host can load, in the format of tuned-lens."""
 
+import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from tuned_lens import TunedLens
 from tuned_lens.nn.lenses import TunedLensConfig
 from tuned_lens.nn.unembed import Unembed
+from tuned_lens.utils import tensor_hash
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
@@ -22,32 +23,383 @@ from sae_lens_multilayer.checkpoints import check_free, complete_or_absent
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 _RECIPE_TOKENS_PER_STEP = 2**18
+_MOMENTUM = 0.9
+_HEAD_TOLERANCE = 1e-3  # nats
 
 
 class ModelUnembed(Unembed):
     """tuned-lens' `Unembed` for every kind of model the host can load.
 
-    tuned-lens builds its own for a HookedTransformer and for seven Hugging Face
-    families, and leaves out a soft cap on the logits.
+    tuned-lens' own takes a HookedTransformer and seven Hugging Face families, and does
+    not know of a soft cap on the logits.
     """
 
     def __init__(self, model: Any) -> None:
-        """Take the final norm (a copy) and the unembedding (its memory is shared)."""
+        """Copy the model's final norm and share the memory of its unembedding.
+
+        Args:
+            model: A HookedTransformer, a TransformerBridge or the host's HookedProxyLM
+                around a Hugging Face model.
+
+        Raises:
+            ValueError: If the model has no final norm or unembedding where known
+                models have them.
+        """
         nn.Module.__init__(self)
-        norm, weight, bias, self.soft_cap = _head_of(model)
-        self.final_norm = hooks_removed_copy(norm)
-        self.unembedding = nn.Linear(1, 1, bias=False)
-        self.unembedding.out_features, self.unembedding.in_features = weight.shape
-        self.unembedding.weight = nn.Parameter(weight.detach())
-        if bias is not None:
-            self.unembedding.bias = nn.Parameter(bias.detach())
+        if isinstance(model, HookedProxyLM):
+            norm = _final_norm_of_hf_model(model.model)
+            soft_cap = getattr(_hf_config(model), "final_logit_softcapping", None)
+        else:
+            norm = getattr(model, "ln_final", None) or nn.Identity()
+            soft_cap = getattr(model.cfg, "output_logits_soft_cap", None)
+        self.final_norm = copy.deepcopy(norm)
+        # HookedProxyLM's hooks would write to its hook points.
+        self.final_norm._forward_hooks.clear()
+        self.unembedding = _linear(*_unembedding_of(model))
+        self.soft_cap = soft_cap if soft_cap and soft_cap > 0 else None
         self.requires_grad_(False)
 
     @override
     def forward(
         self, h: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_vocab"]:
+        """Turn residual-stream vectors into logits, as the end of the model does."""
         logits = super().forward(h)
         if self.soft_cap is None:
             return logits
         return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    d_vocab, d_model = weight.shape
+    linear = nn.Linear(d_model, d_vocab, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach())
+    return linear
+
+
+def _hf_config(model: HookedProxyLM) -> Any:
+    hf_model: Any = model.model
+    return hf_model.config.get_text_config()
+
+
+def _final_norm_of_hf_model(model: Any) -> nn.Module:
+    decoder = model.get_decoder()
+    for name in _FINAL_NORMS:
+        norm = getattr(decoder, name, None)
+        if isinstance(norm, nn.Module):
+            return norm
+    raise ValueError(
+        f"The model's decoder must hold its final norm as one of {_FINAL_NORMS}; "
+        f"{type(decoder).__name__} does not. Load it as a HookedTransformer."
+    )
+
+
+def _unembedding_of(model: Any) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(model, HookedProxyLM):
+        hooks.shape_of_model(model)  # a model of another kind is an error
+        return model.unembed.W_U.T, model.unembed.b_U
+    hf_model: Any = model.model
+    unembedding = hf_model.get_output_embeddings()
+    if not isinstance(unembedding, nn.Linear):
+        raise ValueError(
+            "The model's output embedding must be a linear layer; got "
+            f"{type(unembedding).__name__}."
+        )
+    return unembedding.weight, unembedding.bias
+
+
+def unembedding_hash(model: Any) -> str:
+    """tuned-lens' hash of a model's unembedding, by which a lens knows its model.
+
+    It prints the corners of the matrix to one decimal, so two models may share it.
+
+    Args:
+        model: As for `ModelUnembed`.
+    """
+    weight, _ = _unembedding_of(model)
+    return tensor_hash(weight.detach().float().cpu().numpy())
+
+
+def name_of_model(model: Any) -> str:
+    """The name that a lens gives to the model it was made for."""
+    if isinstance(model, HookedProxyLM):
+        hf_model: Any = model.model
+        return hf_model.config.name_or_path
+    return model.cfg.model_name
+
+
+def new_tuned_lens(model: Any) -> TunedLens:
+    """A tuned lens of zeros for a model: the logit lens.
+
+    `TunedLens.from_model` does this for Hugging Face models only, since it asks the
+    model for a `.config`.
+
+    Args:
+        model: As for `ModelUnembed`.
+    """
+    shape = hooks.shape_of_model(model)
+    config = TunedLensConfig(
+        base_model_name_or_path=name_of_model(model),
+        d_model=shape.d_model,
+        num_hidden_layers=shape.n_layers,
+    )
+    lens = TunedLens(ModelUnembed(model), config)
+    return lens.to(lens.unembed.unembedding.weight.device)
+
+
+def fit_tuned_lens(
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"],
+    *,
+    n_steps: int = 250,
+    batch_size_prompts: int | None = None,
+    forward_batch_size_prompts: int = 8,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    lr: float | None = None,
+    weight_decay: float = 1e-3,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    output_path: str | Path | None = None,
+    progress: bool = True,
+) -> TunedLens:
+    """Train a tuned lens: per layer, an affine map whose logits match the model's.
+
+    Minimises, for the residual stream h_i before each block i,
+    `KL(model's output || unembed(norm(h_i + W_i h_i + b_i)))`, the mean over all
+    positions, in nats. The model stays as it is, and one forward pass serves all
+    layers. W and b start at 0 and the learning rate falls linearly to 0. It is
+    tuned-lens' recipe in float32 instead of bfloat16.
+
+    Args:
+        model: A HookedTransformer, a TransformerBridge or the host's HookedProxyLM
+            around a Hugging Face model.
+        tokens: Prompts to train on, no longer than the context; shuffled, and used
+            again when all were.
+        n_steps: Optimiser steps.
+        batch_size_prompts: Prompts per step; None: 2**18 tokens' worth, as in the
+            paper, or all prompts if they are fewer.
+        forward_batch_size_prompts: Prompts per forward pass, which sets the memory:
+            about four times their logits in float32.
+        optimizer: "sgd" is the paper's, with Nesterov momentum 0.9; "adam" is AMSGrad
+            with a warm-up over the first fifth, at most 1000 steps.
+        lr: Largest learning rate; None: 1.0 for SGD and 1e-3 for Adam. As in
+            tuned-lens, SGD's is multiplied by 1 - momentum.
+        weight_decay: Pulls W and b towards 0, the identity.
+        max_grad_norm: Bound on the norm of the gradient of all layers together.
+        output_path: Folder to save to, in tuned-lens' format. It must be new or empty.
+        progress: Show a progress bar.
+
+    Returns:
+        The lens in the model's dtype. `TunedLens.from_unembed_and_pretrained` loads it
+        from `output_path`.
+
+    Raises:
+        ValueError: If `tokens` or a number cannot be trained with, or the logits are
+            not the unembedding of the final norm of the last residual stream.
+        FloatingPointError: If the loss is not finite.
+
+    References:
+        Belrose et al. (2023), arXiv:2303.08112, and tuned-lens' `train_loop.py`.
+    """
+    _check_tokens(model, tokens)
+    if min(n_steps, forward_batch_size_prompts, batch_size_prompts or 1) < 1:
+        raise ValueError(
+            "`n_steps` and batch sizes must be at least 1; got "
+            f"n_steps={n_steps}, batch_size_prompts={batch_size_prompts}, "
+            f"forward_batch_size_prompts={forward_batch_size_prompts}."
+        )
+    if output_path is not None:
+        check_free(output_path)
+    lens = new_tuned_lens(model)
+    dtype = lens.unembed.unembedding.weight.dtype
+    lens.layer_translators.to(torch.promote_types(dtype, torch.float32))
+    _check_head(model, lens.unembed, tokens[:1])
+    params = list(lens.layer_translators.parameters())
+    steps, schedule = _optimizer(optimizer, params, lr, weight_decay, n_steps)
+    batches = _batches(tokens, n_steps, batch_size_prompts, seed)
+    # Left out, `disable` follows TQDM_DISABLE.
+    silent: dict[str, Any] = {} if progress else {"disable": True}
+    bar = tqdm(batches, "Fitting the tuned lens", n_steps, **silent)
+    with bar as shown, torch.enable_grad():
+        for batch in shown:
+            losses = _backward(model, lens, batch, forward_batch_size_prompts)
+            _check_finite(losses)
+            shown.set_postfix(kl=f"{losses.mean():.4f}", refresh=False)
+            nn.utils.clip_grad_norm_(params, max_grad_norm)
+            steps.step()
+            steps.zero_grad()
+            schedule.step()
+    lens.layer_translators.to(dtype).requires_grad_(False)
+    if output_path is not None:
+        with complete_or_absent(output_path) as folder:
+            lens.save(folder)
+    return lens
+
+
+def lens_kl(
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"],
+    lens: TunedLens | None = None,
+    forward_batch_size_prompts: int = 8,
+) -> Float[Tensor, " n_layers"]:
+    """KL of the model's output from a lens' prediction, before each block.
+
+    `KL(model || lens)`, the mean over all positions, in nats: 0 or more, 0 where the
+    lens predicts what the model does.
+
+    Args:
+        lens: None for the logit lens: no translators.
+    """
+    _check_tokens(model, tokens)
+    lens = lens or new_tuned_lens(model)
+    total = torch.zeros(len(lens), dtype=torch.float64)
+    with torch.no_grad():
+        for part in tokens.split(forward_batch_size_prompts):
+            streams, log_p = _run(model, lens.unembed, part)
+            for i, h in enumerate(streams[:-1]):
+                total[i] += _kl(log_p, _lens_logits(lens, h, i)).item()
+    return total / tokens.numel()
+
+
+def _check_tokens(model: Any, tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(
+            "`tokens` must have the shape [prompt, pos] and hold at least one; got "
+            f"shape {tuple(tokens.shape)}."
+        )
+    hooks.check_context_size(tokens.shape[1], hooks.shape_of_model(model), "the model")
+
+
+def _optimizer(
+    name: Literal["sgd", "adam"],
+    params: list[nn.Parameter],
+    lr: float | None,
+    weight_decay: float,
+    n_steps: int,
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    optimizer: torch.optim.Optimizer
+    if name == "sgd":
+        warmup_steps = 0
+        optimizer = torch.optim.SGD(
+            params,
+            # PyTorch's momentum multiplies the step by 1 / (1 - momentum).
+            lr=(1.0 if lr is None else lr) * (1 - _MOMENTUM),
+            momentum=_MOMENTUM,
+            nesterov=True,
+            weight_decay=weight_decay,
+        )
+    else:
+        warmup_steps = min(1000, n_steps // 5)
+        optimizer = torch.optim.Adam(
+            params,
+            lr=1e-3 if lr is None else lr,
+            betas=(_MOMENTUM, 0.999),
+            amsgrad=True,
+            weight_decay=weight_decay,
+        )
+
+    def factor(step: int) -> float:
+        rising = (step + 1) / (warmup_steps + 1)
+        return min(rising, (n_steps - step) / (n_steps - warmup_steps))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _batches(
+    tokens: Tensor, n_steps: int, batch_size_prompts: int | None, seed: int
+) -> Iterator[Tensor]:
+    n_prompts, n_pos = tokens.shape
+    if batch_size_prompts is None:
+        batch_size_prompts = min(n_prompts, math.ceil(_RECIPE_TOKENS_PER_STEP / n_pos))
+    generator = torch.Generator().manual_seed(seed)
+    waiting = torch.empty(0, dtype=torch.int64)
+    for _ in range(n_steps):
+        while len(waiting) < batch_size_prompts:
+            order = torch.randperm(n_prompts, generator=generator)
+            waiting = torch.cat([waiting, order])
+        chosen, waiting = waiting.tensor_split([batch_size_prompts])
+        yield tokens[chosen.to(tokens.device)]
+
+
+def _backward(
+    model: Any, lens: TunedLens, batch: Tensor, forward_batch_size_prompts: int
+) -> Float[Tensor, " n_layers"]:
+    """Add the gradient of the mean KL of each layer; give these means."""
+    losses = torch.zeros(len(lens), dtype=torch.float64)
+    for part in batch.split(forward_batch_size_prompts):
+        streams, log_p = _run(model, lens.unembed, part)
+        # One layer at a time, so that the logits of one are held.
+        for i, h in enumerate(streams[:-1]):
+            loss = _kl(log_p, _lens_logits(lens, h, i)) / batch.numel()
+            loss.backward()
+            losses[i] += loss.item()
+    return losses
+
+
+def _lens_logits(lens: TunedLens, h: Tensor, i: int) -> Tensor:
+    dtype = next(lens[i].parameters()).dtype
+    z = lens.transform_hidden(h.to(dtype), i)
+    return lens.unembed(z.to(h.dtype))
+
+
+def _kl(log_p: Tensor, logits: Tensor) -> Tensor:
+    """KL(p || softmax(logits)), summed over positions."""
+    log_q = logits.to(log_p.dtype).log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+@torch.no_grad()
+def _run(
+    model: Any, unembed: Unembed, tokens: Tensor
+) -> tuple[list[Tensor], Float[Tensor, "prompt pos d_vocab"]]:
+    """The residual stream before each block and after the last; log-probabilities."""
+    tokens = tokens.to(unembed.unembedding.weight.device)
+    run = _run_hf_model if isinstance(model, HookedProxyLM) else _run_hooked_model
+    streams, logits = run(model, tokens)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return streams, logits.to(dtype).log_softmax(-1)
+
+
+def _run_hf_model(model: HookedProxyLM, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    hf_model: Any = model.model
+    last: list[Tensor] = []
+    norm = _final_norm_of_hf_model(hf_model)
+    # The last of `hidden_states` is after the final norm.
+    handle = norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
+    try:
+        output = hf_model(tokens, output_hidden_states=True, use_cache=False)
+    finally:
+        handle.remove()
+    return [*output.hidden_states[:-1], *last], output.logits
+
+
+def _run_hooked_model(model: Any, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    n_layers = hooks.shape_of_model(model).n_layers
+    wanted = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
+    wanted.append(f"blocks.{n_layers - 1}.hook_resid_post")
+    names = hooks.model_hook_names(model, wanted)
+    logits, cache = model.run_with_cache(tokens, names_filter=names)
+    return [cache[name] for name in names], logits
+
+
+def _check_head(model: Any, unembed: Unembed, tokens: Tensor) -> None:
+    streams, log_p = _run(model, unembed, tokens)
+    with torch.no_grad():
+        kl = _kl(log_p, unembed(streams[-1])).item() / tokens.numel()
+    if not kl <= _HEAD_TOLERANCE:
+        raise ValueError(
+            "A lens needs a model whose logits are the unembedding of the final norm "
+            "of the residual stream after the last block; this one's differ from that "
+            f"by a KL of {kl:.3g} nats."
+        )
+
+
+def _check_finite(losses: Float[Tensor, " n_layers"]) -> None:
+    if not losses.isfinite().all():
+        layer = int((~losses.isfinite()).nonzero()[0])
+        raise FloatingPointError(
+            f"The KL of translator {layer} is {losses[layer].item()}. Use a lower "
+            "`lr`, and look for NaN in the model's activations."
+        )

@@ -1,11 +1,17 @@
 """The multi-layer SAE: one TopK SAE for the residual-stream vectors of all layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
+from sae_lens import (
+    SAE,
+    SAEConfig,
+    TopKSAEConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
@@ -171,6 +177,17 @@ class _MultiLayerWeights(CopyableLayerNorm, SAE[_T_CONFIG]):
     def decode_topk(self, acts: sparse.TopKActs) -> Float[Tensor, "*batch d_in"]:
         """Reconstruct vectors in raw space from their k largest latents."""
         return sparse.decode_topk(acts, self.W_dec, self.b_dec)
+
+    def stock_form(self) -> tuple[TopKSAEConfig, dict[str, Tensor]]:
+        """The config and tensors of the stock TopK SAE that computes the same.
+
+        The tensors share this SAE's memory; its encoder bias, which this SAE lacks, is
+        zero.
+        """
+        shared = {f.name: getattr(self.cfg, f.name) for f in fields(SAEConfig)}
+        b_enc = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
+        tensors = {**self.state_dict(), "b_enc": b_enc}
+        return TopKSAEConfig(k=_k_of(self.cfg), **shared), tensors
 
     def view(self, layer_or_hook_name: int | str) -> SAE[Any]:
         """An ordinary TopK SAE for one hook, which shares this SAE's memory.

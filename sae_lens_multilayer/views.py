@@ -3,12 +3,11 @@
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, SAEConfig, TopKSAE, TopKSAEConfig, TrainingSAE
+from sae_lens import SAE, SAEConfig, TopKSAE, TrainingSAE
 from sae_lens.registry import get_sae_class
 from torch import Tensor, nn
 from typing_extensions import override
@@ -17,6 +16,15 @@ from sae_lens_multilayer.hooks import find_hook
 from sae_lens_multilayer.normalization import CopyableLayerNorm
 
 _UNIT_NORM_TOLERANCE = 1e-2
+
+
+@runtime_checkable
+class HasStockForm(Protocol):
+    """An SAE of ours, which says what stock SAE computes the same."""
+
+    def stock_form(self) -> tuple[SAEConfig, dict[str, Tensor]]:
+        """The stock inference config and tensors, sharing memory."""
+        ...
 
 
 def hook_names_of(sae: SAE[Any]) -> list[str]:
@@ -72,13 +80,8 @@ def _views_of(sae: SAE[Any], hook_names: Sequence[str]) -> list[SAE[Any]]:
 
 def _stock_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
     """The stock inference config and tensors that compute what `sae` computes."""
-    from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
-
-    if isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE)):
-        shared = {f.name: getattr(sae.cfg, f.name) for f in fields(SAEConfig)}
-        b_enc = torch.zeros(sae.cfg.d_sae, dtype=sae.dtype, device=sae.device)
-        tensors = {**sae.state_dict(), "b_enc": b_enc}
-        return TopKSAEConfig(k=sae.cfg.k, **shared), tensors
+    if isinstance(sae, HasStockForm):
+        return sae.stock_form()
     if isinstance(sae, TrainingSAE):
         # Saving for inference folds norms and thresholds into the tensors it is given.
         tensors = {name: t.clone() for name, t in sae.state_dict().items()}
