@@ -28,6 +28,8 @@ from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_g
 
 logger = logging.getLogger(__name__)
 
+_ROWS_AT_A_TIME = 8192
+
 
 class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     """SAELens' trainer for batches `[token, layer, d_in]`.
@@ -207,7 +209,10 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         assert isinstance(self.sae, MultiLayerTrainingSAE)
         vectors = batch.flatten(0, 1).float()
         if self.sae.standardizes:
-            vectors = standardize(vectors)[0]
+            blocks = vectors.split(_ROWS_AT_A_TIME)
+            vectors = torch.empty_like(vectors)
+            for into, rows in zip(vectors.split(_ROWS_AT_A_TIME), blocks, strict=True):
+                into.copy_(standardize(rows)[0])
         self.sae.b_dec.data.copy_(geometric_median(vectors))
 
     def _gradients(self, batch: Tensor) -> StepStats:
