@@ -14,21 +14,39 @@ from sae_lens_multilayer.topk.products import DenseActs, SparseActs, as_matrix
 from sae_lens_multilayer.topk.select import DeadLatents, Selection
 from sae_lens_multilayer.topk.tile import Tile, sum_dtype, sum_of_squares
 
+_ENTRIES_PER_LATENT = 4
+"""Activations per latent from which a product costs more than writing its rows."""
 
-@dataclass
+
 class LatentGradients:
-    """Gradients of the weights of some latents, one row for each latent."""
+    """Gradients of the weights of some latents, one row for each latent.
 
-    W_enc_rows: Float[Tensor, "latent d_in"]
-    W_dec: Float[Tensor, "latent d_in"]
-    h: Float[Tensor, " latent"]
-    """Sum over vectors of the gradients of the pre-activations."""
+    A product with transposed activations writes all rows, however few vectors there
+    are, so the vectors of small tiles wait until there are enough of them.
+    """
+
+    def __init__(
+        self,
+        W_enc_rows: Float[Tensor, "latent d_in"],
+        W_dec: Float[Tensor, "latent d_in"],
+    ) -> None:
+        """Take the tensors to add to.
+
+        Args:
+            W_enc_rows: Gradients of the encoder, a row for each latent.
+            W_dec: Gradients of the decoder.
+        """
+        self.W_enc_rows = W_enc_rows
+        self.W_dec = W_dec
+        self.h = W_dec.new_zeros(len(W_dec))
+        """Sum over vectors of the gradients of the pre-activations."""
+        self._waiting: list[_SparseTile] = []
 
     @classmethod
     def zeros_like(cls, rows: Float[Tensor, "latent d_in"]) -> "LatentGradients":
         """No gradient yet, for latents with these weights."""
         zeros = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-        return cls(zeros, zeros.clone(), zeros.new_zeros(len(rows)))
+        return cls(zeros, zeros.clone())
 
     def add(
         self,
@@ -38,16 +56,59 @@ class LatentGradients:
         W_dec: Float[Tensor, "latent d_in"],
     ) -> None:
         """Add the gradients of a tile, given the one of its decoder's output."""
-        acts.add_transposed_product(self.W_dec, acts.values, u_hat_gradient)
         h_gradient = acts.dots(u_hat_gradient, W_dec).mul_(acts.values > 0)
-        acts.add_transposed_product(self.W_enc_rows, h_gradient, v)
         acts.add_sums(self.h, h_gradient)
+        if isinstance(acts, DenseActs):
+            acts.add_transposed_product(self.W_dec, acts.values, u_hat_gradient)
+            acts.add_transposed_product(self.W_enc_rows, h_gradient, v)
+            return
+        self._waiting.append(_SparseTile(acts, h_gradient, u_hat_gradient, v))
+        n_entries = sum(tile.h_gradient.numel() for tile in self._waiting)
+        if n_entries >= _ENTRIES_PER_LATENT * len(self.W_dec):
+            self.finish()
+
+    def finish(self) -> None:
+        """Add what still waits."""
+        if not self._waiting:
+            return
+        tile = _SparseTile.concatenate(self._waiting)
+        self._waiting = []
+        acts = tile.acts
+        acts.add_transposed_product(self.W_dec, acts.values, tile.u_hat_gradient)
+        acts.add_transposed_product(self.W_enc_rows, tile.h_gradient, tile.v)
 
     def add_scaled(self, other: "LatentGradients", scale: Tensor, at: Tensor) -> None:
         """Add the gradients of the latents `at`, multiplied by a scalar."""
+        other.finish()
         self.W_enc_rows.index_add_(0, at, other.W_enc_rows * scale)
         self.W_dec.index_add_(0, at, other.W_dec * scale)
         self.h.index_add_(0, at, other.h * scale)
+
+
+@dataclass
+class _SparseTile:
+    """What a tile gives to the weight gradients."""
+
+    acts: SparseActs
+    h_gradient: Float[Tensor, "act k"]
+    u_hat_gradient: Float[Tensor, "act d_in"]
+    v: Float[Tensor, "act d_in"]
+
+    @staticmethod
+    def concatenate(tiles: "list[_SparseTile]") -> "_SparseTile":
+        """Put tiles one below the other."""
+        if len(tiles) == 1:
+            return tiles[0]
+        return _SparseTile(
+            SparseActs(
+                torch.cat([tile.acts.values for tile in tiles]),
+                torch.cat([tile.acts.indices for tile in tiles]),
+                tiles[0].acts.n_latents,
+            ),
+            torch.cat([tile.h_gradient for tile in tiles]),
+            torch.cat([tile.u_hat_gradient for tile in tiles]),
+            torch.cat([tile.v for tile in tiles]),
+        )
 
 
 class AuxK:

@@ -180,6 +180,7 @@ class _Batch:
 
     def write_gradients(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         """Add to `.grad` what is not there yet."""
+        self.gradients.finish()
         h_gradient = self.gradients.h
         through_encoder = self.encoder.W_enc_rows.T @ h_gradient
         _grad(b_dec).add_(self.b_dec_gradient - through_encoder)
@@ -249,8 +250,7 @@ def _start_gradients(
     dtype = compute_dtype(W_enc)
     if W_enc.dtype != dtype:
         return LatentGradients.zeros_like(W_dec.to(dtype))
-    h = W_dec.new_zeros(len(W_dec))
-    return LatentGradients(_grad(W_enc).T, _grad(W_dec), h)
+    return LatentGradients(_grad(W_enc).T, _grad(W_dec))
 
 
 def _grad(parameter: Tensor) -> Tensor:
