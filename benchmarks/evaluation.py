@@ -41,7 +41,8 @@ def main() -> None:
     with announced("equality of results"):
         ours = evaluate(sae, model, tokens).to_dataframe()
         host = loop_run_evals(sae, model, tokens)
-        pd.testing.assert_frame_equal(ours[list(host)], host, atol=1e-4, rtol=1e-4)
+        same = ours.loc[:, list(host.columns)]
+        pd.testing.assert_frame_equal(same, host, atol=1e-4, rtol=1e-4)
     turns = {
         "evaluate": lambda: evaluate(sae, model, tokens),
         "run_evals, looped": lambda: loop_run_evals(sae, model, tokens),

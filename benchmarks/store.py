@@ -102,7 +102,7 @@ def host_store(model: Any, tokens: torch.Tensor) -> Any:
         model,
         dataset=Dataset.from_dict({"input_ids": tokens}),
         hook_names=hooks,
-        hook_d_ins=dict.fromkeys(hooks, model.cfg.d_model),
+        hook_d_ins={hook: model.cfg.d_model for hook in hooks},
         streaming=False,
         context_size=tokens.shape[1],
         n_batches_in_buffer=len(tokens) // 2,

@@ -244,14 +244,16 @@ class MultiLayerActivationsStore(ActivationsStore):
     ) -> None:
         """Write the vectors of a batch of prompts into free slots."""
         self._n_model_batches += 1
+        hooks.check_token_ids(self.model, tokens)
         keep = self._kept_tokens(tokens)
         slots = buffer.free_slots(int(keep.sum()))
         for layer, (name, acts) in enumerate(
             self.get_multi_hook_activations(tokens).items()
         ):
             rows = acts.flatten(0, 1).to(buffer.data.device)[keep]
+            rows = rows.to(buffer.data.dtype)
             self._check_finite(rows, name)
-            buffer.data[:, layer].index_copy_(0, slots, rows.to(buffer.data.dtype))
+            buffer.data[:, layer].index_copy_(0, slots, rows)
         buffer.commit(len(slots))
         if self._n_tokens_this_epoch is not None:
             self._n_tokens_this_epoch += len(slots)
@@ -268,8 +270,9 @@ class MultiLayerActivationsStore(ActivationsStore):
             raise NonFiniteActivationError(
                 f"Activations must be finite; {n_bad} of {len(rows)} vectors at "
                 f"{hook_name!r} in model batch {self._n_model_batches} (dataset row "
-                f"{self.n_dataset_processed}) are NaN or infinite. Nothing was trained "
-                "on them or saved. Check the model's dtype and this part of the data."
+                f"{self.n_dataset_processed}) are NaN or infinite in {self.dtype}. "
+                "Nothing was trained on them or saved. Check the dtypes of the model "
+                "and of the run, and this part of the data."
             )
 
     @override

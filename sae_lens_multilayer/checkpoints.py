@@ -29,7 +29,7 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
     # A folder cannot be renamed onto a link, or onto "."
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial-{uuid4().hex}"
+    partial = path.parent / f".partial-{uuid4().hex[:8]}"
     partial.mkdir()
     try:
         yield partial
@@ -98,10 +98,11 @@ def check_writable(path: str | Path, what: str) -> None:
         ) from error
 
 
-def check_checkpoint(
-    path: str | Path, architecture: str, d_in: int, d_sae: int
-) -> None:
-    """Check that a folder holds a training checkpoint of this architecture and shape.
+def check_checkpoint(path: str | Path, wanted: dict[str, Any]) -> None:
+    """Check that a folder holds a checkpoint of a certain SAE.
+
+    Args:
+        wanted: Entries that its `cfg.json` must have: architecture, sizes and so on.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -118,7 +119,6 @@ def check_checkpoint(
         cfg: dict[str, Any] = json.loads((path / SAE_CFG_FILENAME).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path / SAE_CFG_FILENAME} must be JSON; {error}.") from error
-    wanted = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae}
     found = {key: cfg.get(key) for key in wanted}
     if found != wanted:
         raise ValueError(

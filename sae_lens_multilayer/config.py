@@ -1,30 +1,53 @@
 """What a training run is told: the host's fields, and those of a multi-layer run."""
 
+import json
+import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
-from sae_lens.util import str_to_dtype
+from sae_lens.util import dtype_to_str, str_to_dtype
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.sae import MultiLayerTrainingSAEConfig
+from sae_lens_multilayer.sae import (
+    MultiLayerTrainingSAEConfig,
+    check_whole_number,
+)
+
+logger = logging.getLogger(__name__)
 
 T_TRAINING_SAE_CONFIG = TypeVar(
     "T_TRAINING_SAE_CONFIG", bound=TrainingSAEConfig, covariant=True
 )
 
-_POSITIVE = (
+_PATHS = (
+    "dataset_path",
+    "output_path",
+    "checkpoint_path",
+    "resume_from_checkpoint",
+    "from_pretrained_path",
+)
+_WHOLE_NUMBERS = (
     "training_tokens",
     "train_batch_size_tokens",
     "micro_batch_size_tokens",
     "store_batch_size_prompts",
     "n_batches_in_buffer",
     "context_size",
+)
+_POSITIVE = (
+    *_WHOLE_NUMBERS,
     "lr",
     "adam_eps",
     "max_grad_norm",
 )
+
+
+def _plain(value: Any) -> Any:
+    return dtype_to_str(value) if isinstance(value, torch.dtype) else value
 
 
 @dataclass
@@ -90,14 +113,37 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     def __post_init__(self) -> None:
         hooks.check_hook_choice(self.hook_name, self.hook_names, self.layers)
         self.seqpos_slice = tuple(self.seqpos_slice)
+        for name in _PATHS:
+            if getattr(self, name) is not None:
+                path = os.path.expanduser(os.fspath(getattr(self, name)))
+                setattr(self, name, path)
         # A range cannot be saved with the run, and a tuple comes back as a list.
         self.layers = None if self.layers is None else list(self.layers)
         self.hook_names = None if self.hook_names is None else list(self.hook_names)
         self._check_sizes()
         self._check_sae()
         super().__post_init__()
+        # Loaders take the names of dtypes too, and JSON can hold them.
+        for name in ("model_kwargs", "model_from_pretrained_kwargs"):
+            kwargs: dict[str, Any] = getattr(self, name)
+            setattr(self, name, {key: _plain(value) for key, value in kwargs.items()})
+        self._check_saves()
+
+    def _check_saves(self) -> None:
+        """A run's config is saved with its results; find out now if it cannot be."""
+        for name, value in self.to_dict().items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(
+                    f"`{name}` must be of values that JSON can hold, since the config "
+                    f"is saved with the SAE; {error}. Got {value!r}. Use plain "
+                    "numbers and strings, such as 'bfloat16' for a dtype."
+                ) from error
 
     def _check_sizes(self) -> None:
+        for name in _WHOLE_NUMBERS:
+            check_whole_number(name, getattr(self, name))
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -132,6 +178,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 f"got {type(sae).__name__}."
             )
         for name in ("d_in", "d_sae"):
+            check_whole_number(name, getattr(self.sae, name))
             if getattr(self.sae, name) <= 0:
                 raise ValueError(
                     f"`{name}` must be positive; got {getattr(self.sae, name)}."
@@ -139,6 +186,13 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         k = getattr(self.sae, "k", None)
         if k is not None and not 0 < k <= self.sae.d_sae:
             raise ValueError(f"`k` must be in (0, d_sae = {self.sae.d_sae}]; got {k}.")
+        if str_to_dtype(self.sae.dtype).itemsize < 4:
+            logger.warning(
+                "An SAE in %s loses most of its updates to rounding at small learning "
+                "rates: train in float32 (the buffer's `dtype` may be bfloat16) and "
+                "convert it afterwards.",
+                self.sae.dtype,
+            )
         normalization = self.sae.normalize_activations
         if self.standardizes_stock_inputs and normalization not in (
             "none",
@@ -149,6 +203,13 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 f"when its inputs are standardised; got {normalization!r}. Set "
                 "`standardize_stock_inputs=False` to use it on raw vectors."
             )
+
+    @property
+    def normalize_activations(self) -> str:
+        """What the SAE of this run says of its inputs, in training and once saved."""
+        if self.standardizes_stock_inputs:
+            return "layer_norm"
+        return self.sae.normalize_activations
 
     @property
     def standardizes_stock_inputs(self) -> bool:

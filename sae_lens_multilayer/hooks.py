@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.util import extract_layer_from_tlens_hook_name
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 DEFAULT_HOOK_NAME = "blocks.{layer}.hook_resid_post"
@@ -59,6 +60,8 @@ def shape_of_model(model: Any) -> ModelShape:
         raise ValueError(
             "The model must be a HookedTransformer, a TransformerBridge or a Hugging "
             f"Face causal language model loaded by SAELens; got {type(model).__name__}."
+            " Wrap a Hugging Face model in sae_lens.load_model.HookedProxyLM(model, "
+            "tokenizer), or give its name or folder as `model_name`."
         )
     return ModelShape(cfg.n_layers, cfg.d_model, getattr(cfg, "n_ctx", None))
 
@@ -173,6 +176,11 @@ def check_hook_choice(
     Raises:
         ValueError: As `resolve_hook_names`, for what does not depend on the model.
     """
+    if type(hook_names) is str or type(layers) in (int, str):
+        raise ValueError(
+            "`hook_names` must be a list of names and `layers` a list of block numbers;"
+            f" got {hook_names!r} and {layers!r}."
+        )
     if hook_names is not None:
         if layers is not None:
             raise ValueError(
@@ -187,7 +195,8 @@ def check_hook_choice(
         return
     if layers is None:
         return
-    if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+    plain = all(type(layer) is int and layer >= 0 for layer in layers)
+    if not plain or not len(layers) or len(set(layers)) != len(layers):
         raise ValueError(
             "`layers` must hold at least one block number, each once and from 0; got "
             f"{list(layers)}. Use `layers=None` for all layers."
@@ -285,9 +294,12 @@ def _model_hook_name(known: set[str], name: str) -> str:
 
 def missing_hook(name: str, known: Iterable[str]) -> ValueError:
     """The error for a hook that the model does not have, naming the nearest ones."""
-    near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
-    hint = f"The nearest are {near}." if near else "None is similar."
-    return ValueError(f"The model has no hook {name!r}. {hint}")
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    if not near:
+        # The first of each kind of repeated part, such as "gpt_neox.layers.0".
+        near = [hook for hook in known if hook.endswith(".0")] or known[:5]
+    return ValueError(f"The model has no hook {name!r}. The nearest are {near}.")
 
 
 def check_hf_hook_names(
@@ -320,6 +332,22 @@ def check_context_size(context_size: int, shape: ModelShape, model_name: str) ->
         raise ValueError(
             f"`context_size` must be at most {shape.n_ctx} tokens, the context of "
             f"{model_name!r}; got {context_size}."
+        )
+
+
+def check_token_ids(model: Any, tokens: Tensor) -> None:
+    """Raise ValueError if a token is not in the model's vocabulary.
+
+    A negative id, such as padding of -1, would be taken from the end of the embedding.
+    """
+    config = model.model.config if isinstance(model, HookedProxyLM) else model.cfg
+    d_vocab = getattr(config, "d_vocab", None) or getattr(config, "vocab_size", None)
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (d_vocab is not None and high >= d_vocab):
+        raise ValueError(
+            f"Token ids must be in [0, {d_vocab}), the model's vocabulary; got ids "
+            f"from {low} to {high}. Was the text padded, or tokenised for another "
+            "model?"
         )
 
 

@@ -346,6 +346,11 @@ class MultiLayerTrainingSAE(
         )
 
     @override
+    def log_histograms(self) -> dict[str, Any]:
+        """Nothing: SAELens' histogram is of the decoder's norms, which are all 1."""
+        return {}
+
+    @override
     def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not used: the auxiliary loss is part of `training_forward_pass`."""
         raise NotImplementedError(
@@ -358,10 +363,20 @@ def _k_of(cfg: Any) -> int:
     return cfg.k
 
 
+def check_whole_number(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is None or a plain int."""
+    if value is not None and type(value) is not int:
+        raise ValueError(
+            f"`{name}` must be a whole number (int); got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+
+
 def _check_config(cfg: SAEConfig, k: int) -> None:
     for name in ("d_in", "d_sae"):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"`{name}` must be positive; got {getattr(cfg, name)}.")
+    check_whole_number("k", k)
     if not 0 < k <= cfg.d_sae:
         raise ValueError(f"`k` must be in [1, d_sae = {cfg.d_sae}]; got {k}.")
     if cfg.normalize_activations not in ("layer_norm", "none"):

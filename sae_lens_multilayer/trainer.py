@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 from sae_lens import TrainingSAE
+from sae_lens.constants import (
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Adam
 from tqdm.auto import tqdm
@@ -191,11 +197,18 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 "The loss and its gradient must be finite; the loss is "
                 f"{stats.losses['overall_loss'].item()} at step "
                 f"{self.n_training_steps} (token {self.n_training_samples}). The "
-                "weights are those before this batch. Lower `lr` or look at the data."
+                f"weights are those before this batch. {self._advice(stats)}"
             )
         self._update_weights()
         self._count(stats)
         return stats
+
+    def _advice(self, stats: StepStats) -> str:
+        constant = (stats.sum_sq_deviation == 0).nonzero().flatten().tolist()
+        if constant:
+            names = [self.cfg.hook_names[layer] for layer in constant]
+            return f"All vectors of the batch are the same at {names}."
+        return "Lower `lr` or look at the data."
 
     def _is_finite(self, stats: StepStats) -> bool:
         gradient = self.sae.b_dec.grad
@@ -324,7 +337,21 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             logger.info("The checkpoint %s is there already.", path)
             return
         with complete_or_absent(path) as partial:
-            super().save_checkpoint(partial.name, partial.parent, wandb_aliases)
+            self.sae.save_model(partial)
+            sparsity = {"sparsity": self.log_feature_sparsity}
+            save_file(sparsity, partial / SPARSITY_FILENAME)
+            self.save_trainer_state(partial)
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=partial)
+        # What is on the disk stays there, whatever becomes of the upload.
+        if self.cfg.logger.log_to_wandb:
+            self.cfg.logger.log(
+                self,
+                path / SAE_WEIGHTS_FILENAME,
+                path / SAE_CFG_FILENAME,
+                sparsity_path=path / SPARSITY_FILENAME,
+                wandb_aliases=wandb_aliases,
+            )
 
     @override
     def save_trainer_state(self, checkpoint_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The runner: model, store, SAE, trainer and checkpoints put together."""
 
 import itertools
+import json
 import logging
 import math
 import signal
@@ -11,14 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAETrainingRunner, TrainingSAE
+from sae_lens import (
+    LanguageModelSAETrainingRunner,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
 from sae_lens.config import HfDataset
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
 from sae_lens.load_model import load_model
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from sae_lens.util import temporary_seed
+from safetensors.torch import save_file
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks, trainer_state
@@ -85,6 +97,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             self.model, cfg, override_dataset=override_dataset
         )
         self.activations_store = store  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._check_hooks_of_checkpoint(store.hook_names)
         self._starts_anew = override_sae is None and cfg.from_pretrained_path is None
         self.sae = override_sae if override_sae is not None else self._make_sae()
         self._check_normalization(self.sae)
@@ -103,12 +116,25 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             check_writable(self.cfg.output_path, "output_path")
         if self.cfg.checkpoint_path is not None:
             check_writable(Path(self.cfg.checkpoint_path) / "new", "checkpoint_path")
-        for folder in (self.cfg.resume_from_checkpoint, self.cfg.from_pretrained_path):
-            if folder is not None:
-                sae = self.cfg.sae
-                check_checkpoint(folder, sae.architecture(), sae.d_in, sae.d_sae)
+        self._check_apart()
+        if self.cfg.from_pretrained_path is not None:
+            check_checkpoint(self.cfg.from_pretrained_path, _identity(self.cfg.sae))
         if self.cfg.resume_from_checkpoint is not None:
+            wanted = _identity(self.cfg.sae) | {
+                "normalize_activations": self.cfg.normalize_activations
+            }
+            check_checkpoint(self.cfg.resume_from_checkpoint, wanted)
             trainer_state.check(Path(self.cfg.resume_from_checkpoint))
+
+    def _check_apart(self) -> None:
+        output, checkpoints = self.cfg.output_path, self.cfg.checkpoint_path
+        if output is None or checkpoints is None:
+            return
+        if Path(checkpoints).resolve().is_relative_to(Path(output).resolve()):
+            raise ValueError(
+                "`checkpoint_path` must lie outside `output_path`, which must be empty "
+                f"when the SAE is saved there; got {checkpoints} and {output}."
+            )
 
     def _check_named_model(self) -> None:
         cfg = self.cfg
@@ -122,22 +148,36 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         if cfg.model_class_name == "AutoModelForCausalLM":
             hooks.check_hf_hook_names(cfg.model_name, names, kwargs)
 
+    def _check_hooks_of_checkpoint(self, hook_names: list[str]) -> None:
+        if self.cfg.resume_from_checkpoint is None:
+            return
+        folder = Path(self.cfg.resume_from_checkpoint)
+        found = json.loads((folder / SAE_CFG_FILENAME).read_text())["metadata"]
+        if found.get("hook_names") != hook_names:
+            raise ValueError(
+                f"The checkpoint at {folder} must be of this run's hooks, "
+                f"{hook_names}; it has {found.get('hook_names')}."
+            )
+
     def _make_sae(self) -> TrainingSAE[Any]:
         if self.cfg.from_pretrained_path is not None:
             return TrainingSAE.load_from_disk(
                 self.cfg.from_pretrained_path, self.cfg.device
             )
         sae_cfg = self.cfg.get_training_sae_cfg_dict()
-        if self.cfg.standardizes_stock_inputs:
-            sae_cfg["normalize_activations"] = "layer_norm"
+        sae_cfg["normalize_activations"] = self.cfg.normalize_activations
         with temporary_seed(self.cfg.seed):
             return TrainingSAE.from_dict(sae_cfg)
 
     def _check_given_sae(self, sae: TrainingSAE[Any]) -> None:
-        wanted, found = (
-            {"architecture": c.architecture(), "d_in": c.d_in, "d_sae": c.d_sae}
-            for c in (self.cfg.sae, sae.cfg)
-        )
+        given: Any = sae
+        if not isinstance(given, TrainingSAE):
+            raise ValueError(
+                "`override_sae` must be an SAE in training, such as a "
+                f"MultiLayerTrainingSAE; got {type(given).__name__}. To train on a "
+                "saved one, give its folder as `from_pretrained_path`."
+            )
+        wanted, found = _identity(self.cfg.sae), _identity(sae.cfg)
         if found != wanted:
             raise ValueError(
                 f"`override_sae` must be what `sae` in the config says, {wanted}; it "
@@ -278,15 +318,41 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         if path != Path(output_path):
             logger.warning("%s is taken by now; saving to %s", output_path, path)
         with complete_or_absent(path) as partial:
-            super().save_final_sae(sae, str(partial), log_feature_sparsity)
+            sae.save_inference_model(partial)
+            if log_feature_sparsity is not None:
+                save_file(
+                    {"sparsity": log_feature_sparsity}, partial / SPARSITY_FILENAME
+                )
+            (partial / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict()))
+        # What is on the disk stays there, whatever becomes of the upload.
+        if self.cfg.logger.log_to_wandb:
+            sparsity = path / SPARSITY_FILENAME
+            self.cfg.logger.log(
+                self,
+                path / SAE_WEIGHTS_FILENAME,
+                path / SAE_CFG_FILENAME,
+                sparsity_path=sparsity if sparsity.exists() else None,
+                wandb_aliases=["final_model"],
+            )
 
     @override
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
-        metadata = self.sae.cfg.metadata
-        metadata.hook_names = self.activations_store.hook_names
-        if self.cfg.hook_names is not None:
-            metadata.hook_name = None
+        metadata, names = self.sae.cfg.metadata, self.activations_store.hook_names
+        metadata.hook_names = names
+        # A template is no hook, and W&B takes no braces in the name made from it.
+        metadata.hook_name = names[0] if len(names) == 1 else None
+
+
+def _identity(cfg: TrainingSAEConfig) -> dict[str, Any]:
+    """What must agree for weights to be of the same SAE."""
+    identity = {
+        "architecture": cfg.architecture(),
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+    }
+    k = getattr(cfg, "k", None)
+    return identity if k is None else identity | {"k": k}
 
 
 def load_any_model(cfg: MultiLayerConfig[Any]) -> Any:

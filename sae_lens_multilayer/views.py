@@ -150,7 +150,8 @@ class _HookView(CopyableLayerNorm):
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
         # safetensors refuses tensors whose memory is not in the order of their axes.
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+        for name, tensor in state_dict.items():
+            state_dict[name] = tensor.contiguous()
 
 
 @functools.cache

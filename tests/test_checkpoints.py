@@ -76,7 +76,7 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     )
     write(tmp_path / "new")
     assert flushed[0] == "file"
-    assert flushed[1].startswith(".new.partial-")
+    assert flushed[1].startswith(".partial-")
     assert flushed[2:] == ["rename", tmp_path.name]
 
 
@@ -221,6 +221,9 @@ def test_a_mount_point_is_found_out(tmp_path, monkeypatch):
     check_writable(tmp_path / "disk" / "new", "output_path")
 
 
+WANTED = {"architecture": "multilayer", "d_in": 16, "d_sae": 64, "k": 4}
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     sae = TrainingSAE.from_dict(tiny_sae_config(d_in=16, d_sae=64).to_dict())
@@ -229,39 +232,40 @@ def checkpoint(tmp_path):
 
 
 def test_a_fitting_checkpoint_passes(checkpoint):
-    check_checkpoint(checkpoint, "multilayer", 16, 64)
-    check_checkpoint(str(checkpoint), "multilayer", 16, 64)
+    check_checkpoint(checkpoint, WANTED)
+    check_checkpoint(str(checkpoint), WANTED)
 
 
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [
-        (("topk", 16, 64), "'architecture': 'multilayer'"),
-        (("multilayer", 32, 64), "'d_in': 16"),
-        (("multilayer", 16, 128), "'d_sae': 64"),
+        ({"architecture": "topk"}, "'architecture': 'multilayer'"),
+        ({"d_in": 32}, "'d_in': 16"),
+        ({"d_sae": 128}, "'d_sae': 64"),
+        ({"k": 8}, "'k': 4"),
     ],
 )
 def test_the_checkpoint_of_another_sae_is_an_error(checkpoint, wanted, found):
     with pytest.raises(ValueError, match="must be of this run's SAE") as info:
-        check_checkpoint(checkpoint, *wanted)
+        check_checkpoint(checkpoint, WANTED | wanted)
     wanted_text, found_text = str(info.value).split("it has")
     assert found in found_text
-    assert str(wanted[1]) in wanted_text
+    assert str(WANTED | wanted) in wanted_text
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
 def test_a_torn_checkpoint_is_an_error_that_names_the_file(checkpoint, name):
     (checkpoint / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"must be a checkpoint.*; {name} is"):
-        check_checkpoint(checkpoint, "multilayer", 16, 64)
+        check_checkpoint(checkpoint, WANTED)
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a checkpoint folder"):
-        check_checkpoint(tmp_path / "nothing", "multilayer", 16, 64)
+        check_checkpoint(tmp_path / "nothing", WANTED)
 
 
 def test_a_checkpoint_whose_config_is_not_json_is_an_error(checkpoint):
     (checkpoint / "cfg.json").write_text('{"architecture": "multil')
     with pytest.raises(ValueError, match=r"cfg.json.*must be JSON"):
-        check_checkpoint(checkpoint, "multilayer", 16, 64)
+        check_checkpoint(checkpoint, WANTED)

@@ -301,6 +301,10 @@ BAD = {
     "mixing above 1": ({"activations_mixing_fraction": 1.5}, r"in \[0, 1\]; got 1.5"),
     "checkpoints below 0": ({"n_checkpoints": -1}, "must not be negative; got -1"),
     "unknown dtype": ({"dtype": "float7"}, "Invalid dtype: float7"),
+    "a number that JSON cannot hold": (
+        {"model_kwargs": {"x": {1, 2}}},
+        "`model_kwargs` must be of values that JSON can hold",
+    ),
     "no tokens": ({"training_tokens": 0}, "`training_tokens` must be positive; got 0"),
     "no batch": (
         {"train_batch_size_tokens": -1},

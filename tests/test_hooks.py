@@ -246,7 +246,7 @@ def test_a_hook_that_does_not_exist_is_an_error_that_lists_near_ones(model):
 
 
 def test_a_hook_like_no_other_is_an_error_too(model):
-    with pytest.raises(ValueError, match=r"no hook 'qqqq'. None is similar"):
+    with pytest.raises(ValueError, match=r"no hook 'qqqq'. The nearest are \['"):
         model_hook_names(model, ["qqqq"])
 
 

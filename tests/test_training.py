@@ -171,6 +171,26 @@ class TestQuality:
 
 
 class TestRuns:
+    def test_checkpoints_inside_the_output_are_an_error(self, start, make_config):
+        config = make_config(output_path="out", checkpoint_path="out")
+        with pytest.raises(ValueError, match="`checkpoint_path` must lie outside"):
+            start(config)
+
+    def test_a_long_name_can_be_saved(self, start, make_config, tmp_path):
+        config = make_config(output_path=str(tmp_path / ("x" * 250)))
+        start(config).run()
+        assert (Path(config.output_path) / "cfg.json").is_file()
+
+    @pytest.mark.parametrize("token", [-1, D_VOCAB])
+    def test_a_token_outside_the_vocabulary_is_an_error(
+        self, start, make_config, token
+    ):
+        rows = np.full((64, 16), 3)
+        rows[5, 3] = token
+        dataset = Dataset.from_dict({"input_ids": rows})
+        with pytest.raises(ValueError, match=r"Token ids must be in \[0, 512\)"):
+            start(make_config(), override_dataset=dataset).run()
+
     def test_total_that_is_no_multiple_of_the_batch_takes_whole_batches(
         self, start, make_config, steps
     ):
@@ -391,6 +411,32 @@ class TestCheckpoints:
 
 
 class TestResuming:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"sae": tiny_sae_config(k=8)}, "'k': 8.*it has.*'k': 4"),
+            ({"layers": [0]}, "this run's hooks.*it has"),
+            ({"hook_name": "blocks.{layer}.hook_resid_pre"}, "this run's hooks"),
+            (
+                {"sae": tiny_sae_config(normalize_activations="none")},
+                "'normalize_activations': 'none'",
+            ),
+        ],
+    )
+    def test_the_checkpoint_of_another_run_is_an_error(
+        self, start, make_config, tmp_path, changes, message
+    ):
+        first = make_config(n_checkpoints=1)
+        start(first).run()
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        config = make_config(
+            **changes,
+            output_path=str(tmp_path / "other"),
+            resume_from_checkpoint=str(folder),
+        )
+        with pytest.raises(ValueError, match=message):
+            start(config)
+
     @pytest.mark.parametrize("prefetch", [False, True])
     @pytest.mark.parametrize(
         "sae_config",
@@ -573,8 +619,7 @@ class TestResuming:
             from sae_lens import LoggingConfig, LanguageModelSAETrainingRunner
             from transformers import AutoTokenizer
             from sae_lens_multilayer import MultiLayerConfig
-            from sae_lens_multilayer.evaluator import MultiLayerEvaluator
-from sae_lens_multilayer.trainer import MultiLayerTrainer
+            from sae_lens_multilayer.trainer import MultiLayerTrainer
 
             original = MultiLayerTrainer.step
             def step(self, batch):
@@ -790,6 +835,40 @@ class FakeWandb:
 
 
 class TestWandb:
+    @pytest.mark.parametrize("sae", ["multilayer", "standard"])
+    def test_a_run_with_the_real_wandb_saves_and_evaluates(
+        self, start, make_config, tmp_path, monkeypatch, sae
+    ):
+        """No fake: names of artifacts and ranges of histograms are checked by it."""
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("WANDB_SILENT", "true")
+        monkeypatch.chdir(tmp_path)
+        logger = LoggingConfig(wandb_log_frequency=2, eval_every_n_wandb_logs=2)
+        stock = StandardTrainingSAEConfig(d_in=D_MODEL, d_sae=32)
+        config = make_config(
+            sae=stock if sae == "standard" else None,
+            logger=logger,
+            n_checkpoints=1,
+            n_eval_batches=1,
+        )
+        start(config).run()
+        assert (Path(config.output_path) / "sae_weights.safetensors").is_file()
+        assert len(list(Path(config.checkpoint_path).iterdir())) == 1
+
+    def test_a_failing_upload_leaves_what_was_saved(
+        self, start, make_config, monkeypatch
+    ):
+        FakeWandb(monkeypatch)
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("upload failed")
+
+        monkeypatch.setattr(wandb, "log_artifact", fail)
+        config = make_config(logger=LoggingConfig())
+        with pytest.raises(RuntimeError, match="upload failed"):
+            start(config).run()
+        assert (Path(config.output_path) / "sae_weights.safetensors").is_file()
+
     def test_layers_are_logged_at_the_hosts_cadence(
         self, start, make_config, monkeypatch
     ):
