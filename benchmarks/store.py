@@ -98,11 +98,12 @@ def our_store(model: Any, tokens: torch.Tensor) -> Any:
 def host_store(model: Any, tokens: torch.Tensor) -> Any:
     """The same from SAELens' store."""
     hooks = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
+    d_in: int = model.cfg.d_model
     store = ActivationsStore.from_config_multi_hook(
         model,
         dataset=Dataset.from_dict({"input_ids": tokens}),
         hook_names=hooks,
-        hook_d_ins={hook: model.cfg.d_model for hook in hooks},
+        hook_d_ins=dict.fromkeys(hooks, d_in),
         streaming=False,
         context_size=tokens.shape[1],
         n_batches_in_buffer=len(tokens) // 2,
