@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from sae_lens_multilayer.hooks import check_widths
 from sae_lens_multilayer.metrics import LayerMetrics, LayerSums
 from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.views import hook_names_of, views
@@ -20,26 +21,29 @@ class Codec:
 
     Attributes:
         hook_names: The hooks, in the order of the layer axis.
+        saes: The SAE of each hook; that of several hooks is there once for each.
     """
 
     def __init__(self, sae: SAE[Any] | Sequence[SAE[Any]]) -> None:
         """Take the SAEs and start to count.
 
         Args:
-            sae: An SAE trained on several hooks, ours or stock; or SAEs of one hook
-                each, such as views or ordinary SAELens SAEs.
+            sae: An SAE trained on several hooks, ours or stock; or one or several SAEs
+                of one hook each, such as views or ordinary SAELens SAEs.
 
         Raises:
             ValueError: If an SAE does not name its hook, or two name the same one.
         """
+        if isinstance(sae, SAE) and _is_of_one_hook(sae):
+            sae = [sae]
         if isinstance(sae, SAE):
             self.hook_names = hook_names_of(sae)
             is_ours = isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE))
-            self._saes = [sae if is_ours else views(sae)[0]] * len(self.hook_names)
+            self.saes = [sae if is_ours else views(sae)[0]] * len(self.hook_names)
             self._sums = [_no_sums(sae, len(self.hook_names))]
         else:
             self.hook_names = _single_hook_names(sae)
-            self._saes = list(sae)
+            self.saes = list(sae)
             self._sums = [_no_sums(one, 1) for one in sae]
 
     def reconstruct(
@@ -54,8 +58,13 @@ class Codec:
             hook: Position on the layer axis.
             counted: Vectors that are added to the metrics, of the same tokens at every
                 hook; None: none.
+
+        Raises:
+            ValueError: If the vectors are not as wide as the SAE's `d_in`.
         """
-        flat = x.flatten(0, -2).to(self._saes[hook].device)
+        sae = self.saes[hook]
+        check_widths({self.hook_names[hook]: x.shape[-1]}, sae.cfg.d_in)
+        flat = x.flatten(0, -2).to(sae.device)
         if counted is None:
             counted = torch.zeros(x.shape[:-1], dtype=torch.bool)
         counted = counted.flatten().to(flat.device)
@@ -73,7 +82,7 @@ class Codec:
     def _block(
         self, hook: int, x: Float[Tensor, "act d_in"], keep: Bool[Tensor, " act"]
     ) -> Float[Tensor, "act d_in"]:
-        x_hat, n_active, sum_acts = _encode_decode(self._saes[hook], x, keep)
+        x_hat, n_active, sum_acts = _encode_decode(self.saes[hook], x, keep)
         if keep.any():
             sums, layer = self._sums_of(hook)
             sums.add_layer(layer, x[keep], x_hat[keep], n_active, sum_acts)
@@ -115,6 +124,11 @@ def _encode_decode(
 
 def _no_sums(sae: SAE[Any], n_layers: int) -> LayerSums:
     return LayerSums.zeros(n_layers, sae.cfg.d_in, sae.cfg.d_sae)
+
+
+def _is_of_one_hook(sae: SAE[Any]) -> bool:
+    metadata = sae.cfg.metadata
+    return not metadata.hook_names and metadata.hook_name is not None
 
 
 def _single_hook_names(saes: Sequence[SAE[Any]]) -> list[str]:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,9 +19,11 @@ from sae_lens_multilayer.activations import one_vector_per_position
 from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
 from sae_lens_multilayer.scoring import RunSums, add_scores
-from sae_lens_multilayer.splicing import Edit, Splicer, make_splicer
+from sae_lens_multilayer.splicing import Edit, ResidualSplicer, Splicer, make_splicer
 
 _PROMPTS_PER_BLOCK = 64
+
+Ablation = Literal["zero", "mean"]
 
 
 @dataclass
@@ -88,8 +91,8 @@ def evaluate(
     exclude_tokens: Sequence[int] = (),
     keep_tokens: Sequence[int] = (),
     keep_positions: Sequence[int] = (),
-    ablation: Literal["zero", "mean"] = "zero",
-    together: Sequence[int | str] | Literal["all"] | None = None,
+    ablation: Ablation = "zero",
+    together: int | str | Sequence[int | str] | None = None,
     use_error_term: bool = False,
     from_middle: bool | None = None,
 ) -> SpliceMetrics:
@@ -102,44 +105,56 @@ def evaluate(
     middle). The result does not depend on the batch size.
 
     Args:
-        sae: A multi-layer SAE, ours or a stock one trained by this package, or a list
-            of SAEs of one hook each.
+        sae: A multi-layer SAE, ours or a stock one trained by this package, or one or
+            a list of SAEs of one hook each. At a hook with heads they take the heads
+            end to end.
         model: The model that the SAE was trained on, without SAEs attached.
         tokens: Prompts with their special tokens, or a store to take them from.
-        n_prompts: Prompts taken from a store; None: `store_batch_size_prompts`.
+        n_prompts: Prompts taken from a store, none of them twice; None:
+            `store_batch_size_prompts`.
         batch_size_prompts: Prompts of a clean forward pass.
         exclude_tokens: Token ids whose positions keep their own vectors and are left
             out of all averages, as SAELens' `exclude_special_tokens`.
         keep_tokens: Token ids whose positions keep their own vectors and are left out
             of the metrics of reconstruction only.
-        keep_positions: Positions in a prompt, treated likewise.
+        keep_positions: Positions in a prompt, treated likewise; negative ones count
+            from its end.
         ablation: What the ablated runs replace a layer's vectors by: zeros (as SAELens)
             or their mean over these tokens.
-        together: Hooks that one more run replaces all at once.
+        together: Hooks, by name or block number, that one more run replaces all at
+            once; "all" for all of them.
         use_error_term: Add the error of each reconstruction back, so that nothing is
             changed; a check.
         from_middle: See `make_splicer`; None: where the model can.
 
     Raises:
-        ValueError: If no token is predicted, a prompt is longer than the context, a
-            hook is missing, or an SAE was trained on one attention head.
+        ValueError: If there is no prompt, no token is predicted, a token id is not in
+            the vocabulary, a prompt is longer than the context, the store has too few
+            prompts, the model lacks a hook or has SAEs attached, an SAE has another
+            width or was trained on one attention head, or an option is out of range.
 
     References:
         Delta CE: Lawson et al. (2025), section 4; the score and the direction of KL:
         `sae_lens.evals`.
     """
-    prompts = _take_prompts(tokens, n_prompts)
+    if ablation not in get_args(Ablation):
+        raise ValueError(
+            f"`ablation` must be one of {get_args(Ablation)}; got {ablation!r}."
+        )
     codec = Codec(sae)
-    _check_no_heads(sae)
-    _check_context(sae, model, prompts)
+    _check_no_heads(codec)
+    _check_model(codec, model)
+    hooks_together = _find_hooks(codec.hook_names, together)
     splicer = make_splicer(model, codec.hook_names, _PROMPTS_PER_BLOCK, from_middle)
+    prompts = _take_prompts(codec, model, tokens, n_prompts, batch_size_prompts)
+    _check_positions(keep_positions, prompts.shape[1])
     evaluation = _Evaluation(
         codec,
         splicer,
         exclude=_Positions(exclude_tokens),
         keep=_Positions(keep_tokens, keep_positions),
         use_error_term=use_error_term,
-        together=_find_hooks(codec.hook_names, together),
+        together=hooks_together,
     )
     batches = [
         batch.to(next(model.parameters()).device)
@@ -156,8 +171,9 @@ def evaluate(
 def reconstruction_metrics(
     sae: SAE[Any] | Sequence[SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"],
+    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
     *,
+    n_prompts: int | None = None,
     batch_size_prompts: int = 8,
     exclude_tokens: Sequence[int] = (),
 ) -> LayerMetrics:
@@ -165,22 +181,24 @@ def reconstruction_metrics(
 
     Args:
         sae: As in `evaluate`.
-        model: The model that the SAE was trained on.
-        tokens: Held-out prompts, with their special tokens.
+        model: The model that the SAE was trained on, without SAEs attached.
+        tokens: Held-out prompts with their special tokens, or a store to take them
+            from.
+        n_prompts: As in `evaluate`.
         batch_size_prompts: Prompts in a forward pass.
         exclude_tokens: Token ids whose positions are left out.
 
     Raises:
-        ValueError: If there is no token to measure, a prompt is longer than the model's
-            context, or the model lacks a hook of the SAE.
+        ValueError: As `evaluate`, but prompts of one token and SAEs of one attention
+            head are measured.
     """
     codec = Codec(sae)
-    _check_context(sae, model, tokens)
-    head_index = _first(sae).cfg.metadata.hook_head_index
+    _check_model(codec, model)
     own_names = hooks.model_hook_names(model, codec.hook_names)
+    prompts = _take_prompts(codec, model, tokens, n_prompts, batch_size_prompts)
     excluded = _Positions(exclude_tokens)
     for batch in tqdm(
-        tokens.split(batch_size_prompts), desc="Evaluating", unit="batch"
+        prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
     ):
         _, cache = model.run_with_cache(
             batch.to(next(model.parameters()).device),
@@ -190,6 +208,7 @@ def reconstruction_metrics(
         )
         counted = ~excluded.of(batch)
         for hook, name in enumerate(own_names):
+            head_index = codec.saes[hook].cfg.metadata.hook_head_index
             x = one_vector_per_position(cache[name], head_index)
             codec.reconstruct(hook, x, counted)
     return codec.compute()
@@ -276,9 +295,11 @@ class _Evaluation:
         ]
 
     def _ablations(self) -> list[Edit]:
-        # What an ablated run predicts does not depend on the prompt.
+        # Nothing of the prompt is left where the whole residual stream is ablated; past
+        # other hooks, such as an MLP's output, it goes on.
+        n_prompts = 1 if isinstance(self._splicer, ResidualSplicer) else None
         return [
-            Edit({hook: partial(self._ablate, hook)}, n_prompts=1)
+            Edit({hook: partial(self._ablate, hook)}, n_prompts)
             for hook in range(len(self._codec.hook_names))
         ]
 
@@ -323,43 +344,131 @@ class _Evaluation:
 
 
 def _take_prompts(
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore, n_prompts: int | None
+    codec: Codec,
+    model: Any,
+    tokens: object,
+    n_prompts: int | None,
+    batch_size_prompts: int,
 ) -> Int[Tensor, "prompt pos"]:
+    """The prompts, once they and the numbers of them are known to be good."""
+    for name, number in [
+        ("n_prompts", n_prompts),
+        ("batch_size_prompts", batch_size_prompts),
+    ]:
+        if number is not None and number < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {number}.")
     if isinstance(tokens, ActivationsStore):
-        return tokens.get_batch_tokens(n_prompts)
-    if n_prompts is not None:
+        tokens = _take_from_store(tokens, n_prompts)
+    elif n_prompts is not None:
         raise ValueError(
             "`n_prompts` says how many prompts to take from a store; the tokens were "
-            f"given, {len(tokens)} prompts of them."
+            "given. Leave it out, or give a store."
         )
-    return tokens
+    prompts = _check_tokens(tokens, _vocabulary_size(model))
+    model_name = str(codec.saes[0].cfg.metadata.model_name)
+    shape = hooks.shape_of_model(model)
+    hooks.check_context_size(prompts.shape[1], shape, model_name)
+    return prompts
 
 
-def _first(sae: SAE[Any] | Sequence[SAE[Any]]) -> SAE[Any]:
-    return sae if isinstance(sae, SAE) else sae[0]
+def _take_from_store(
+    store: ActivationsStore, n_prompts: int | None
+) -> Int[Tensor, "prompt pos"]:
+    n_wanted = store.store_batch_size_prompts if n_prompts is None else n_prompts
+    prompts: list[Tensor] = []
+    try:
+        while len(prompts) < n_wanted:
+            # A larger batch that the epoch cuts short would be lost, and its size too.
+            prompts.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
+    except StopIteration:
+        raise ValueError(
+            f"`n_prompts` must be at most {len(prompts)}, the prompts left in the "
+            f"store before its dataset repeats; got {n_wanted}. The store is at the "
+            "start of its dataset again."
+        ) from None
+    return torch.cat(prompts)
 
 
-def _check_context(
-    sae: SAE[Any] | Sequence[SAE[Any]], model: Any, tokens: Int[Tensor, "prompt pos"]
-) -> None:
-    name = str(_first(sae).cfg.metadata.model_name)
-    hooks.check_context_size(tokens.shape[1], hooks.shape_of_model(model), name)
+def _check_tokens(tokens: object, d_vocab: int | None) -> Int[Tensor, "prompt pos"]:
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not _has_integers(tokens):
+        found = type(tokens).__name__
+        if isinstance(tokens, Tensor):
+            found = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+        raise ValueError(
+            "`tokens` must be a tensor of token ids, integers of shape [prompt, pos]; "
+            f"got {found}."
+        )
+    if tokens.numel() == 0:
+        raise ValueError(
+            "`tokens` must hold at least one prompt of at least one token; got shape "
+            f"{tuple(tokens.shape)}."
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (d_vocab is not None and high >= d_vocab):
+        top = "d_vocab" if d_vocab is None else d_vocab
+        raise ValueError(
+            f"Token ids must be in [0, {top}), the model's vocabulary; got ids from "
+            f"{low} to {high}. Use the model's own tokenizer."
+        )
+    return tokens.long()
 
 
-def _check_no_heads(sae: SAE[Any] | Sequence[SAE[Any]]) -> None:
-    for one in [sae] if isinstance(sae, SAE) else sae:
-        if one.cfg.metadata.hook_head_index is not None:
+def _has_integers(tokens: Tensor) -> bool:
+    return tokens.dtype != torch.bool and not (
+        tokens.is_floating_point() or tokens.is_complex()
+    )
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    """Number of token ids; None if the model does not say."""
+    if isinstance(model, HookedProxyLM):
+        config: Any = model.model.config
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    else:
+        size = getattr(model.cfg, "d_vocab", None)
+    # TransformerLens' config has -1 where nothing is known.
+    return size if size is not None and size > 0 else None
+
+
+def _check_model(codec: Codec, model: Any) -> None:
+    attached = getattr(model, "acts_to_saes", None)
+    if attached:
+        raise ValueError(
+            "The model must have no SAEs attached, as its own run is what is measured "
+            f"and compared with; it has them at {list(attached)}. Detach them with "
+            "`model.reset_saes()`."
+        )
+    shape = hooks.shape_of_model(model)
+    for name, sae in zip(codec.hook_names, codec.saes, strict=True):
+        hooks.check_width([name], sae.cfg.d_in, shape)
+
+
+def _check_no_heads(codec: Codec) -> None:
+    for sae in codec.saes:
+        if sae.cfg.metadata.hook_head_index is not None:
             raise ValueError(
                 "The evaluation needs SAEs of whole activation vectors; got one of "
-                f"attention head {one.cfg.metadata.hook_head_index}."
+                f"attention head {sae.cfg.metadata.hook_head_index}. "
+                "`reconstruction_metrics` measures it by itself."
             )
 
 
+def _check_positions(places: Sequence[int], n_pos: int) -> None:
+    outside = [place for place in places if not -n_pos <= place < n_pos]
+    if outside:
+        raise ValueError(
+            f"`keep_positions` must be in [-{n_pos}, {n_pos}), as prompts have {n_pos} "
+            f"tokens; got {outside}."
+        )
+
+
 def _find_hooks(
-    hook_names: Sequence[str], chosen: Sequence[int | str] | Literal["all"] | None
+    hook_names: Sequence[str], chosen: int | str | Sequence[int | str] | None
 ) -> list[int]:
     if chosen is None:
         return []
     if chosen == "all":
         return list(range(len(hook_names)))
+    if isinstance(chosen, (int, str)):
+        chosen = [chosen]
     return sorted({hooks.find_hook(hook_names, hook) for hook in chosen})

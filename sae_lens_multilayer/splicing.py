@@ -11,9 +11,10 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from sae_lens_multilayer import hooks
+from sae_lens_multilayer.activations import one_vector_per_position
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
-"""Gives what goes on instead of the activations at a hook."""
+"""Gives what goes on instead of the activations at a hook, heads put end to end."""
 
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
@@ -186,6 +187,8 @@ class HookSplicer:
 
 def _as_hook(replace: Replace) -> Callable[..., Tensor]:
     def hook_function(activations: Tensor, hook: Any) -> Tensor:
-        return replace(activations).to(activations.device, activations.dtype)
+        after = replace(one_vector_per_position(activations, None))
+        after = after.to(activations.device, activations.dtype)
+        return after.reshape(activations.shape)  # [prompt, pos, d_in or head, d_head]
 
     return hook_function

@@ -17,7 +17,12 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_multilayer import LayerMetrics, reconstruction_metrics, views
+from sae_lens_multilayer import (
+    LayerMetrics,
+    MultiLayerActivationsStore,
+    reconstruction_metrics,
+    views,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -163,6 +168,25 @@ class TestMetrics:
             expected = (x_hat - x).square().mean().item()
             assert metrics.mse[layer].item() == pytest.approx(expected, rel=1e-4)
 
+    def test_tokens_may_come_from_a_store(
+        self, train, model, make_config, token_dataset
+    ):
+        sae = train()
+        store = MultiLayerActivationsStore.from_config(
+            model, make_config(), token_dataset
+        )
+        found = reconstruction_metrics(sae, model, store, n_prompts=3)
+        given = torch.as_tensor(token_dataset[:3]["input_ids"])
+        expected = reconstruction_metrics(sae, model, given)
+        assert found.to_log_dict() == pytest.approx(expected.to_log_dict())
+
+    def test_one_view_is_a_list_of_one(self, train, model, tokens):
+        view = views(train())[1]
+        found = reconstruction_metrics(view, model, tokens)
+        assert found.hook_names == RESID_POST[1:]
+        expected = reconstruction_metrics([view], model, tokens)
+        assert found.to_log_dict() == expected.to_log_dict()
+
     def test_last_layer_after_a_layer_is_all_that_runs(self, train, model, tokens):
         sae = train(layers=[0])
         ran = []
@@ -217,6 +241,24 @@ class TestErrors:
         tokens = torch.ones(2, N_CTX + 1, dtype=torch.long)
         with pytest.raises(ValueError, match=r"at most 16 tokens.*got 17"):
             reconstruction_metrics(train(), model, tokens)
+
+    def test_no_prompts(self, train, model, tokens):
+        with pytest.raises(ValueError, match=r"one prompt .* got shape \(0, 16\)"):
+            reconstruction_metrics(train(), model, tokens[:0])
+
+    def test_batches_of_no_prompts(self, train, model, tokens):
+        with pytest.raises(ValueError, match="`batch_size_prompts` must be at least 1"):
+            reconstruction_metrics(train(), model, tokens, batch_size_prompts=0)
+
+    def test_token_ids_outside_the_vocabulary(self, train, model, tokens):
+        tokens[0, 0] = D_VOCAB
+        with pytest.raises(ValueError, match=rf"in \[0, {D_VOCAB}\).*to {D_VOCAB}"):
+            reconstruction_metrics(train(), model, tokens)
+
+    def test_model_of_another_width(self, train, tokenizer, tokens):
+        wider = tiny_model(tokenizer, d_model=24)
+        with pytest.raises(ValueError, match=r"must be 24, .*resid_post'; got 16"):
+            reconstruction_metrics(train(), wider, tokens)
 
     def test_model_without_the_hook(self, train, tokenizer, tokens):
         other = tiny_model(tokenizer, n_layers=1)

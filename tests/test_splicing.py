@@ -1,5 +1,6 @@
 """Authority: the paper's numbers, SAELens' `run_evals`, and whole passes with hooks."""
 
+import inspect
 import json
 from typing import Any
 
@@ -8,7 +9,13 @@ import pytest
 import torch
 from conftest import D_VOCAB, N_CTX, PAPER_DATA, tiny_model
 from datasets import Dataset
-from sae_lens import ActivationsStore, StandardSAE, StandardSAEConfig
+from sae_lens import (
+    ActivationsStore,
+    HookedSAETransformer,
+    StandardSAE,
+    StandardSAEConfig,
+)
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -57,6 +64,11 @@ def random_sae(hook_names=HOOKS, d_in=16) -> MultiLayerSAE:
     sae.cfg.metadata.context_size = N_CTX
     sae.cfg.metadata.prepend_bos = False
     return sae
+
+
+def unannotated(function) -> Any:
+    """As users call it, without the check of annotations that the tests run under."""
+    return torch.no_grad()(inspect.unwrap(function))
 
 
 def assert_same(found: pd.DataFrame, expected: pd.DataFrame, atol=2e-6) -> None:
@@ -235,6 +247,10 @@ class TestOneResult:
         found = evaluate(sae, model, store, n_prompts=3).to_dataframe()
         given = torch.as_tensor(token_dataset[:3]["input_ids"])
         assert_same(found, evaluate(sae, model, given).to_dataframe())
+        # The next ones are as many as a batch of the store.
+        found = evaluate(sae, model, store).to_dataframe()
+        given = torch.as_tensor(token_dataset[3:7]["input_ids"])
+        assert_same(found, evaluate(sae, model, given).to_dataframe())
 
 
 class TestWhatIsReplaced:
@@ -254,8 +270,6 @@ class TestWhatIsReplaced:
             evaluate(random_sae(), model, tokens, keep_positions=range(N_CTX))
 
     def test_together_is_the_model_with_all_views_attached(self, tokenizer, tokens):
-        from sae_lens import HookedSAETransformer
-
         model: Any = tiny_model(tokenizer, HookedSAETransformer, n_layers=4)
         sae = random_sae()
         found = evaluate(sae, model, tokens, together=[0, HOOKS[2]]).together
@@ -277,6 +291,55 @@ class TestWhatIsReplaced:
             assert found.loc[name, "ce_loss_ablated"] == pytest.approx(
                 loss.item(), abs=1e-5
             )
+
+    @pytest.mark.parametrize("ablation", ["zero", "mean"])
+    @pytest.mark.parametrize("kind", ["attn.hook_z", "hook_mlp_out"])
+    def test_only_what_passes_the_hook_is_replaced_with_heads_or_without(
+        self, model, tokens, ablation, kind
+    ):
+        names = [f"blocks.{layer}.{kind}" for layer in range(4)]
+        sae = random_sae(names)
+        found = evaluate(sae, model, tokens, ablation=ablation, together="all")
+        table = found.to_dataframe()
+        _, cache = model.run_with_cache(tokens)
+        for i, name in enumerate(names):
+            z = cache[name]
+            x_hat = sae.view(i)(z.flatten(2)).view(z.shape)
+            removed = z.mean((0, 1)) if ablation == "mean" else torch.zeros(())
+            for column, by in [
+                ("ce_loss_spliced", x_hat),
+                ("ce_loss_ablated", removed),
+            ]:
+                loss = model.run_with_hooks(
+                    tokens,
+                    return_type="loss",
+                    fwd_hooks=[(name, lambda z, hook, by=by: by.expand_as(z))],
+                )
+                assert table.loc[name, column] == pytest.approx(loss.item(), abs=1e-5)
+            mse = (x_hat - z).square().mean().item()
+            assert table.loc[name, "mse"] == pytest.approx(mse, rel=1e-4)
+        restored = evaluate(sae, model, tokens, use_error_term=True).to_dataframe()
+        assert restored["kl_div"].abs().max() < 1e-6
+
+    @pytest.mark.parametrize("chosen", [2, HOOKS[2]])
+    def test_together_takes_one_hook_alone(self, model, tokens, chosen):
+        found = evaluate(random_sae(), model, tokens, together=chosen)
+        assert found.together is not None
+        assert found.together["kl_div"] == pytest.approx(found.kl_div[2], abs=2e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+    def test_tokens_of_any_integer_type(self, model, tokens, dtype):
+        sae = random_sae()
+        found = evaluate(sae, model, tokens.to(dtype)).to_dataframe()
+        assert_same(found, evaluate(sae, model, tokens).to_dataframe())
+
+    def test_one_view_or_single_layer_sae_is_a_list_of_one(self, model, tokens):
+        stock = StandardSAE(StandardSAEConfig(d_in=16, d_sae=32))
+        stock.cfg.metadata.hook_name = HOOKS[1]
+        for sae in (random_sae().view(1), stock):
+            alone = evaluate(sae, model, tokens).to_dataframe()
+            assert list(alone.index) == [HOOKS[1]]
+            assert_same(alone, evaluate([sae], model, tokens).to_dataframe())
 
     def test_a_list_of_single_layer_saes(self, model, tokens):
         saes = []
@@ -313,6 +376,90 @@ class TestBadInput:
         tokens = torch.ones(1, N_CTX + 1, dtype=torch.long)
         with pytest.raises(ValueError, match=f"at most {N_CTX} tokens"):
             evaluate(random_sae(), model, tokens)
+
+    def test_no_prompts(self, model, tokens):
+        for none in (tokens[:0], tokens[:, :0]):
+            with pytest.raises(ValueError, match="at least one prompt of at least one"):
+                evaluate(random_sae(), model, none)
+
+    @pytest.mark.parametrize("token_id", [-1, D_VOCAB])
+    def test_token_ids_outside_the_vocabulary(self, model, tokens, token_id):
+        tokens[1, 2] = token_id
+        with pytest.raises(ValueError, match=rf"in \[0, {D_VOCAB}\).*{token_id}"):
+            evaluate(random_sae(), model, tokens)
+
+    def test_token_ids_outside_the_vocabulary_of_a_hugging_face_model(self, data):
+        sae, model, inputs, _ = data
+        with pytest.raises(ValueError, match=r"in \[0, 512\).*512"):
+            evaluate(sae, model, torch.full_like(inputs["tokens"], 512))
+
+    @pytest.mark.parametrize(
+        ("wrong", "found"),
+        [
+            (torch.ones(3, dtype=torch.long), r"int64 of shape \(3,\)"),
+            (torch.ones(2, 3), r"float32 of shape \(2, 3\)"),
+            (torch.ones(2, 3, dtype=torch.bool), r"bool of shape \(2, 3\)"),
+            ([[1, 2]], "list"),
+        ],
+    )
+    def test_tokens_that_are_no_matrix_of_ids(self, model, wrong, found):
+        with pytest.raises(ValueError, match=rf"shape \[prompt, pos\]; got .*{found}"):
+            unannotated(evaluate)(random_sae(), model, wrong)
+
+    def test_no_such_ablation(self, model, tokens):
+        with pytest.raises(ValueError, match=r"\('zero', 'mean'\); got 'means'"):
+            unannotated(evaluate)(random_sae(), model, tokens, ablation="means")
+
+    @pytest.mark.parametrize("size", [0, -1])
+    def test_batches_of_no_prompts(self, model, tokens, size):
+        message = f"`batch_size_prompts` must be at least 1; got {size}"
+        with pytest.raises(ValueError, match=message):
+            evaluate(random_sae(), model, tokens, batch_size_prompts=size)
+
+    @pytest.mark.parametrize("place", [N_CTX, -N_CTX - 1])
+    def test_kept_positions_outside_the_prompt(self, model, tokens, place):
+        message = rf"`keep_positions` must be in \[-16, 16\).*got \[{place}\]"
+        with pytest.raises(ValueError, match=message):
+            evaluate(random_sae(), model, tokens, keep_positions=[0, place])
+
+    def test_together_with_a_hook_that_the_sae_does_not_have(self, model, tokens):
+        with pytest.raises(ValueError, match="'blocks' is not a hook of this SAE"):
+            evaluate(random_sae(), model, tokens, together="blocks")
+
+    @pytest.mark.parametrize("name", [HOOKS[0], "blocks.0.attn.hook_z"])
+    def test_an_sae_of_another_width(self, model, tokens, name):
+        with pytest.raises(ValueError, match=f"must be 16, .*'{name}'; got 8"):
+            evaluate(random_sae([name], d_in=8), model, tokens)
+
+    def test_a_model_with_saes_attached(self, tokenizer, tokens):
+        model: Any = tiny_model(tokenizer, HookedSAETransformer, n_layers=4)
+        sae = random_sae()
+        model.add_sae(sae.view(1))
+        for measure in (evaluate, reconstruction_metrics):
+            with pytest.raises(ValueError, match=r"`model.reset_saes\(\)`"):
+                measure(sae, model, tokens)
+        model.reset_saes()
+        evaluate(sae, model, tokens)
+
+    def test_a_bridge_with_saes_attached(self):
+        folder = str(PAPER_DATA / "model")
+        model = SAETransformerBridge.boot_transformers(folder, device="cpu")
+        sae = random_sae([f"blocks.{i}.hook_out" for i in range(2)], d_in=64)
+        model.add_sae(sae.view(0))
+        with pytest.raises(ValueError, match=r"blocks\.0\.hook_out.*reset_saes"):
+            evaluate(sae, model, torch.ones(1, 4, dtype=torch.long))
+
+    def test_more_prompts_than_an_epoch_of_the_store_holds(
+        self, model, make_config, token_dataset
+    ):
+        store = MultiLayerActivationsStore.from_config(
+            model, make_config(), token_dataset.select(range(5))
+        )
+        with pytest.raises(ValueError, match=r"at most 5, .*; got 6"):
+            evaluate(random_sae(), model, store, n_prompts=6)
+        assert evaluate(random_sae(), model, store, n_prompts=5)
+        with pytest.raises(ValueError, match="`n_prompts` must be at least 1; got 0"):
+            evaluate(random_sae(), model, store, n_prompts=0)
 
     def test_two_saes_for_one_hook(self, model, tokens):
         view = random_sae().view(0)
