@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
-from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,6 +17,7 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.activations import one_vector_per_position
 from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
+from sae_lens_multilayer.prompts import take_prompts
 from sae_lens_multilayer.scoring import RunSums, add_scores
 from sae_lens_multilayer.splicing import Edit, ResidualSplicer, Splicer, make_splicer
 
@@ -146,7 +146,7 @@ def evaluate(
     _check_model(codec, model)
     hooks_together = _find_hooks(codec.hook_names, together)
     splicer = make_splicer(model, codec.hook_names, _PROMPTS_PER_BLOCK, from_middle)
-    prompts = _take_prompts(codec, model, tokens, n_prompts, batch_size_prompts)
+    prompts = take_prompts(codec, model, tokens, n_prompts, batch_size_prompts)
     _check_positions(keep_positions, prompts.shape[1])
     evaluation = _Evaluation(
         codec,
@@ -195,7 +195,7 @@ def reconstruction_metrics(
     codec = Codec(sae)
     _check_model(codec, model)
     own_names = hooks.model_hook_names(model, codec.hook_names)
-    prompts = _take_prompts(codec, model, tokens, n_prompts, batch_size_prompts)
+    prompts = take_prompts(codec, model, tokens, n_prompts, batch_size_prompts)
     excluded = _Positions(exclude_tokens)
     for batch in tqdm(
         prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
@@ -341,93 +341,6 @@ class _Evaluation:
             together=together,
             reconstruction=self._codec.compute(),
         )
-
-
-def _take_prompts(
-    codec: Codec,
-    model: Any,
-    tokens: object,
-    n_prompts: int | None,
-    batch_size_prompts: int,
-) -> Int[Tensor, "prompt pos"]:
-    """The prompts, once they and the numbers of them are known to be good."""
-    for name, number in [
-        ("n_prompts", n_prompts),
-        ("batch_size_prompts", batch_size_prompts),
-    ]:
-        if number is not None and number < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {number}.")
-    if isinstance(tokens, ActivationsStore):
-        tokens = _take_from_store(tokens, n_prompts)
-    elif n_prompts is not None:
-        raise ValueError(
-            "`n_prompts` says how many prompts to take from a store; the tokens were "
-            "given. Leave it out, or give a store."
-        )
-    prompts = _check_tokens(tokens, _vocabulary_size(model))
-    model_name = str(codec.saes[0].cfg.metadata.model_name)
-    shape = hooks.shape_of_model(model)
-    hooks.check_context_size(prompts.shape[1], shape, model_name)
-    return prompts
-
-
-def _take_from_store(
-    store: ActivationsStore, n_prompts: int | None
-) -> Int[Tensor, "prompt pos"]:
-    n_wanted = store.store_batch_size_prompts if n_prompts is None else n_prompts
-    prompts: list[Tensor] = []
-    try:
-        while len(prompts) < n_wanted:
-            # A larger batch that the epoch cuts short would be lost, and its size too.
-            prompts.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
-    except StopIteration:
-        raise ValueError(
-            f"`n_prompts` must be at most {len(prompts)}, the prompts left in the "
-            f"store before its dataset repeats; got {n_wanted}. The store is at the "
-            "start of its dataset again."
-        ) from None
-    return torch.cat(prompts)
-
-
-def _check_tokens(tokens: object, d_vocab: int | None) -> Int[Tensor, "prompt pos"]:
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or not _has_integers(tokens):
-        found = type(tokens).__name__
-        if isinstance(tokens, Tensor):
-            found = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
-        raise ValueError(
-            "`tokens` must be a tensor of token ids, integers of shape [prompt, pos]; "
-            f"got {found}."
-        )
-    if tokens.numel() == 0:
-        raise ValueError(
-            "`tokens` must hold at least one prompt of at least one token; got shape "
-            f"{tuple(tokens.shape)}."
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (d_vocab is not None and high >= d_vocab):
-        top = "d_vocab" if d_vocab is None else d_vocab
-        raise ValueError(
-            f"Token ids must be in [0, {top}), the model's vocabulary; got ids from "
-            f"{low} to {high}. Use the model's own tokenizer."
-        )
-    return tokens.long()
-
-
-def _has_integers(tokens: Tensor) -> bool:
-    return tokens.dtype != torch.bool and not (
-        tokens.is_floating_point() or tokens.is_complex()
-    )
-
-
-def _vocabulary_size(model: Any) -> int | None:
-    """Number of token ids; None if the model does not say."""
-    if isinstance(model, HookedProxyLM):
-        config: Any = model.model.config
-        size = getattr(config.get_text_config(), "vocab_size", None)
-    else:
-        size = getattr(model.cfg, "d_vocab", None)
-    # TransformerLens' config has -1 where nothing is known.
-    return size if size is not None and size > 0 else None
 
 
 def _check_model(codec: Codec, model: Any) -> None:

@@ -340,15 +340,25 @@ def check_token_ids(model: Any, tokens: Tensor) -> None:
 
     A negative id, such as padding of -1, would be taken from the end of the embedding.
     """
-    config = model.model.config if isinstance(model, HookedProxyLM) else model.cfg
-    d_vocab = getattr(config, "d_vocab", None) or getattr(config, "vocab_size", None)
+    d_vocab = _vocabulary_size(model)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (d_vocab is not None and high >= d_vocab):
+        top = "d_vocab" if d_vocab is None else d_vocab
         raise ValueError(
-            f"Token ids must be in [0, {d_vocab}), the model's vocabulary; got ids "
-            f"from {low} to {high}. Was the text padded, or tokenised for another "
-            "model?"
+            f"Token ids must be in [0, {top}), the model's vocabulary; got ids from "
+            f"{low} to {high}. Use the model's own tokenizer, without padding."
         )
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    """Number of token ids; None if the model does not say."""
+    if isinstance(model, HookedProxyLM):
+        config: Any = model.model.config
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    else:
+        size = getattr(model.cfg, "d_vocab", None)
+    # TransformerLens' config has -1 where nothing is known.
+    return size if size is not None and size > 0 else None
 
 
 def check_width(hook_names: Sequence[str], d_in: int, shape: ModelShape) -> None:
