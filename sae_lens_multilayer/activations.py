@@ -89,7 +89,7 @@ class MultiLayerActivationsStore(ActivationsStore):
     def measure_widths(self) -> dict[str, int]:
         """Run the model on one token and measure the width at each hook."""
         token = torch.zeros(1, 1, dtype=torch.long)
-        acts = self._run_model(token.to(self._model_device()), slice(None))
+        acts = self._run_model(token.to(hooks.device_of_model(self.model)), slice(None))
         return {name: act.shape[-1] for name, act in acts.items()}
 
     @override
@@ -122,9 +122,6 @@ class MultiLayerActivationsStore(ActivationsStore):
             )
             for name, own in zip(self.hook_names, self._own_hook_names, strict=True)
         }
-
-    def _model_device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     @override
     def __next__(self) -> Float[Tensor, "token layer d_in"]:

@@ -14,6 +14,7 @@ from sae_lens.util import dtype_to_str, str_to_dtype
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.sae import (
     MultiLayerTrainingSAEConfig,
+    check_sizes,
     check_whole_number,
 )
 
@@ -177,12 +178,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 "`sae` must be a training config, such as MultiLayerTrainingSAEConfig; "
                 f"got {type(sae).__name__}."
             )
-        for name in ("d_in", "d_sae"):
-            check_whole_number(name, getattr(self.sae, name))
-            if getattr(self.sae, name) <= 0:
-                raise ValueError(
-                    f"`{name}` must be positive; got {getattr(self.sae, name)}."
-                )
+        check_sizes(self.sae)
         k = getattr(self.sae, "k", None)
         if k is not None and not 0 < k <= self.sae.d_sae:
             raise ValueError(f"`k` must be in (0, d_sae = {self.sae.d_sae}]; got {k}.")

@@ -157,7 +157,7 @@ def evaluate(
         together=hooks_together,
     )
     batches = [
-        batch.to(next(model.parameters()).device)
+        batch.to(hooks.device_of_model(model))
         for batch in prompts.split(batch_size_prompts)
     ]
     if ablation == "mean":
@@ -201,7 +201,7 @@ def reconstruction_metrics(
         prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
     ):
         _, cache = model.run_with_cache(
-            batch.to(next(model.parameters()).device),
+            batch.to(hooks.device_of_model(model)),
             names_filter=own_names,
             stop_at_layer=hooks.stop_at_layer(own_names),
             prepend_bos=False,

@@ -15,12 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 DEFAULT_HOOK_NAME = "blocks.{layer}.hook_resid_post"
 """The residual stream after a block: the paper's choice."""
 
+HF_BLOCK = (
+    r"(?:model(?:\.language_model|\.decoder)?|gpt_neox|transformer)\.(?:layers|h)\."
+)
+"""Pattern of a block's module path in Hugging Face models, up to its number."""
+
 # Other `hook_out`s of a bridge (a query, an MLP's inside) and other `layers` (a vision
 # tower's) have other widths.
 _RESIDUAL_HOOK = re.compile(
     r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_in|hook_out)"
     r"|hook_embed|embed\.hook_out"
-    r"|(model(\.language_model|\.decoder)?|gpt_neox|transformer)\.(layers|h)\.\d+"
+    rf"|{HF_BLOCK}\d+"
 )
 _EMBEDDING_HOOKS = ("hook_embed", "hook_pos_embed", "embed.hook_out")
 _ALIASES = (
@@ -333,6 +338,11 @@ def check_context_size(context_size: int, shape: ModelShape, model_name: str) ->
             f"`context_size` must be at most {shape.n_ctx} tokens, the context of "
             f"{model_name!r}; got {context_size}."
         )
+
+
+def device_of_model(model: Any) -> torch.device:
+    """Where a model of any kind takes its tokens."""
+    return next(model.parameters()).device
 
 
 def check_token_ids(model: Any, tokens: Tensor) -> None:

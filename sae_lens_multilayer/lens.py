@@ -31,8 +31,7 @@ MAX_CONDITION_NUMBER = 1e6
 _BEFORE_BLOCK = re.compile(r"blocks\.(\d+)\.hook_(?:resid_pre|in)")
 _AFTER_BLOCK = re.compile(
     r"blocks\.(\d+)\.hook_(?:resid_post|out)"
-    r"|(?:model(?:\.language_model|\.decoder)?|gpt_neox|transformer)"
-    r"\.(?:layers|h)\.(\d+)"
+    rf"|{hooks.HF_BLOCK}(\d+)"
 )
 
 

@@ -372,10 +372,16 @@ def check_whole_number(name: str, value: Any) -> None:
         )
 
 
-def _check_config(cfg: SAEConfig, k: int) -> None:
+def check_sizes(cfg: SAEConfig) -> None:
+    """Raise ValueError unless `d_in` and `d_sae` are positive whole numbers."""
     for name in ("d_in", "d_sae"):
+        check_whole_number(name, getattr(cfg, name))
         if getattr(cfg, name) <= 0:
             raise ValueError(f"`{name}` must be positive; got {getattr(cfg, name)}.")
+
+
+def _check_config(cfg: SAEConfig, k: int) -> None:
+    check_sizes(cfg)
     check_whole_number("k", k)
     if not 0 < k <= cfg.d_sae:
         raise ValueError(f"`k` must be in [1, d_sae = {cfg.d_sae}]; got {k}.")

@@ -99,3 +99,15 @@ def make_config(tmp_path):
 def tiny_sae_config(**changes) -> MultiLayerTrainingSAEConfig:
     settings = {"d_in": D_MODEL, "d_sae": 64, "k": 4, "k_aux": 8}
     return MultiLayerTrainingSAEConfig(**{**settings, **changes})
+
+
+def count_calls(monkeypatch, owner, name: str) -> list[tuple]:
+    calls: list[tuple] = []
+    original = getattr(owner, name)
+
+    def counting(*args, **kwargs):
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls

@@ -11,7 +11,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import D_MODEL, D_VOCAB, N_CTX, N_LAYERS, tiny_model, tiny_sae_config
+from conftest import (
+    D_MODEL,
+    D_VOCAB,
+    N_CTX,
+    N_LAYERS,
+    count_calls,
+    tiny_model,
+    tiny_sae_config,
+)
 from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,18 +74,6 @@ def buffer_of(store: MultiLayerActivationsStore) -> Tensor:
 
 def counted(rows: Tensor) -> Counter[bytes]:
     return Counter(row.float().numpy().tobytes() for row in rows)
-
-
-def count_calls(monkeypatch, owner, name: str) -> list[tuple]:
-    calls: list[tuple] = []
-    original = getattr(owner, name)
-
-    def counting(*args, **kwargs):
-        calls.append((args, kwargs))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counting)
-    return calls
 
 
 class TestVectors:

@@ -20,7 +20,14 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from conftest import D_MODEL, D_VOCAB, N_LAYERS, PAPER_DATA, tiny_sae_config
+from conftest import (
+    D_MODEL,
+    D_VOCAB,
+    N_LAYERS,
+    PAPER_DATA,
+    count_calls,
+    tiny_sae_config,
+)
 from datasets import Dataset
 from sae_lens import (
     SAE,
@@ -292,18 +299,6 @@ class TestRuns:
             )
             assert all(t.isfinite().all() for t in tensors.values())
         assert not Path(config.output_path).exists()
-
-
-def count_calls(monkeypatch, owner, name: str) -> list[tuple]:
-    calls: list[tuple] = []
-    original = getattr(owner, name)
-
-    def counting(*args, **kwargs):
-        calls.append((args, kwargs))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counting)
-    return calls
 
 
 class TestCheckpoints:
