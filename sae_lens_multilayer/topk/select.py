@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from typing_extensions import override
 
+from sae_lens_multilayer.topk import native
 from sae_lens_multilayer.topk.products import row_dots
 from sae_lens_multilayer.topk.tile import row_chunks
 
@@ -18,6 +20,8 @@ _GROUPS_PER_K = 8
 _MIN_DEPTH = 2
 _BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
 _MIN_CERTIFIED_ROWS = 256
+_UNPROVEN_ROWS = 256
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 @dataclass
@@ -42,8 +46,8 @@ class Selection:
 
 
 def exact_topk(
-    h: Float[Tensor, "act latent"], k: int
-) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"]]:
+    h: Shaped[Tensor, "act latent"], k: int
+) -> tuple[Shaped[Tensor, "act k"], Int[Tensor, "act k"]]:
     """The k largest entries of each row, exactly, in no particular order.
 
     Entries are put into groups, strided so that the maxima of all groups are the
@@ -52,9 +56,6 @@ def exact_topk(
     their entries the same is done again, until few are left. Equal entries are
     interchangeable and NaN is largest, as in `torch.topk`.
 
-    Returns:
-        Values, in float32 if `h` has less than 32 bits, and their places.
-
     Example:
         >>> exact_topk(torch.tensor([[1.0, 3.0, 2.0]]), k=1)
         (tensor([[3.]]), tensor([[1]]))
@@ -62,18 +63,33 @@ def exact_topk(
     n_latents = h.shape[1]
     depth = n_latents // (_GROUPS_PER_K * k)
     if depth < _MIN_DEPTH:
-        wide = h.to(torch.promote_types(h.dtype, torch.float32))
-        values, indices = wide.topk(k, dim=1, sorted=False)
+        values, indices = h.topk(k, dim=1, sorted=False)
         return values, indices
     n_groups = n_latents // depth
     grouped = h[:, : depth * n_groups].unflatten(1, (depth, n_groups))
     _, groups = exact_topk(grouped.amax(dim=1), k)
     kept = grouped.gather(2, groups.unsqueeze(1).expand(-1, depth, -1)).flatten(1)
     n_grouped, n_kept = depth * n_groups, depth * k
-    values, places = exact_topk(torch.cat([kept, h[:, n_grouped:]], dim=1), k)
+    if n_grouped < n_latents:
+        kept = torch.cat([kept, h[:, n_grouped:]], dim=1)
+    values, places = exact_topk(kept, k)
     indices = places // k * n_groups + groups.gather(1, places % k)
+    if n_grouped == n_latents:
+        return values, indices
     beyond_groups = places - n_kept + n_grouped
     return values, torch.where(places < n_kept, indices, beyond_groups)
+
+
+def select_topk(
+    h: Float[Tensor, "act latent"], k: int
+) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"]]:
+    """`exact_topk` in the fastest way that is right for activations.
+
+    Entries at or below 0 are no activations: which of them fill up is not defined.
+    """
+    if h.dtype == torch.float32 and native.is_available(h):
+        return native.largest_positive(h, k)
+    return exact_topk(h, k)
 
 
 class Encoder:
@@ -103,11 +119,11 @@ class Encoder:
 
     def _select(self, v: Float[Tensor, "act d_in"]) -> Selection:
         h = _product(v, self.W_enc_rows, self._block)
-        values, indices = exact_topk(h, self.k)
+        values, indices = select_topk(h, self.k)
         if self.dead is None:
             return Selection(values, indices)
         h_dead = h.index_select(1, self.dead.indices)
-        return Selection(values, indices, *exact_topk(h_dead, self.dead.k))
+        return Selection(values, indices, *select_topk(h_dead, self.dead.k))
 
     @cached_property
     def _block(self) -> Tensor:
@@ -117,17 +133,16 @@ class Encoder:
 class CertifiedEncoder(Encoder):
     """Selects from a bfloat16 product and proves that the float32 top k is the same.
 
-    Of the 2k largest entries of the product of rounded numbers the values are computed
-    in float32. A vector is proven if its k-th value exceeds the largest entry left out
-    by more than the two can differ:
+    An entry of the product of rounded numbers is off by no more than
 
         |v.w - v'.w'| <= |v - v'| |w| + |v'| |w - w'|        v', w' rounded
 
     plus the rounding of the stored product (2^-8 of it) and of float32 sums (in all
     d_in 2^-22 |v| |w|, which covers tensor cores that truncate). Norms of rounding
-    errors are measured, and the largest over latents taken. Vectors without proof go
-    through `Encoder`. An entry at or below 0 is no activation, so a k-th value below 0
-    counts as 0.
+    errors are measured, and the largest over latents taken. Candidates are computed in
+    float32, and a vector is proven if no entry that was left out can be among its k
+    largest; see `_certify` and `native.certified_topk`. Vectors without proof are
+    multiplied in float32.
     """
 
     def __init__(
@@ -139,58 +154,80 @@ class CertifiedEncoder(Encoder):
         dead: DeadLatents | None = None,
     ) -> None:
         super().__init__(W_enc_rows, k, max_rows=max_rows, dead=dead)
-        self.exact = Encoder(W_enc_rows, k, max_rows=max_rows)
-        self.rounded = W_enc_rows.to(torch.bfloat16)
-        self.norm, self.rounding_norm = _largest_norms(W_enc_rows, self.rounded)
+        self.rounded, norms, errors = _round_rows(W_enc_rows)
+        self.norm, self.rounding_norm = norms.amax(), errors.amax()
         self.n_unproven = 0
 
-    def __call__(self, v: Float[Tensor, "act d_in"]) -> Selection:
-        """As `Encoder`; values differ by the order of float32 sums alone."""
-        parts, margins = zip(
-            *(self._select_with_margin(b) for b in v.split(self.block_rows)),
-            strict=True,
-        )
-        selection = _concatenate(list(parts))
-        # not "margin <= 0": NaN is no proof
-        unproven = (~(torch.cat(margins) > 0)).nonzero().flatten()
-        if len(unproven) > 0:
-            exact = self.exact(v[unproven])
-            selection.values[unproven] = exact.values
-            selection.indices[unproven] = exact.indices
-        self.n_unproven += len(unproven)
-        return selection
+    @override
+    def _select(self, v: Float[Tensor, "act d_in"]) -> Selection:
+        h, errors = self._approximate(v)
+        values, indices = self._certified(h, errors, v, self.W_enc_rows, self.k)
+        if self.dead is None:
+            return Selection(values, indices)
+        rows, k = self.dead.W_enc_rows, self.dead.k
+        if not (native.is_available(h) and 2 * k < len(rows)):
+            return Selection(values, indices, *select_topk(v @ rows.T, k))
+        h_dead = h.index_select(1, self.dead.indices)
+        dead_values, dead_indices = self._certified(h_dead, errors, v, rows, k)
+        return Selection(values, indices, dead_values, dead_indices)
 
-    def _select_with_margin(
+    def _approximate(
         self, v: Float[Tensor, "act d_in"]
-    ) -> tuple[Selection, Float[Tensor, " act"]]:
-        rounded = v.to(torch.bfloat16)
-        approximate, candidates = exact_topk(
-            _product(rounded, self.rounded, self._block), 2 * self.k
-        )
-        h = row_dots(v, self.W_enc_rows, candidates)
-        values, places = h.topk(self.k, dim=1, sorted=False)
-        left_out = approximate.amin(dim=1)
-        bound = left_out + left_out.abs() * 2**-8 + self._product_error(v, rounded)
-        selection = Selection(values, candidates.gather(1, places))
-        if self.dead is not None:
-            h_dead = v @ self.dead.W_enc_rows.T
-            dead_values, dead_indices = exact_topk(h_dead, self.dead.k)
-            selection = Selection(values, selection.indices, dead_values, dead_indices)
-        return selection, values.amin(dim=1).clamp_min(0) - bound
+    ) -> tuple[Float[Tensor, "act latent"], Float[Tensor, " act"]]:
+        """Products of rounded numbers, and how far those of a vector can be off."""
+        rounded, norms, of_rounding = _round_rows(v)
+        of_v = of_rounding * self.norm
+        of_w = (norms + of_rounding) * self.rounding_norm
+        of_sums = norms * self.norm * (v.shape[1] * 2**-22)
+        errors = (of_v + of_w + of_sums) * 1.001  # the norms are themselves rounded
+        h = _product(rounded, self.rounded, self._block)
+        return h, errors
 
-    def _product_error(
-        self, v: Float[Tensor, "act d_in"], rounded: Float[Tensor, "act d_in"]
-    ) -> Float[Tensor, " act"]:
-        wide = rounded.to(v.dtype)
-        norm = torch.linalg.vector_norm(v, dim=1)
-        of_v = torch.linalg.vector_norm(v - wide, dim=1) * self.norm
-        of_w = torch.linalg.vector_norm(wide, dim=1) * self.rounding_norm
-        sums = norm * self.norm * (v.shape[1] * 2**-22)
-        return (of_v + of_w + sums) * 1.001  # the norms are themselves rounded
+    def _certified(
+        self,
+        h: Float[Tensor, "act latent"],
+        errors: Float[Tensor, " act"],
+        v: Float[Tensor, "act d_in"],
+        rows: Float[Tensor, "latent d_in"],
+        k: int,
+    ) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"]]:
+        """The k largest float32 products with `rows`, of which `h` is near."""
+        certify = native.certified_topk if native.is_available(h) else _certify
+        values, indices, proven = certify(h, errors, v, rows, k)
+        unproven = (~proven).nonzero().flatten()
+        self.n_unproven += len(unproven)
+        if len(unproven) > 0:
+            # few at a time: each has as many products as there are latents
+            for places in unproven.split(_UNPROVEN_ROWS):
+                values[places], indices[places] = select_topk(v[places] @ rows.T, k)
+        return values, indices
 
     @cached_property
     def _block(self) -> Tensor:
         return self.rounded.new_empty(self.block_rows, len(self.rounded))
+
+
+def _certify(
+    h: Float[Tensor, "act latent"],
+    errors: Float[Tensor, " act"],
+    v: Float[Tensor, "act d_in"],
+    rows: Float[Tensor, "latent d_in"],
+    k: int,
+) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"], Bool[Tensor, " act"]]:
+    """`native.certified_topk` in PyTorch, with 2k candidates for each vector.
+
+    A vector is proven if its k-th float32 value exceeds the largest entry left out by
+    more than that can be off.
+    """
+    # Numbers above 0 are in the order of their bits, which are compared faster. A
+    # negative NaN is overlooked, but leaves the errors NaN.
+    bits, candidates = exact_topk(h.view(_BITS[h.dtype]), 2 * k)
+    left_out = bits.amin(dim=1).clamp_min(0).view(h.dtype).to(v.dtype)
+    exact = row_dots(v, rows, candidates)
+    values, places = exact.topk(k, dim=1, sorted=False)
+    # not "no more than": NaN is no proof
+    proven = values.amin(dim=1) > left_out + left_out * 2**-8 + errors
+    return values, candidates.gather(1, places), proven
 
 
 def make_encoder(
@@ -228,14 +265,17 @@ def is_certified_faster(
     """Whether `certified=None` means True.
 
     It does for float32 weights, on a CPU with bfloat16 instructions (AVX-512 BF16 or
-    AMX) or a CUDA device of capability 8 or more, if k is at most d_sae / 32 and there
-    are at least 256 vectors for which to round the weights.
+    AMX), or on a CUDA device of capability 8 or more with a torch that can give a
+    float32 product of bfloat16 matrices there; if k is at most d_sae / 32 and there are
+    at least 256 vectors for which to round the weights.
     """
     enough = n_acts >= _MIN_CERTIFIED_ROWS and 32 * k <= len(W_enc_rows)
     if W_enc_rows.dtype != torch.float32 or not enough:
         return False
     if W_enc_rows.device.type == "cuda":
-        return torch.cuda.get_device_capability(W_enc_rows.device) >= (8, 0)
+        has_wide_product = "dtype" in torch.ops.aten.mm.overloads()
+        capability = torch.cuda.get_device_capability(W_enc_rows.device)
+        return has_wide_product and capability >= (8, 0)
     return W_enc_rows.device.type == "cpu" and _cpu_has_bfloat16()
 
 
@@ -257,15 +297,16 @@ def _product(
     return torch.mm(v, rows.T, out=block[: len(v)])
 
 
-def _largest_norms(
-    rows: Float[Tensor, "d_sae d_in"], rounded: Float[Tensor, "d_sae d_in"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Largest norm of a row, and of its difference from the rounded row."""
-    norms, errors = [], []
-    for row, near in zip(row_chunks(rows), row_chunks(rounded), strict=True):
-        norms.append(torch.linalg.vector_norm(row, dim=1).amax())
-        errors.append(torch.linalg.vector_norm(row - near, dim=1).amax())
-    return torch.stack(norms).amax(), torch.stack(errors).amax()
+def _round_rows(
+    x: Float[Tensor, "row d_in"],
+) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """`native.round_rows`, in PyTorch where there is no kernel."""
+    if native.is_available(x):
+        return native.round_rows(x)
+    rounded = x.to(torch.bfloat16)
+    parts = zip(row_chunks(x), row_chunks(rounded), strict=True)
+    errors = [torch.linalg.vector_norm(part - near, dim=1) for part, near in parts]
+    return rounded, torch.linalg.vector_norm(x, dim=1), torch.cat(errors)
 
 
 def _concatenate(parts: list[Selection]) -> Selection:
