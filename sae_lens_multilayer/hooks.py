@@ -15,17 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 DEFAULT_HOOK_NAME = "blocks.{layer}.hook_resid_post"
 """The residual stream after a block: the paper's choice."""
 
-HF_BLOCK = (
-    r"(?:model(?:\.language_model|\.decoder)?|gpt_neox|transformer)\.(?:layers|h)\."
-)
-"""Pattern of a block's module path in Hugging Face models, up to its number."""
-
 # Other `hook_out`s of a bridge (a query, an MLP's inside) and other `layers` (a vision
 # tower's) have other widths.
-_RESIDUAL_HOOK = re.compile(
-    r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_in|hook_out)"
-    r"|hook_embed|embed\.hook_out"
-    rf"|{HF_BLOCK}\d+"
+_BLOCK_INPUT = re.compile(r"blocks\.(\d+)\.hook_(?:resid_pre|in)")
+_BLOCK_OUTPUT = re.compile(
+    r"blocks\.(\d+)\.hook_(?:resid_post|out)"
+    r"|(?:model(?:\.language_model|\.decoder)?|gpt_neox|transformer)\.(?:layers|h)\.(\d+)"
+)
+_OTHER_RESIDUAL_HOOK = re.compile(
+    r"blocks\.\d+\.hook_resid_mid|hook_embed|embed\.hook_out"
 )
 _EMBEDDING_HOOKS = ("hook_embed", "hook_pos_embed", "embed.hook_out")
 _ALIASES = (
@@ -257,6 +255,27 @@ def find_hook(hook_names: Sequence[str], layer_or_hook_name: int | str) -> int:
     )
 
 
+def block_end(hook_name: str) -> tuple[int, bool] | None:
+    """The block whose input or output a hook is, and whether it is the output.
+
+    None for hooks that are not at the residual stream between blocks. The module of a
+    block of a Hugging Face model is its output.
+
+    Example:
+        >>> block_end("blocks.2.hook_resid_pre")
+        (2, False)
+        >>> block_end("model.layers.2")
+        (2, True)
+        >>> block_end("blocks.2.hook_resid_mid") is None
+        True
+    """
+    for pattern, is_output in ((_BLOCK_INPUT, False), (_BLOCK_OUTPUT, True)):
+        match = pattern.fullmatch(hook_name)
+        if match is not None:
+            return int(next(filter(None, match.groups()))), is_output
+    return None
+
+
 def stop_at_layer(hook_names: Sequence[str]) -> int | None:
     """First block that need not run for these hooks; None if the whole model must.
 
@@ -376,12 +395,19 @@ def check_width(hook_names: Sequence[str], d_in: int, shape: ModelShape) -> None
 
     Hooks of other kinds are measured when the model runs (`check_widths`).
     """
-    residual = [name for name in hook_names if _RESIDUAL_HOOK.fullmatch(name)]
+    residual = [name for name in hook_names if _is_residual(name)]
     if residual and d_in != shape.d_model:
         raise ValueError(
             f"`d_in` must be {shape.d_model}, the width of the model at "
             f"{residual[0]!r}; got {d_in}."
         )
+
+
+def _is_residual(hook_name: str) -> bool:
+    return (
+        block_end(hook_name) is not None
+        or _OTHER_RESIDUAL_HOOK.fullmatch(hook_name) is not None
+    )
 
 
 def check_widths(widths: dict[str, int], d_in: int) -> None:

@@ -1,13 +1,11 @@
-"""One affine translator per layer, its exact inverse, and which layer uses which."""
+"""One affine translator per layer and its exact inverse, as a module and as hooks."""
 
-import json
-import pickle
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,122 +13,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from tuned_lens import TunedLens
-from tuned_lens.load_artifacts import load_lens_artifacts
-from tuned_lens.nn.lenses import TunedLensConfig
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
+from sae_lens_multilayer.lens_config import Alignment, LensConfig, translator_of
+from sae_lens_multilayer.lens_files import check_tensors, read_tuned_lens
 from sae_lens_multilayer.lens_fit import name_of_model, unembedding_hash
 
-Alignment = Literal["tuned_lens", "reference"]
 HookFunction = Callable[..., Tensor]
 
 MAX_CONDITION_NUMBER = 1e6
 """Of I + W in the 2-norm. Above it, float32 activations do not survive the inverse."""
-
-_BEFORE_BLOCK = re.compile(r"blocks\.(\d+)\.hook_(?:resid_pre|in)")
-_AFTER_BLOCK = re.compile(
-    r"blocks\.(\d+)\.hook_(?:resid_post|out)"
-    rf"|{hooks.HF_BLOCK}(\d+)"
-)
-
-
-def translator_of(
-    hook_name: str, n_layers: int, alignment: Alignment = "tuned_lens"
-) -> int | None:
-    """Which of tuned-lens' translators belongs to a hook; None: the identity.
-
-    Translator i was trained on the input of block i, so the output of block l uses
-    l + 1, and the output of the last block none.
-
-    Args:
-        hook_name: The residual stream before or after a block, in TransformerLens'
-            or Hugging Face's words (a block of a Hugging Face model is its output).
-        n_layers: Number of blocks of the model.
-        alignment: "reference" uses translator l for the output of block l, as the
-            paper's code did; only for the published `-lens` checkpoints.
-
-    Raises:
-        ValueError: If the hook cannot have a lens, or is not in the model.
-
-    Example:
-        >>> translator_of("blocks.0.hook_resid_pre", 6)
-        0
-        >>> translator_of("blocks.0.hook_resid_post", 6)
-        1
-        >>> translator_of("model.layers.5", 6) is None
-        True
-    """
-    before = _BEFORE_BLOCK.fullmatch(hook_name)
-    after = _AFTER_BLOCK.fullmatch(hook_name)
-    match = before or after
-    if match is None:
-        raise ValueError(
-            f"{hook_name!r} cannot have a tuned lens: hooks that can are "
-            "'blocks.{layer}.hook_resid_pre', 'blocks.{layer}.hook_resid_post', and "
-            "a Hugging Face model's blocks, as 'model.layers.{layer}'. Choose those, "
-            "or leave out the lens."
-        )
-    layer = int(next(group for group in match.groups() if group))
-    if layer >= n_layers:
-        raise ValueError(
-            f"The lens is for a model of {n_layers} blocks; {hook_name!r} is not one "
-            "of them. Use the lens of this model."
-        )
-    if before or alignment == "reference":
-        return layer
-    return layer + 1 if layer + 1 < n_layers else None
-
-
-@dataclass(frozen=True)
-class LensConfig:
-    """What a lens is, apart from its tensors."""
-
-    hook_names: list[str]
-    """The hooks, in the order of the layer axis."""
-    n_layers: int
-    """Number of blocks of the model, which is tuned-lens' number of translators."""
-    d_in: int
-    """Width of the residual stream."""
-    alignment: Alignment = "tuned_lens"
-    """Which translator a block's output uses; see `translator_of`."""
-    base_model_name: str | None = None
-    """The model that the lens was trained for, as tuned-lens names it."""
-    base_model_revision: str | None = None
-    """Its revision."""
-    unembed_hash: str | None = None
-    """tuned-lens' hash of that model's unembedding."""
-
-    def __post_init__(self) -> None:
-        """Check what cannot be right for any model."""
-        hooks.check_hook_choice("", self.hook_names, None)
-        if self.alignment not in get_args(Alignment):
-            raise ValueError(
-                f"`alignment` must be one of {get_args(Alignment)}; got "
-                f"{self.alignment!r}."
-            )
-        for name in self.hook_names:
-            translator_of(name, self.n_layers, self.alignment)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LensConfig":
-        """Undo `to_dict`.
-
-        Raises:
-            ValueError: If a key is unknown or missing.
-        """
-        known = [field.name for field in fields(cls)]
-        required = {"hook_names", "n_layers", "d_in"}
-        if not required <= set(values) <= set(known):
-            raise ValueError(
-                f"The settings of a lens must be among {known}, with "
-                f"{sorted(required)}; got {sorted(values)}."
-            )
-        return cls(**values)
 
 
 class _Factors:
@@ -202,20 +95,25 @@ class _Translator(nn.Module):
 class LayerLens(nn.Module):
     """One invertible affine map per hook, applied before an SAE and undone after it.
 
-    Its hooks are given by their position on the layer axis or by their name. As a
-    module it travels with an SAE: `state_dict` holds `{i}.weight` and `{i}.bias` for
-    each position i that has a translator, and `.to` moves it. It has no parameters.
+    A hook is given by its position on the layer axis (not its block number) or by its
+    name. As a module it travels with an SAE: `state_dict` holds `{i}.weight` and
+    `{i}.bias` for each position i that has a translator, and `.to` moves it. It has no
+    parameters.
     """
 
-    def __init__(self, config: LensConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: LensConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Make a lens that is the identity, to load tensors into."""
         super().__init__()
         self.config = config
-        d_in = config.d_in
+        zeros = partial(torch.zeros, dtype=dtype, device=device)
         for i, translator in enumerate(self._translator_numbers()):
             if translator is not None:
-                weight = torch.zeros(d_in, d_in, dtype=dtype)
-                self._set(i, weight, torch.zeros(d_in, dtype=dtype))
+                self._set(i, zeros(config.d_in, config.d_in), zeros(config.d_in))
 
     @classmethod
     def from_tuned_lens(
@@ -244,7 +142,7 @@ class LayerLens(nn.Module):
                 translator in use has a condition number above 1e6, or a hook cannot
                 have a lens.
         """
-        stated, tensors = _read(source, load_kwargs)
+        stated, tensors = read_tuned_lens(source, load_kwargs)
         config = LensConfig(
             hook_names=list(hook_names),
             n_layers=stated.num_hidden_layers,
@@ -254,39 +152,37 @@ class LayerLens(nn.Module):
             base_model_revision=stated.base_model_revision,
             unembed_hash=stated.unembed_hash,
         )
-        lens = cls(config)
         if model is not None:
-            lens.check_model(model, stacklevel=3)
-        for i, translator in enumerate(lens._translator_numbers()):
-            if translator is not None:
-                weight, bias = (
-                    # A copy each: two hooks may have the same translator.
-                    tensors[f"{translator}.{name}"].detach().clone()
-                    for name in ("weight", "bias")
-                )
-                _check_condition(weight, translator, hook_names[i])
-                lens._set(i, weight, bias)
-        return lens
+            cls(config, device="meta").check_model(model, stacklevel=3)
+        return cls.from_translators(config, tensors)
 
     @classmethod
-    def from_state_dict(
-        cls, config: LensConfig, tensors: Mapping[str, Tensor], prefix: str = "lens."
+    def from_translators(
+        cls, config: LensConfig, tensors: Mapping[str, Tensor]
     ) -> "LayerLens":
-        """Undo `lens.config` and `lens.state_dict(prefix=...)`, keeping the dtype.
+        """Take the translators that the hooks use from those of all blocks.
 
         Args:
-            tensors: May hold others, whose names do not start with `prefix`.
+            tensors: `{i}.weight` and `{i}.bias` of each translator in use, as in the
+                files of tuned-lens; there may be others.
 
         Raises:
-            ValueError: If a tensor is missing, unknown, of another shape or not finite.
+            ValueError: If a tensor is missing, of another shape or not finite, or I + W
+                has a condition number above 1e6.
         """
-        lens = cls(config)
+        lens = cls(config, device="meta")
+        numbers = lens._translator_numbers()
+        used = {i: t for i, t in enumerate(numbers) if t is not None}
+        # A copy each: two hooks may have the same translator.
         own = {
-            name.removeprefix(prefix): tensor.detach().clone()
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
+            f"{i}.{name}": tensors[f"{translator}.{name}"].detach().clone()
+            for i, translator in used.items()
+            for name in ("weight", "bias")
+            if f"{translator}.{name}" in tensors
         }
-        _check_tensors(own, {k: v.shape for k, v in lens.state_dict().items()})
+        lens.check_tensors(own)
+        for i, translator in used.items():
+            _check_condition(own[f"{i}.weight"], translator, config.hook_names[i])
         lens.load_state_dict(own, assign=True)
         return lens
 
@@ -296,33 +192,30 @@ class LayerLens(nn.Module):
         return list(self.config.hook_names)
 
     def transform(
-        self, x: Float[Tensor, "*batch d_in"], hook: int | str
+        self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
         """Into the space of the lens; `x` itself where the hook has no translator.
 
         Computed in the wider of the two dtypes and given back in that of `x`.
+
+        Args:
+            hook: The hook of all the vectors; None: the only one, or if there are
+                several, `x` is [*batch, layer, d_in] with vectors of all of them.
+
+        Raises:
+            ValueError: If there is no such hook, or no axis of all hooks.
         """
-        translator = self._translator(hook)
-        return x if translator is None else translator(x)
+        return self._each(_Translator.__call__, x, hook)
 
     def invert(
-        self, z: Float[Tensor, "*batch d_in"], hook: int | str
+        self, z: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Back from the space of the lens: solves `(I + W) x = z - b` in float64."""
-        translator = self._translator(hook)
-        return z if translator is None else translator.invert(z)
+        """Back from the space of the lens: solves `(I + W) x = z - b` in float64.
 
-    def transform_layers(
-        self, x: Float[Tensor, "*batch layer d_in"]
-    ) -> Float[Tensor, "*batch layer d_in"]:
-        """`transform` for vectors of all hooks."""
-        return self._each(self.transform, x)
-
-    def invert_layers(
-        self, z: Float[Tensor, "*batch layer d_in"]
-    ) -> Float[Tensor, "*batch layer d_in"]:
-        """`invert` for vectors of all hooks."""
-        return self._each(self.invert, z)
+        Args:
+            hook: As in `transform`.
+        """
+        return self._each(_Translator.invert, z, hook)
 
     def hook(self, hook: int | str, inverse: bool = False) -> tuple[str, HookFunction]:
         """A hook name and function for `run_with_hooks`.
@@ -349,12 +242,20 @@ class LayerLens(nn.Module):
         Converting one of the two leaves the other as it is.
         """
         positions = [self._position(name) for name in hook_names]
-        lens = LayerLens(replace(self.config, hook_names=list(hook_names)))
+        config = replace(self.config, hook_names=list(hook_names))
+        lens = LayerLens(config, device="meta")
         for new, old in enumerate(positions):
             translator = self._translator(old)
             if translator is not None:
                 lens._set(new, translator.weight, translator.bias)
         return lens
+
+    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless this could be a state dict of this lens.
+
+        That is if a tensor is missing, unknown, of another shape or not finite.
+        """
+        check_tensors(tensors, {k: v.shape for k, v in self.state_dict().items()})
 
     def check_shape(self, shape: hooks.ModelShape, model_name: str) -> None:
         """Raise ValueError if the lens is of another width or depth than the model."""
@@ -419,82 +320,27 @@ class LayerLens(nn.Module):
             )
         return hook
 
-    def _each(self, change: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+    def _each(
+        self,
+        change: Callable[[_Translator, Tensor], Tensor],
+        x: Tensor,
+        hook: int | str | None,
+    ) -> Tensor:
         n_hooks = len(self.config.hook_names)
-        if x.shape[-2] != n_hooks:
+        if hook is None and n_hooks == 1:
+            hook = 0
+        if hook is not None:
+            translator = self._translator(hook)
+            return x if translator is None else change(translator, x)
+        if x.ndim < 2 or x.shape[-2] != n_hooks:
             raise ValueError(
-                f"The layer axis must hold the lens' {n_hooks} hooks; got shape "
-                f"{tuple(x.shape)}."
+                f"The lens has {n_hooks} hooks and needs vectors of all of them, "
+                f"[*batch, layer = {n_hooks}, d_in]; got shape {tuple(x.shape)}. For "
+                "vectors of one hook give its position or name as `hook`, or use the "
+                "SAE's view of it."
             )
-        return torch.stack([change(x[..., i, :], i) for i in range(n_hooks)], dim=-2)
-
-
-def _read(
-    source: TunedLens | str | Path, load_kwargs: Mapping[str, Any]
-) -> tuple[TunedLensConfig, dict[str, Tensor]]:
-    """The settings and the checked tensors of a lens of tuned-lens."""
-    if isinstance(source, TunedLens):
-        config, tensors = source.config, source.layer_translators.state_dict()
-    else:
-        config, tensors = _read_files(source, load_kwargs)
-    if config.lens_type != TunedLensConfig.lens_type:
-        raise ValueError(
-            f"`lens_type` must be {TunedLensConfig.lens_type!r}; got "
-            f"{config.lens_type!r}."
-        )
-    d_in, numbers = config.d_model, range(config.num_hidden_layers)
-    shapes = {f"{i}.weight": torch.Size([d_in, d_in]) for i in numbers}
-    if config.bias:
-        shapes.update({f"{i}.bias": torch.Size([d_in]) for i in numbers})
-    _check_tensors(tensors, shapes)
-    if not config.bias:
-        zeros = {f"{i}.bias": tensors[f"{i}.weight"].new_zeros(d_in) for i in numbers}
-        tensors = {**tensors, **zeros}
-    return config, tensors
-
-
-def _read_files(
-    source: str | Path, load_kwargs: Mapping[str, Any]
-) -> tuple[TunedLensConfig, dict[str, Tensor]]:
-    try:
-        config_path, tensors_path = load_lens_artifacts(str(source), **load_kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"There is no tuned lens {str(source)!r}: it must be a folder with "
-            "config.json and params.pt, or a name in tuned-lens' hub space that is "
-            f"cached or can be reached ({type(error).__name__}: {error})."
-        ) from error
-    try:
-        config = TunedLensConfig.from_dict(json.loads(config_path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_path} is not of a tuned lens: {error}") from error
-    try:
-        # Nothing but tensors: a pickle can run any code.
-        tensors = torch.load(tensors_path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{tensors_path} must hold tensors only, as tuned-lens saves them: {error}"
-        ) from error
-    return config, tensors
-
-
-def _check_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
-) -> None:
-    if set(tensors) != set(shapes):
-        raise ValueError(
-            f"The lens must hold the tensors {sorted(shapes)}; missing: "
-            f"{sorted(set(shapes) - set(tensors))}, unknown: "
-            f"{sorted(set(tensors) - set(shapes))}. Is it for a model of another depth?"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"{name!r} of the lens must have the shape {tuple(shapes[name])}; got "
-                f"{tuple(tensor.shape)}. Is it for a model of another width?"
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name!r} of the lens holds NaN or infinite values.")
+        parts = [self._each(change, x[..., i, :], i) for i in range(n_hooks)]
+        return torch.stack(parts, dim=-2)
 
 
 def _check_condition(weight: Tensor, translator: int, hook_name: str) -> None:

@@ -1,6 +1,5 @@
 """Runs a model with activations replaced at some hooks, starting where they are."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,8 +14,6 @@ from sae_lens_multilayer.activations import one_vector_per_position
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Gives what goes on instead of the activations at a hook, heads put end to end."""
-
-_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def _can_start_in_the_middle(model: Any, hook_names: Sequence[str]) -> bool:
         isinstance(model, HookedTransformer)
         # Its attention adds the embedding of positions in every block.
         and model.cfg.positional_embedding_type != "shortformer"
-        and all(_RESIDUAL.fullmatch(name) for name in hook_names)
+        and all(hooks.block_end(name) is not None for name in hook_names)
     )
 
 
@@ -120,9 +117,10 @@ class ResidualSplicer:
         self._max_prompts = max_prompts
         self._hooks_at: dict[int, list[int]] = {}
         for hook, name in enumerate(hook_names):
-            match = _RESIDUAL.fullmatch(name)
-            assert match is not None  # checked by make_splicer
-            depth = int(match[1]) + (match[2] == "post")
+            end = hooks.block_end(name)
+            assert end is not None  # checked by make_splicer
+            layer, is_output = end
+            depth = layer + is_output
             self._hooks_at.setdefault(depth, []).append(hook)
 
     def runs(

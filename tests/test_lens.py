@@ -27,7 +27,8 @@ from tuned_lens.nn.unembed import Unembed
 
 from sae_lens_multilayer import lens_fit
 from sae_lens_multilayer.hooks import ModelShape, model_hook_names
-from sae_lens_multilayer.lens import LayerLens, LensConfig, translator_of
+from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_config import LensConfig, translator_of
 from sae_lens_multilayer.lens_fit import (
     ModelUnembed,
     fit_tuned_lens,
@@ -170,13 +171,13 @@ def test_equals_tuned_lens_at_every_layer(names, tuned_lens, resid_post):
 
 def test_equals_the_papers_lens_in_its_own_alignment(tuned_lens, paper, resid_post):
     lens = layer_lens(tuned_lens, alignment="reference")
-    found = lens.transform_layers(resid_post.movedim(0, -2)).movedim(-2, 0)
+    found = lens.transform(resid_post.movedim(0, -2)).movedim(-2, 0)
     torch.testing.assert_close(found, paper["inputs_head"], atol=1e-5, rtol=0)
 
 
 def test_inverts_the_papers_lens_exactly(tuned_lens, paper):
     lens = layer_lens(tuned_lens, alignment="reference")
-    found = lens.invert_layers(paper["recons_head"].movedim(0, -2)).movedim(-2, 0)
+    found = lens.invert(paper["recons_head"].movedim(0, -2)).movedim(-2, 0)
     expected = paper["recons_true_inverse_head"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
 
@@ -217,7 +218,7 @@ def test_the_inverse_undoes_the_lens(d_in, shape, scale, seed):
 def test_the_inverse_undoes_the_papers_lens(tuned_lens, resid_post):
     lens = layer_lens(tuned_lens, alignment="reference").to(float64)
     x = resid_post.double().movedim(0, -2)
-    error = lens.invert_layers(lens.transform_layers(x)) - x
+    error = lens.invert(lens.transform(x)) - x
     assert error.abs().max() < 1e-9
 
 
@@ -299,12 +300,14 @@ def test_a_lens_whose_tensors_cannot_be_inverted_says_so():
 def test_all_layers_at_once_are_each_layer_by_itself():
     lens = random_lens(8, 0.1)
     x = torch.randn(2, 3, BLOCKS, 8, dtype=float64)
-    z = lens.transform_layers(x)
+    z = lens.transform(x)
     for i in range(BLOCKS):
         assert torch.equal(z[..., i, :], lens.transform(x[..., i, :], POST[i]))
-    torch.testing.assert_close(lens.invert_layers(z), x)
-    with pytest.raises(ValueError, match="must hold the lens' 5 hooks; got shape"):
-        lens.transform_layers(x[..., 1:, :])
+    torch.testing.assert_close(lens.invert(z), x)
+    with pytest.raises(
+        ValueError, match=r"\[\*batch, layer = 5, d_in\]; got shape \(2, 3, 4, 8\)"
+    ):
+        lens.transform(x[..., 1:, :])
 
 
 def test_positions_are_on_the_layer_axis_and_checked(tuned_lens):
@@ -344,48 +347,37 @@ def test_it_says_what_it_is(tuned_lens):
 # Travelling in a checkpoint
 
 
-def test_a_state_dict_in_a_safetensors_file_gives_back_the_lens(tuned_lens, tmp_path):
-    # Both hooks have translator 1, and safetensors refuses shared memory.
+def test_hooks_with_the_same_translator_share_no_memory(tuned_lens, tmp_path):
+    # safetensors refuses shared memory.
     lens = layer_lens(tuned_lens, [POST[0], PRE[1], POST[4]])
-    tensors = lens.state_dict(prefix="lens.")
-    assert sorted(tensors) == [
-        "lens.0.bias",
-        "lens.0.weight",
-        "lens.1.bias",
-        "lens.1.weight",
+    assert sorted(lens.state_dict()) == [
+        "0.bias",
+        "0.weight",
+        "1.bias",
+        "1.weight",
     ]
-    save_file({**tensors, "W_enc": torch.ones(2)}, tmp_path / "lens.safetensors")
+    save_file(lens.state_dict(), tmp_path / "lens.safetensors")
     config = json.loads(json.dumps(lens.config.to_dict()))
-    loaded = LayerLens.from_state_dict(
-        LensConfig.from_dict(config), load_file(tmp_path / "lens.safetensors")
-    )
+    loaded = LayerLens(LensConfig.from_dict(config), device="meta")
+    loaded.load_state_dict(load_file(tmp_path / "lens.safetensors"), assign=True)
     assert loaded.config == lens.config
     for name, tensor in lens.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, float64])
-def test_a_state_dict_keeps_its_dtype_and_its_owner(dtype):
-    lens = random_lens(4, 0.1).to("cpu", dtype)
-    loaded = LayerLens.from_state_dict(lens.config, lens.state_dict(prefix="lens."))
-    assert {t.dtype for t in loaded.buffers()} == {dtype}
-    pointers = {t.data_ptr() for t in lens.buffers()}
-    assert pointers.isdisjoint(t.data_ptr() for t in loaded.buffers())
-
-
 def test_a_state_dict_of_another_lens_is_an_error():
     lens = random_lens(4, 0.1, POST[:1])
-    good = lens.state_dict(prefix="lens.")
-    weight = good["lens.0.weight"]
+    good = lens.state_dict()
+    weight = good["0.weight"]
     cases = [
-        ({"lens.0.weight": weight}, "missing: \\['0.bias'\\]"),
-        ({**good, "lens.1.bias": weight}, "unknown: \\['1.bias'\\]"),
-        ({**good, "lens.0.bias": weight}, "'0.bias'.*shape \\(4,\\); got \\(4, 4\\)"),
-        ({**good, "lens.0.weight": weight / 0}, "'0.weight'.*NaN or infinite"),
+        ({"0.weight": weight}, "missing: \\['0.bias'\\]"),
+        ({**good, "1.bias": weight}, "unknown: \\['1.bias'\\]"),
+        ({**good, "0.bias": weight}, "'0.bias'.*shape \\(4,\\); got \\(4, 4\\)"),
+        ({**good, "0.weight": weight / 0}, "'0.weight'.*NaN or infinite"),
     ]
     for tensors, message in cases:
         with pytest.raises(ValueError, match=message):
-            LayerLens.from_state_dict(lens.config, tensors)
+            lens.check_tensors(tensors)
 
 
 def test_settings_are_checked():

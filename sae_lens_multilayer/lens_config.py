@@ -1,0 +1,105 @@
+"""What a tuned lens is for, and which of its translators belongs to which hook."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from sae_lens_multilayer import hooks
+
+Alignment = Literal["tuned_lens", "reference"]
+
+
+def translator_of(
+    hook_name: str, n_layers: int, alignment: Alignment = "tuned_lens"
+) -> int | None:
+    """Which of tuned-lens' translators belongs to a hook; None: the identity.
+
+    Translator i was trained on the input of block i, so the output of block l uses
+    l + 1, and the output of the last block none.
+
+    Args:
+        hook_name: The residual stream before or after a block, in TransformerLens'
+            or Hugging Face's words (a block of a Hugging Face model is its output).
+        n_layers: Number of blocks of the model.
+        alignment: "reference" uses translator l for the output of block l, as the
+            paper's code did; only for the published `-lens` checkpoints.
+
+    Raises:
+        ValueError: If the hook cannot have a lens, or is not in the model.
+
+    Example:
+        >>> translator_of("blocks.0.hook_resid_pre", 6)
+        0
+        >>> translator_of("blocks.0.hook_resid_post", 6)
+        1
+        >>> translator_of("model.layers.5", 6) is None
+        True
+    """
+    end = hooks.block_end(hook_name)
+    if end is None:
+        raise ValueError(
+            f"{hook_name!r} cannot have a tuned lens: hooks that can are "
+            "'blocks.{layer}.hook_resid_pre', 'blocks.{layer}.hook_resid_post', and "
+            "a Hugging Face model's blocks, as 'model.layers.{layer}'. Choose those, "
+            "or leave out the lens."
+        )
+    layer, is_output = end
+    if layer >= n_layers:
+        raise ValueError(
+            f"The lens is for a model of {n_layers} blocks; {hook_name!r} is not one "
+            "of them. Use the lens of this model."
+        )
+    if not is_output or alignment == "reference":
+        return layer
+    return layer + 1 if layer + 1 < n_layers else None
+
+
+@dataclass(frozen=True)
+class LensConfig:
+    """What a lens is, apart from its tensors."""
+
+    hook_names: list[str]
+    """The hooks, in the order of the layer axis."""
+    n_layers: int
+    """Number of blocks of the model, which is tuned-lens' number of translators."""
+    d_in: int
+    """Width of the residual stream."""
+    alignment: Alignment = "tuned_lens"
+    """Which translator a block's output uses; see `translator_of`."""
+    base_model_name: str | None = None
+    """The model that the lens was trained for, as tuned-lens names it."""
+    base_model_revision: str | None = None
+    """Its revision."""
+    unembed_hash: str | None = None
+    """tuned-lens' hash of that model's unembedding."""
+
+    def __post_init__(self) -> None:
+        """Check what cannot be right for any model."""
+        hooks.check_hook_choice("", self.hook_names, None)
+        if self.alignment not in get_args(Alignment):
+            raise ValueError(
+                f"`alignment` must be one of {get_args(Alignment)}; got "
+                f"{self.alignment!r}."
+            )
+        for name in self.hook_names:
+            translator_of(name, self.n_layers, self.alignment)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LensConfig":
+        """Undo `to_dict`.
+
+        Raises:
+            ValueError: If a key is unknown or missing.
+        """
+        known = [field.name for field in fields(cls)]
+        required = {"hook_names", "n_layers", "d_in"}
+        if not required <= set(values) <= set(known):
+            raise ValueError(
+                f"The settings of a lens must be among {known}, with "
+                f"{sorted(required)}; got {sorted(values)}."
+            )
+        return cls(**values)
