@@ -11,6 +11,9 @@ from sae_lens_multilayer.evaluation import (
     evaluate,
     reconstruction_metrics,
 )
+from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_config import LensConfig
+from sae_lens_multilayer.lens_fit import fit_tuned_lens, lens_kl
 from sae_lens_multilayer.metrics import LayerMetrics
 from sae_lens_multilayer.sae import (
     MultiLayerSAE,
@@ -24,7 +27,9 @@ from sae_lens_multilayer.views import view, views
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "LayerLens",
     "LayerMetrics",
+    "LensConfig",
     "MultiLayerActivationsStore",
     "MultiLayerConfig",
     "MultiLayerSAE",
@@ -35,6 +40,8 @@ __all__ = [
     "NonFiniteActivationError",
     "SpliceMetrics",
     "evaluate",
+    "fit_tuned_lens",
+    "lens_kl",
     "reconstruction_metrics",
     "view",
     "views",

@@ -82,9 +82,9 @@ class Codec:
     def _block(
         self, hook: int, x: Float[Tensor, "act d_in"], keep: Bool[Tensor, " act"]
     ) -> Float[Tensor, "act d_in"]:
-        x_hat, n_active, sum_acts = _encode_decode(self.saes[hook], x, keep)
+        sums, layer = self._sums_of(hook)
+        x_hat, n_active, sum_acts = _encode_decode(self.saes[hook], layer, x, keep)
         if keep.any():
-            sums, layer = self._sums_of(hook)
             sums.add_layer(layer, x[keep], x_hat[keep], n_active, sum_acts)
         return x_hat
 
@@ -108,15 +108,19 @@ class Codec:
 
 
 def _encode_decode(
-    sae: SAE[Any], x: Float[Tensor, "act d_in"], keep: Bool[Tensor, " act"]
+    sae: SAE[Any], layer: int, x: Float[Tensor, "act d_in"], keep: Bool[Tensor, " act"]
 ) -> tuple[Float[Tensor, "act d_in"], Int[Tensor, " d_sae"], Float[Tensor, ""]]:
-    """Reconstructions, and how often each latent is active and how much all are."""
+    """Reconstructions, and how often each latent is active and how much all are.
+
+    Args:
+        layer: Position of the vectors' hook on the layer axis of the SAE.
+    """
     if isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE)):
-        acts = sae.encode_topk(x)
+        acts = sae.encode_topk(x, layer)
         values = acts.values[keep]
         fired = acts.indices[keep][values > 0]
         n_active = fired.bincount(minlength=sae.cfg.d_sae)
-        return sae.decode_topk(acts), n_active, values.sum()
+        return sae.decode_topk(acts, layer), n_active, values.sum()
     dense = sae.encode(x)
     values = dense[keep]
     return sae.decode(dense), (values != 0).sum(0), values.abs().sum()

@@ -17,6 +17,7 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_lens_multilayer.lens_carrier import LensCarrier
 from sae_lens_multilayer.normalization import CopyableLayerNorm
 from sae_lens_multilayer.topk import reference, sparse
 from sae_lens_multilayer.topk.step import TopKStep, training_step
@@ -112,7 +113,7 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
             )
 
 
-class _MultiLayerWeights(CopyableLayerNorm, SAE[_T_CONFIG]):
+class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     """What the inference and the training class share: weights, maps, views."""
 
     @override
@@ -132,41 +133,62 @@ class _MultiLayerWeights(CopyableLayerNorm, SAE[_T_CONFIG]):
         return TopK(_k_of(self.cfg))
 
     def encode_with_hidden_pre(
-        self, x: Float[Tensor, "*batch d_in"]
+        self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
-        """Encode densely, with the pre-activations."""
-        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc)
+        """Encode densely, with the pre-activations; see `encode`."""
+        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x, hook) @ self.W_enc)
         return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
 
     @override
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
+    ) -> Float[Tensor, "*batch d_sae"]:
         """Dense activations of all latents, as SAELens expects (`encode_topk`: sparse).
 
-        The vectors of any layers may be mixed in the batch axes.
+        Args:
+            x: Vectors in raw space. Without a lens those of any layers may be mixed in
+                the batch axes. With one, and without `hook`, the axis before d_in is
+                the layer axis, [*batch, layer, d_in].
+            hook: With a lens, the hook that all the vectors are of: its position on the
+                layer axis, not its block number, or its name.
+
+        Raises:
+            ValueError: If a lens cannot know the hooks of the vectors.
         """
-        return self.encode_with_hidden_pre(x)[0]
+        return self.encode_with_hidden_pre(x, hook)[0]
 
     @override
     def decode(
-        self, feature_acts: Float[Tensor, "*batch d_sae"]
+        self,
+        feature_acts: Float[Tensor, "*batch d_sae"],
+        hook: int | str | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
         """Reconstruct the vectors that were last encoded, in raw space.
 
         As in SAELens, the mean and standard deviation of the last `encode` are used up
         here; `decode_topk` takes them from its argument instead.
+
+        Args:
+            hook: As it was given to `encode`.
         """
         recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
-        return self.run_time_activation_norm_fn_out(recons)
+        return self.out_of_lens(self.run_time_activation_norm_fn_out(recons), hook)
 
     @torch.no_grad()
-    def encode_topk(self, x: Float[Tensor, "*batch d_in"]) -> sparse.TopKActs:
+    def encode_topk(
+        self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
+    ) -> sparse.TopKActs:
         """The k largest latents of each vector, without a tensor of d_sae columns.
+
+        Args:
+            x: Vectors in raw space; see `encode`.
+            hook: As in `encode`.
 
         Returns:
             Values after ReLU, indices, and the statistics that `decode_topk` needs.
         """
         return sparse.encode_topk(
-            x.to(self.dtype),
+            self.into_lens(x.to(self.dtype), hook),
             self.W_enc,
             self.b_dec,
             _k_of(self.cfg),
@@ -174,23 +196,36 @@ class _MultiLayerWeights(CopyableLayerNorm, SAE[_T_CONFIG]):
         )
 
     @torch.no_grad()
-    def decode_topk(self, acts: sparse.TopKActs) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruct vectors in raw space from their k largest latents."""
-        return sparse.decode_topk(acts, self.W_dec, self.b_dec)
+    def decode_topk(
+        self, acts: sparse.TopKActs, hook: int | str | None = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruct vectors in raw space from their k largest latents.
 
-    def stock_form(self) -> tuple[TopKSAEConfig, dict[str, Tensor]]:
-        """The config and tensors of the stock TopK SAE that computes the same.
+        Args:
+            hook: As it was given to `encode_topk`.
+        """
+        z_hat = sparse.decode_topk(acts, self.W_dec, self.b_dec)
+        return self.out_of_lens(z_hat, hook)
 
-        The tensors share this SAE's memory; its encoder bias, which this SAE lacks, is
-        zero.
+    def view_form(
+        self,
+    ) -> tuple[TopKSAEConfig | MultiLayerSAEConfig, dict[str, Tensor]]:
+        """The config and tensors of an SAE of one hook that computes the same.
+
+        It is the stock TopK SAE, whose encoder bias, which this SAE lacks, is zero; or
+        with a lens, which no stock SAE applies, a `MultiLayerSAE`. The tensors share
+        this SAE's memory.
         """
         shared = {f.name: getattr(self.cfg, f.name) for f in fields(SAEConfig)}
+        k = _k_of(self.cfg)
+        if self.lens is not None:
+            return MultiLayerSAEConfig(k=k, **shared), self.state_dict()
         b_enc = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
         tensors = {**self.state_dict(), "b_enc": b_enc}
-        return TopKSAEConfig(k=_k_of(self.cfg), **shared), tensors
+        return TopKSAEConfig(k=k, **shared), tensors
 
     def view(self, layer_or_hook_name: int | str) -> SAE[Any]:
-        """An ordinary TopK SAE for one hook, which shares this SAE's memory.
+        """An ordinary SAE for one hook, which shares this SAE's memory; see `view`.
 
         Raises:
             ValueError: If the hook is not one of this SAE's; lists those.
@@ -247,14 +282,16 @@ class _MultiLayerWeights(CopyableLayerNorm, SAE[_T_CONFIG]):
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T
 
 
 class MultiLayerSAE(_MultiLayerWeights[MultiLayerSAEConfig]):
     """One TopK SAE whose weights are tied across the layers of a transformer.
 
-    `u = (x - mean) / (std + 1e-5); a = ReLU(TopK((u - b_dec) W_enc));
-    x_hat = (a W_dec + b_dec) * std + mean`, for a vector x of any hooked layer.
+    `u = (z - mean) / (std + 1e-5); a = ReLU(TopK((u - b_dec) W_enc));
+    z_hat = (a W_dec + b_dec) * std + mean`, for a vector x of any hooked layer. With a
+    tuned lens z = T(x) and x_hat = T^-1(z_hat) with T of that layer, else z is x.
 
     References:
         Lawson et al. (2025), arXiv:2409.04185, section 3.
@@ -286,7 +323,8 @@ class MultiLayerTrainingSAE(
         """Add the gradients of the loss on a whole training batch to the parameters'.
 
         Args:
-            x: Activation vectors in raw space.
+            x: Activation vectors in raw space. With a lens the loss is taken in the
+                lens' space, as are the sums, and nothing is differentiated through it.
             dead_latents: Latents that the auxiliary loss trains.
             micro_batch_size: Tokens whose vectors at one layer are encoded at a time.
 
@@ -310,6 +348,7 @@ class MultiLayerTrainingSAE(
             micro_batch_size=micro_batch_size,
             standardize_inputs=self.standardizes,
             certified=self.cfg.certified_topk,
+            transform=None if self.lens is None else self.lens.transform,
         )
 
     @override
@@ -317,13 +356,15 @@ class MultiLayerTrainingSAE(
         """The loss by the dense definition, differentiable by autograd.
 
         Args:
-            step_input: `sae_in` is [token, layer, d_in], or [token, d_in] of one layer.
+            step_input: `sae_in` is [token, layer, d_in] in raw space, or [token, d_in]
+                of one layer. With a lens the loss is taken in its space.
         """
         x = step_input.sae_in.to(self.dtype)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
+        z = self.into_lens(x)
         assert self.cfg.k_aux is not None  # set by the config
         losses = reference.training_loss(
-            x if x.ndim == 3 else x.unsqueeze(1),
+            z if z.ndim == 3 else z.unsqueeze(1),
             self.W_enc,
             self.W_dec,
             self.b_dec,

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_multilayer.hooks import find_hook
+from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_carrier import LensCarrier
 from sae_lens_multilayer.normalization import CopyableLayerNorm
 
 _UNIT_NORM_TOLERANCE = 1e-2
 
 
 @runtime_checkable
-class HasStockForm(Protocol):
-    """An SAE of ours, which says what stock SAE computes the same."""
+class HasViewForm(Protocol):
+    """An SAE of ours, which says what SAE of one hook computes the same."""
 
-    def stock_form(self) -> tuple[SAEConfig, dict[str, Tensor]]:
-        """The stock inference config and tensors, sharing memory."""
+    def view_form(self) -> tuple[SAEConfig, dict[str, Tensor]]:
+        """The inference config and tensors, sharing memory."""
         ...
 
 
@@ -59,7 +61,8 @@ def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
 
     Returns:
         An SAE of the stock class: TopK for a multi-layer SAE. Saved, it loads in
-        SAELens without this package.
+        SAELens without this package. With a tuned lens, which no stock class applies, a
+        `MultiLayerSAE` of one hook; saved, it loads where this package is imported.
 
     Raises:
         ValueError: If the hook is not one of this SAE's; lists those.
@@ -74,14 +77,15 @@ def views(sae: SAE[Any]) -> list[SAE[Any]]:
 
 
 def _views_of(sae: SAE[Any], hook_names: Sequence[str]) -> list[SAE[Any]]:
-    cfg, tensors = _stock_form(sae)
-    return [_HookView.build(cfg, tensors, hook_name) for hook_name in hook_names]
+    cfg, tensors = _view_form(sae)
+    lens = sae.lens if isinstance(sae, LensCarrier) else None
+    return [_HookView.build(cfg, tensors, name, lens) for name in hook_names]
 
 
-def _stock_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """The stock inference config and tensors that compute what `sae` computes."""
-    if isinstance(sae, HasStockForm):
-        return sae.stock_form()
+def _view_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
+    """The inference config and tensors that compute what `sae` computes."""
+    if isinstance(sae, HasViewForm):
+        return sae.view_form()
     if isinstance(sae, TrainingSAE):
         # Saving for inference folds norms and thresholds into the tensors it is given.
         tensors = {name: t.clone() for name, t in sae.state_dict().items()}
@@ -94,10 +98,18 @@ class _HookView(CopyableLayerNorm):
     """What a view adds to the stock class that it is made from."""
 
     @staticmethod
-    def build(cfg: SAEConfig, tensors: dict[str, Tensor], hook_name: str) -> SAE[Any]:
+    def build(
+        cfg: SAEConfig,
+        tensors: dict[str, Tensor],
+        hook_name: str,
+        lens: LayerLens | None,
+    ) -> SAE[Any]:
         cfg = copy.deepcopy(cfg)
         cfg.metadata.hook_name = hook_name
         delattr(cfg.metadata, "hook_names")
+        if lens is not None:
+            cfg.metadata.hook_names = [hook_name]
+            delattr(cfg.metadata, "tuned_lens")
         device, cfg.device = cfg.device, "meta"
         sae = _view_class(get_sae_class(cfg.architecture())[0])(cfg)
         cfg.device, sae.device = device, torch.device(device)
@@ -107,11 +119,17 @@ class _HookView(CopyableLayerNorm):
             is_parameter = name in sae._parameters
             value = tensors[name].detach()
             setattr(sae, name, nn.Parameter(value) if is_parameter else value)
+        if lens is not None:
+            sae.lens = lens.select([hook_name])
         return sae
 
     def _own_memory(self) -> None:
-        for tensor in [*self.parameters(), *self.buffers()]:
-            tensor.data = tensor.data.clone()
+        for parameter in self.parameters():
+            parameter.data = parameter.data.clone()
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                # Unlike a view's parameters, a lens' tensors are shared objects.
+                setattr(module, name, buffer.clone())
 
     @override
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +143,8 @@ class _HookView(CopyableLayerNorm):
         A TopK view whose rows have it already stays as it is (SAEDashboard asks this of
         every SAE, and the stock TopK refuses).
         """
-        if isinstance(self, TopKSAE) and not self.cfg.rescale_acts_by_decoder_norm:
+        is_topk = isinstance(self, (TopKSAE, LensCarrier))
+        if is_topk and not getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
             check_unit_norm(self.W_dec)
             return
         self._own_memory()

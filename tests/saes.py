@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from sae_lens_multilayer import (
     MultiLayerTrainingSAE,
     MultiLayerTrainingSAEConfig,
 )
+from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_config import Alignment, LensConfig
 
 HOOK_NAMES = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 
@@ -48,6 +51,21 @@ def randomize(sae: SAE[Any]) -> SAE[Any]:
         sae.W_enc.add_(torch.randn_like(sae.W_enc), alpha=0.1)
         sae.b_dec.add_(torch.randn_like(sae.b_dec), alpha=0.3)
     return sae
+
+
+def random_lens(
+    hook_names: Sequence[str] = tuple(HOOK_NAMES),
+    alignment: Alignment = "reference",
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> LayerLens:
+    """A lens of the tiny model with a translator at every hook."""
+    settings = {"n_layers": N_LAYERS, "d_in": D_MODEL, **changes}
+    config = LensConfig(list(hook_names), alignment=alignment, **settings)
+    lens = LayerLens(config, dtype)
+    for tensor in lens.buffers():
+        tensor.normal_(std=0.1)
+    return lens
 
 
 def random_acts(*batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
