@@ -1,17 +1,24 @@
 """What a training run is told: the host's fields, and those of a multi-layer run."""
 
+import copy
 import json
 import logging
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.util import dtype_to_str, str_to_dtype
+from tuned_lens import TunedLens
+from typing_extensions import override
 
 from sae_lens_multilayer import hooks
+from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_config import Alignment, LensConfig
+from sae_lens_multilayer.lens_files import local_config
 from sae_lens_multilayer.sae import (
     MultiLayerTrainingSAEConfig,
     check_sizes,
@@ -99,6 +106,16 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     pre-activations of `micro_batch_size_tokens` x `d_sae`; a stock SAE takes all layers
     at once (and BatchTopK takes its k over them). None: chosen to fit the cache, or the
     whole batch for a stock SAE."""
+    tuned_lens: TunedLens | LayerLens | str | Path | dict[str, Any] | None = None
+    """A lens in whose space the multi-layer SAE is trained: a lens of tuned-lens, a
+    folder that it saved, its name in tuned-lens' hub space, or a `LayerLens` of this
+    run's hooks. It is saved with the SAE and applied by everything that uses it. None:
+    no lens, or that of the checkpoint that the run starts from. Saved with the run is
+    the folder or name; of an object the settings (`LensConfig.to_dict()`), which stand
+    for the lens of the checkpoint in a run that starts from one."""
+    lens_alignment: Alignment = "tuned_lens"
+    """Which translator a block's output uses: "tuned_lens", the one that was trained on
+    it; "reference", the block's own, as in the paper's code."""
     lr: float = 1e-4
     adam_eps: float = 6.25e-10
     """Epsilon of Adam."""
@@ -121,8 +138,11 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         # A range cannot be saved with the run, and a tuple comes back as a list.
         self.layers = None if self.layers is None else list(self.layers)
         self.hook_names = None if self.hook_names is None else list(self.hook_names)
+        if isinstance(self.tuned_lens, (str, Path)):
+            self.tuned_lens = os.path.expanduser(self.tuned_lens)
         self._check_sizes()
         self._check_sae()
+        self._check_lens()
         super().__post_init__()
         # Loaders take the names of dtypes too, and JSON can hold them.
         for name in ("model_kwargs", "model_from_pretrained_kwargs"):
@@ -200,6 +220,60 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 "`standardize_stock_inputs=False` to use it on raw vectors."
             )
 
+    def _check_lens(self) -> None:
+        """Check what is known of the lens without the hub."""
+        source: Any = self.tuned_lens
+        if source is None:
+            return
+        if not isinstance(self.sae, MultiLayerTrainingSAEConfig):
+            raise ValueError(
+                "Only a multi-layer SAE can have a `tuned_lens`; no stock class would "
+                f"apply it once it is saved. Got the architecture "
+                f"{self.sae.architecture()!r}: leave out the lens, or use "
+                "MultiLayerTrainingSAEConfig."
+            )
+        if not isinstance(source, (TunedLens, LayerLens, str, dict)):
+            raise ValueError(
+                "`tuned_lens` must be a TunedLens, a LayerLens, a folder or a name; "
+                f"got {type(source).__name__}. `fit_tuned_lens` makes one."
+            )
+        stated = self._lens_config()
+        if stated is not None:
+            self.check_lens(stated)
+
+    def _lens_config(self) -> LensConfig | None:
+        """The settings of the lens; None if the hub must be asked for them."""
+        source: Any = self.tuned_lens
+        if isinstance(source, dict):
+            return LensConfig.from_dict(source)
+        if isinstance(source, LayerLens):
+            return source.config
+        stated = local_config(source)
+        if stated is None:
+            return None
+        hook_names = self.resolve_hook_names(stated.num_hidden_layers)
+        return LensConfig.from_tuned_lens(stated, hook_names, self.lens_alignment)
+
+    def check_lens(self, lens: LensConfig) -> None:
+        """Raise ValueError if a lens is not of this run's width, hooks or alignment."""
+        if lens.d_in != self.sae.d_in:
+            raise ValueError(
+                f"`tuned_lens` must be of the SAE's width, d_in = {self.sae.d_in}; the "
+                f"lens of {lens.base_model_name!r} is {lens.d_in} wide. Use the lens "
+                "of this model or fit one with `fit_tuned_lens`."
+            )
+        hook_names = self.resolve_hook_names(lens.n_layers)
+        if lens.hook_names != hook_names:
+            raise ValueError(
+                f"`tuned_lens` must be of this run's hooks, {hook_names}; got a lens "
+                f"of {lens.hook_names}. Build it for these, or give the TunedLens."
+            )
+        if lens.alignment != self.lens_alignment:
+            raise ValueError(
+                f"`lens_alignment` must be that of the lens, {lens.alignment!r}; got "
+                f"{self.lens_alignment!r}."
+            )
+
     @property
     def normalize_activations(self) -> str:
         """What the SAE of this run says of its inputs, in training and once saved."""
@@ -226,6 +300,16 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         return hooks.resolve_hook_names(
             self.hook_name, self.hook_names, self.layers, n_layers, self.model_name
         )
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        """The config as values that JSON can hold."""
+        plain = copy.copy(self)
+        if isinstance(self.tuned_lens, (TunedLens, LayerLens)):
+            stated = self._lens_config()
+            assert stated is not None  # an object states its settings
+            plain.tuned_lens = stated.to_dict()
+        return LanguageModelSAERunnerConfig.to_dict(plain)
 
     @classmethod
     def from_dict(cls, cfg_dict: dict[str, Any]) -> "MultiLayerConfig[Any]":

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.activations import one_vector_per_position
 from sae_lens_multilayer.codec import Codec
+from sae_lens_multilayer.lens_carrier import LensCarrier
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
 from sae_lens_multilayer.prompts import take_prompts
 from sae_lens_multilayer.scoring import RunSums, add_scores
@@ -354,6 +355,14 @@ def _check_model(codec: Codec, model: Any) -> None:
     shape = hooks.shape_of_model(model)
     for name, sae in zip(codec.hook_names, codec.saes, strict=True):
         hooks.check_width([name], sae.cfg.d_in, shape)
+    # The lenses of several views are parts of one.
+    lenses = {
+        sae.lens.config.unembed_hash: sae.lens
+        for sae in codec.saes
+        if isinstance(sae, LensCarrier) and sae.lens is not None
+    }
+    for lens in lenses.values():
+        lens.check_model(model, stacklevel=5)
 
 
 def _check_no_heads(codec: Codec) -> None:

@@ -13,6 +13,7 @@ from sae_lens.training.types import DataProvider
 
 from sae_lens_multilayer.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.evaluation import evaluate
+from sae_lens_multilayer.lens_carrier import LensCarrier
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,14 @@ class MultiLayerEvaluator:
                 batch_size_prompts=self.batch_size_prompts,
                 exclude_tokens=() if excluded is None else excluded.tolist(),
             )
+        logged = _LOGGED_IN_TRAINING
+        if isinstance(sae, LensCarrier) and sae.lens is not None:
+            # The batches' errors are in the space of the lens.
+            logged = ("l0", "l1")
         values = metrics.to_log_dict()
         values |= {f"metrics/{name}": float(v) for name, v in metrics.mean().items()}
         return {
             name: value
             for name, value in values.items()
-            if name.split("/")[1] not in _LOGGED_IN_TRAINING
+            if name.split("/")[1] not in logged
         }

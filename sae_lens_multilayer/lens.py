@@ -143,15 +143,7 @@ class LayerLens(nn.Module):
                 have a lens.
         """
         stated, tensors = read_tuned_lens(source, load_kwargs)
-        config = LensConfig(
-            hook_names=list(hook_names),
-            n_layers=stated.num_hidden_layers,
-            d_in=stated.d_model,
-            alignment=alignment,
-            base_model_name=stated.base_model_name_or_path,
-            base_model_revision=stated.base_model_revision,
-            unembed_hash=stated.unembed_hash,
-        )
+        config = LensConfig.from_tuned_lens(stated, hook_names, alignment)
         if model is not None:
             cls(config, device="meta").check_model(model, stacklevel=3)
         return cls.from_translators(config, tensors)
@@ -279,8 +271,11 @@ class LayerLens(nn.Module):
         """
         name = name_of_model(model)
         self.check_shape(hooks.shape_of_model(model), name)
-        found, stated = unembedding_hash(model), self.config.unembed_hash
-        if stated is not None and found != stated:
+        stated = self.config.unembed_hash
+        if stated is None:
+            return
+        found = unembedding_hash(model)
+        if found != stated:
             warnings.warn(
                 "The tuned lens may be for another model: it was made for "
                 f"{self.config.base_model_name!r} with unembedding hash {stated}, and "

@@ -1,9 +1,14 @@
 """What an SAE needs to work in the space of a tuned lens and to carry it along."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
@@ -102,10 +107,29 @@ class LensCarrier(SAE[Any]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         if self.lens is not None:
-            self.lens.check_tensors(
-                {
-                    name.removeprefix(_PREFIX): tensor
-                    for name, tensor in state_dict.items()
-                    if name.startswith(_PREFIX)
-                }
-            )
+            self.lens.check_tensors(_lens_tensors(state_dict))
+
+
+def _lens_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(_PREFIX): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith(_PREFIX)
+    }
+
+
+def saved_lens(folder: Path) -> LayerLens | None:
+    """The lens of a saved SAE, or None.
+
+    Raises:
+        ValueError: If its tensors are not those of its settings, or not finite.
+    """
+    cfg: dict[str, Any] = json.loads((folder / SAE_CFG_FILENAME).read_text())
+    stated = cfg["metadata"].get("tuned_lens")
+    if stated is None:
+        return None
+    lens = LayerLens(LensConfig.from_dict(stated), device="meta")
+    tensors = _lens_tensors(load_file(folder / SAE_WEIGHTS_FILENAME))
+    lens.check_tensors(tensors)
+    lens.load_state_dict(tensors, assign=True)
+    return lens

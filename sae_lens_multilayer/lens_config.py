@@ -1,8 +1,10 @@
 """What a tuned lens is for, and which of its translators belongs to which hook."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
+
+from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
 
@@ -83,6 +85,28 @@ class LensConfig:
             )
         for name in self.hook_names:
             translator_of(name, self.n_layers, self.alignment)
+
+    @classmethod
+    def from_tuned_lens(
+        cls,
+        stated: TunedLensConfig,
+        hook_names: Sequence[str],
+        alignment: Alignment = "tuned_lens",
+    ) -> "LensConfig":
+        """The part of a lens of tuned-lens that is used at these hooks.
+
+        Raises:
+            ValueError: If a hook cannot have a lens.
+        """
+        return cls(
+            hook_names=list(hook_names),
+            n_layers=stated.num_hidden_layers,
+            d_in=stated.d_model,
+            alignment=alignment,
+            base_model_name=stated.base_model_name_or_path,
+            base_model_revision=stated.base_model_revision,
+            unembed_hash=stated.unembed_hash,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""

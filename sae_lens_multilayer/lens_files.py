@@ -48,10 +48,7 @@ def _read_files(
             "config.json and params.pt, or a name in tuned-lens' hub space that is "
             f"cached or can be reached ({type(error).__name__}: {error})."
         ) from error
-    try:
-        config = TunedLensConfig.from_dict(json.loads(config_path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_path} is not of a tuned lens: {error}") from error
+    config = _read_config(config_path)
     try:
         # Nothing but tensors: a pickle can run any code.
         tensors = torch.load(tensors_path, map_location="cpu", weights_only=True)
@@ -60,6 +57,25 @@ def _read_files(
             f"{tensors_path} must hold tensors only, as tuned-lens saves them: {error}"
         ) from error
     return config, tensors
+
+
+def _read_config(path: Path) -> TunedLensConfig:
+    try:
+        return TunedLensConfig.from_dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not of a tuned lens: {error}") from error
+
+
+def local_config(source: TunedLens | str | Path) -> TunedLensConfig | None:
+    """The settings of a lens if no hub need be asked; None if it must.
+
+    Raises:
+        ValueError: If the file is not of a tuned lens.
+    """
+    if isinstance(source, TunedLens):
+        return source.config
+    path = Path(source) / "config.json"
+    return _read_config(path) if path.is_file() else None
 
 
 def check_tensors(

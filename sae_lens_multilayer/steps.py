@@ -22,7 +22,7 @@ _VALUES_IN_CACHE = 2**23
 
 @dataclass
 class StepStats:
-    """What one training batch gave, as sums; raw space unless said otherwise."""
+    """What one training batch gave, as sums; raw space unless it has a lens."""
 
     n_tokens: int
     d_in: int
@@ -39,6 +39,8 @@ class StepStats:
     """Largest activation of each latent; 0 if it was silent."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What the architecture itself wants logged."""
+    is_in_lens_space: bool = False
+    """Whether errors and deviations are of transformed vectors, as the loss is."""
 
     @property
     def fvu(self) -> Float[Tensor, " layer"]:
@@ -46,10 +48,14 @@ class StepStats:
         return self.sum_sq_error / self.sum_sq_deviation
 
     def by_layer(self) -> dict[str, Float[Tensor, " layer"]]:
-        """The metrics of this batch, one value per layer."""
+        """The metrics of this batch, one value per layer.
+
+        Those in the space of a lens have names of their own: `lens_fvu`, `lens_mse`.
+        """
+        space = "lens_" if self.is_in_lens_space else ""
         return {
-            "fvu": self.fvu,
-            "mse": self.sum_sq_error / (self.n_tokens * self.d_in),
+            f"{space}fvu": self.fvu,
+            f"{space}mse": self.sum_sq_error / (self.n_tokens * self.d_in),
             "l0": self.n_active / self.n_tokens,
             "l1": self.sum_acts / self.n_tokens,
         }
@@ -83,6 +89,7 @@ def topk_gradients(
         sum_acts=step.sum_acts,
         fire_counts=step.fire_counts,
         max_acts=step.max_acts,
+        is_in_lens_space=sae.lens is not None,
     )
 
 

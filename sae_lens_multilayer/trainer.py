@@ -219,14 +219,16 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         return all(bool(part.isfinite().all()) for part in parts)
 
     def _start_b_dec(self, batch: Tensor) -> None:
+        """Set it to the geometric median of the vectors that the encoder sees."""
         assert isinstance(self.sae, MultiLayerTrainingSAE)
-        vectors = batch.flatten(0, 1).float()
-        if self.sae.standardizes:
-            blocks = vectors.split(_ROWS_AT_A_TIME)
-            vectors = torch.empty_like(vectors)
-            for into, rows in zip(vectors.split(_ROWS_AT_A_TIME), blocks, strict=True):
-                into.copy_(standardize(rows)[0])
-        self.sae.b_dec.data.copy_(geometric_median(vectors))
+        vectors = torch.empty_like(batch, dtype=torch.float32)
+        for layer in range(batch.shape[1]):
+            of_layer = batch[:, layer], vectors[:, layer]
+            blocks = (vectors.split(_ROWS_AT_A_TIME) for vectors in of_layer)
+            for rows, into in zip(*blocks, strict=True):
+                z = self.sae.into_lens(rows.float(), layer)
+                into.copy_(standardize(z)[0] if self.sae.standardizes else z)
+        self.sae.b_dec.data.copy_(geometric_median(vectors.flatten(0, 1)))
 
     def _gradients(self, batch: Tensor) -> StepStats:
         micro = self.cfg.micro_batch_size_tokens

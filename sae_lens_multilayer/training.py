@@ -43,6 +43,8 @@ from sae_lens_multilayer.checkpoints import (
 )
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.evaluator import MultiLayerEvaluator
+from sae_lens_multilayer.lens_carrier import LensCarrier
+from sae_lens_multilayer.run_lens import check_same_lens, lens_of_run
 from sae_lens_multilayer.trainer import MultiLayerTrainer
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         # Narrower than the host's, which are these in every run of ours.
         self.cfg = cfg  # pyright: ignore[reportIncompatibleVariableOverride]
         self._check_places()
+        self._lens = lens_of_run(cfg)
         if override_sae is not None:
             self._check_given_sae(override_sae)
         if override_model is None:
@@ -101,6 +104,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._starts_anew = override_sae is None and cfg.from_pretrained_path is None
         self.sae = override_sae if override_sae is not None else self._make_sae()
         self._check_normalization(self.sae)
+        self._check_lens(self.sae)
         self.sae.to(cfg.device)
         self.evaluator = MultiLayerEvaluator(  # type: ignore[assignment]
             self.model,
@@ -142,6 +146,8 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
         if shape is None:
             return
+        if self._lens is not None:
+            self._lens.check_shape(shape, cfg.model_name)
         names = cfg.resolve_hook_names(shape.n_layers)
         hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
         hooks.check_width(names, cfg.sae.d_in, shape)
@@ -167,7 +173,11 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         sae_cfg = self.cfg.get_training_sae_cfg_dict()
         sae_cfg["normalize_activations"] = self.cfg.normalize_activations
         with temporary_seed(self.cfg.seed):
-            return TrainingSAE.from_dict(sae_cfg)
+            sae = TrainingSAE.from_dict(sae_cfg)
+        if self._lens is not None:
+            assert isinstance(sae, LensCarrier)  # checked by the config
+            sae.lens = self._lens
+        return sae
 
     def _check_given_sae(self, sae: TrainingSAE[Any]) -> None:
         given: Any = sae
@@ -184,6 +194,20 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 f"has {found}."
             )
         self._check_normalization(sae)
+        if self._lens is not None:
+            found = sae.lens if isinstance(sae, LensCarrier) else None
+            check_same_lens(self._lens, found, "`override_sae`")
+
+    def _check_lens(self, sae: TrainingSAE[Any]) -> None:
+        if not isinstance(sae, LensCarrier) or sae.lens is None:
+            return
+        names = self.activations_store.hook_names
+        if sae.lens.hook_names != names:
+            raise ValueError(
+                f"The SAE's lens must be of this run's hooks, {names}; it is of "
+                f"{sae.lens.hook_names}. Train on those hooks."
+            )
+        sae.lens.check_model(self.model, stacklevel=4)
 
     def _check_normalization(self, sae: TrainingSAE[Any]) -> None:
         found = sae.cfg.normalize_activations

@@ -1,0 +1,74 @@
+"""The tuned lens of a training run: its config's, or its first checkpoint's."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_carrier import saved_lens
+from sae_lens_multilayer.lens_config import LensConfig
+from sae_lens_multilayer.lens_files import read_tuned_lens
+
+
+def lens_of_run(cfg: MultiLayerConfig[Any]) -> LayerLens | None:
+    """Read and check the lens of a run; no model is needed.
+
+    A run that starts from a checkpoint has the lens of that checkpoint.
+
+    Raises:
+        ValueError: If the lens cannot be read or does not fit the run, or the
+            checkpoint has another one than `tuned_lens` names.
+    """
+    start = cfg.resume_from_checkpoint or cfg.from_pretrained_path
+    found = None if start is None else saved_lens(Path(start))
+    if cfg.tuned_lens is None:
+        return found
+    if isinstance(cfg.tuned_lens, dict):
+        if found is None or found.config != LensConfig.from_dict(cfg.tuned_lens):
+            raise ValueError(
+                "`tuned_lens` holds the settings of a lens that was given as an object "
+                "to the run that this config is from; its tensors are in the saved "
+                "SAE. Start from a checkpoint that has it, or give the object: "
+                "`SAE.load_from_disk(folder).lens`."
+            )
+        return found
+    lens = _lens_of_config(cfg)
+    if start is not None:
+        check_same_lens(lens, found, f"The checkpoint at {start}")
+    return lens
+
+
+def _lens_of_config(cfg: MultiLayerConfig[Any]) -> LayerLens:
+    source: Any = cfg.tuned_lens
+    if isinstance(source, LayerLens):
+        return source
+    stated, tensors = read_tuned_lens(source, {})
+    hook_names = cfg.resolve_hook_names(stated.num_hidden_layers)
+    config = LensConfig.from_tuned_lens(stated, hook_names, cfg.lens_alignment)
+    cfg.check_lens(config)
+    return LayerLens.from_translators(config, tensors)
+
+
+def check_same_lens(lens: LayerLens, found: LayerLens | None, what: str) -> None:
+    """Raise ValueError if an SAE that is trained on has another lens than the run.
+
+    Args:
+        found: Its lens.
+        what: What it is, for the message.
+    """
+    if found is None or found.config != lens.config or not _same_tensors(lens, found):
+        raise ValueError(
+            f"{what} must have the run's `tuned_lens`, which is {lens}; it has "
+            f"{found}. Leave out `tuned_lens` to train with what is there."
+        )
+
+
+def _same_tensors(lens: LayerLens, found: LayerLens) -> bool:
+    theirs = found.state_dict()
+    return all(
+        # An SAE has its lens in its own dtype.
+        torch.equal(tensor.to(theirs[name]), theirs[name])
+        for name, tensor in lens.state_dict().items()
+    )
