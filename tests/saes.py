@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from conftest import D_MODEL, N_CTX, N_LAYERS
-from sae_lens import SAE
+from datasets import Dataset
+from sae_lens import SAE, ActivationsStore
+from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_multilayer import (
     MultiLayerSAE,
@@ -72,6 +75,47 @@ def random_acts(*batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
     """Vectors whose means and scales differ, as those of several layers do."""
     scale = torch.logspace(-1, 2, batch[-1], dtype=dtype).unsqueeze(-1)
     return (torch.randn(*batch, D_MODEL, dtype=dtype) + 0.5) * scale
+
+
+def host_numbers(
+    view: SAE[Any], model: Any, tokens: torch.Tensor, exclude: Sequence[int] = ()
+) -> dict[str, float]:
+    """What `sae_lens.evals.run_evals` says of a view, under our names."""
+    dataset = Dataset.from_dict({"input_ids": tokens})
+    store = ActivationsStore.from_sae(model, view, dataset, streaming=False)
+    config = EvalConfig(
+        batch_size_prompts=len(tokens),
+        n_eval_reconstruction_batches=1,
+        n_eval_sparsity_variance_batches=1,
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+    )
+    found, _ = run_evals(
+        view,
+        store,
+        model,
+        ActivationScaler(),
+        eval_config=config,
+        exclude_special_tokens=list(exclude),
+    )
+    ce, kl = (
+        found["model_performance_preservation"],
+        found["model_behavior_preservation"],
+    )
+    quality, sparsity = found["reconstruction_quality"], found["sparsity"]
+    return {
+        "ce_loss_clean": ce["ce_loss_without_sae"],
+        "ce_loss_spliced": ce["ce_loss_with_sae"],
+        "ce_loss_ablated": ce["ce_loss_with_ablation"],
+        "ce_loss_score": ce["ce_loss_score"],
+        "kl_div": kl["kl_div_with_sae"],
+        "fvu": 1 - quality["explained_variance"],
+        "mse": quality["mse"] / view.cfg.d_in,
+        "l0": sparsity["l0"],
+        "l1": sparsity["l1"],
+    }
 
 
 def run_fresh(script: str, *args: str | Path) -> str:

@@ -8,17 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import D_VOCAB, N_CTX, PAPER_DATA, tiny_model
-from datasets import Dataset
 from sae_lens import (
-    ActivationsStore,
     HookedSAETransformer,
     StandardSAE,
     StandardSAEConfig,
 )
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import load_model
-from sae_lens.training.activation_scaler import ActivationScaler
+from saes import host_numbers
 from safetensors.torch import load_file
 
 from sae_lens_multilayer import (
@@ -136,46 +133,9 @@ class TestSAELens:
         sae = random_sae()
         table = evaluate(sae, model, tokens, exclude_tokens=exclude).to_dataframe()
         for name in HOOKS:
-            host = self.run_evals(sae.view(name), model, tokens, exclude)
+            host = host_numbers(sae.view(name), model, tokens, exclude)
             ours = {key: table.loc[name, key] for key in host}
             assert ours == pytest.approx(host, abs=1e-5)
-
-    def run_evals(self, view, model, tokens, exclude) -> dict[str, float]:
-        dataset = Dataset.from_dict({"input_ids": tokens})
-        store = ActivationsStore.from_sae(model, view, dataset, streaming=False)
-        config = EvalConfig(
-            batch_size_prompts=len(tokens),
-            n_eval_reconstruction_batches=1,
-            n_eval_sparsity_variance_batches=1,
-            compute_kl=True,
-            compute_ce_loss=True,
-            compute_sparsity_metrics=True,
-            compute_variance_metrics=True,
-        )
-        found, _ = run_evals(
-            view,
-            store,
-            model,
-            ActivationScaler(),
-            eval_config=config,
-            exclude_special_tokens=exclude,
-        )
-        ce, kl = (
-            found["model_performance_preservation"],
-            found["model_behavior_preservation"],
-        )
-        quality, sparsity = found["reconstruction_quality"], found["sparsity"]
-        return {
-            "ce_loss_clean": ce["ce_loss_without_sae"],
-            "ce_loss_spliced": ce["ce_loss_with_sae"],
-            "ce_loss_ablated": ce["ce_loss_with_ablation"],
-            "ce_loss_score": ce["ce_loss_score"],
-            "kl_div": kl["kl_div_with_sae"],
-            "fvu": 1 - quality["explained_variance"],
-            "mse": quality["mse"] / 16,
-            "l0": sparsity["l0"],
-            "l1": sparsity["l1"],
-        }
 
 
 class TestOneResult:
