@@ -58,11 +58,18 @@ def check_same_lens(lens: LayerLens, found: LayerLens | None, what: str) -> None
         found: Its lens.
         what: What it is, for the message.
     """
-    if found is None or found.config != lens.config or not _same_tensors(lens, found):
-        raise ValueError(
-            f"{what} must have the run's `tuned_lens`, which is {lens}; it has "
-            f"{found}. Leave out `tuned_lens` to train with what is there."
-        )
+    if found is None:
+        has = "none"
+    elif found.config != lens.config:
+        has = str(found.config)
+    elif not _same_tensors(lens, found):
+        has = "one with other tensors"
+    else:
+        return
+    raise ValueError(
+        f"{what} must have the run's `tuned_lens`, {lens.config}; it has {has}. Leave "
+        "out `tuned_lens` to train with what is there."
+    )
 
 
 def _same_tensors(lens: LayerLens, found: LayerLens) -> bool:

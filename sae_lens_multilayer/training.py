@@ -201,13 +201,13 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     def _check_lens(self, sae: TrainingSAE[Any]) -> None:
         if not isinstance(sae, LensCarrier) or sae.lens is None:
             return
+        sae.lens.check_model(self.model, stacklevel=5)
         names = self.activations_store.hook_names
         if sae.lens.hook_names != names:
             raise ValueError(
                 f"The SAE's lens must be of this run's hooks, {names}; it is of "
                 f"{sae.lens.hook_names}. Train on those hooks."
             )
-        sae.lens.check_model(self.model, stacklevel=4)
 
     def _check_normalization(self, sae: TrainingSAE[Any]) -> None:
         found = sae.cfg.normalize_activations
