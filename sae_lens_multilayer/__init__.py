@@ -13,7 +13,7 @@ from sae_lens_multilayer.evaluation import (
 )
 from sae_lens_multilayer.lens import LayerLens
 from sae_lens_multilayer.lens_config import LensConfig
-from sae_lens_multilayer.lens_fit import fit_tuned_lens, lens_kl
+from sae_lens_multilayer.lens_fit import fit_tuned_lens, lens_kl, new_tuned_lens
 from sae_lens_multilayer.metrics import LayerMetrics
 from sae_lens_multilayer.sae import (
     MultiLayerSAE,
@@ -42,6 +42,7 @@ __all__ = [
     "evaluate",
     "fit_tuned_lens",
     "lens_kl",
+    "new_tuned_lens",
     "reconstruction_metrics",
     "view",
     "views",

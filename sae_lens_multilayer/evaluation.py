@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.activations import one_vector_per_position
 from sae_lens_multilayer.codec import Codec
-from sae_lens_multilayer.lens_carrier import LensCarrier
+from sae_lens_multilayer.lens_carrier import lens_of
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
 from sae_lens_multilayer.prompts import take_prompts
 from sae_lens_multilayer.scoring import RunSums, add_scores
@@ -108,7 +108,7 @@ def evaluate(
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package, or one or
             a list of SAEs of one hook each. At a hook with heads they take the heads
-            end to end.
+            end to end. Their tuned lenses are applied; all metrics are in raw space.
         model: The model that the SAE was trained on, without SAEs attached.
         tokens: Prompts with their special tokens, or a store to take them from.
         n_prompts: Prompts taken from a store, none of them twice; None:
@@ -357,9 +357,9 @@ def _check_model(codec: Codec, model: Any) -> None:
         hooks.check_width([name], sae.cfg.d_in, shape)
     # The lenses of several views are parts of one.
     lenses = {
-        sae.lens.config.unembed_hash: sae.lens
-        for sae in codec.saes
-        if isinstance(sae, LensCarrier) and sae.lens is not None
+        lens.config.unembed_hash: lens
+        for lens in map(lens_of, codec.saes)
+        if lens is not None
     }
     for lens in lenses.values():
         lens.check_model(model, stacklevel=5)

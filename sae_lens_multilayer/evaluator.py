@@ -13,7 +13,7 @@ from sae_lens.training.types import DataProvider
 
 from sae_lens_multilayer.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.evaluation import evaluate
-from sae_lens_multilayer.lens_carrier import LensCarrier
+from sae_lens_multilayer.lens_carrier import lens_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class MultiLayerEvaluator:
                 exclude_tokens=() if excluded is None else excluded.tolist(),
             )
         logged = _LOGGED_IN_TRAINING
-        if isinstance(sae, LensCarrier) and sae.lens is not None:
+        if lens_of(sae) is not None:
             # The batches' errors are in the space of the lens.
             logged = ("l0", "l1")
         values = metrics.to_log_dict()

@@ -110,6 +110,11 @@ class LensCarrier(SAE[Any]):
             self.lens.check_tensors(_lens_tensors(state_dict))
 
 
+def lens_of(sae: SAE[Any]) -> LayerLens | None:
+    """The lens of an SAE of any class, or None."""
+    return sae.lens if isinstance(sae, LensCarrier) else None
+
+
 def _lens_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name.removeprefix(_PREFIX): tensor

@@ -1,13 +1,15 @@
 """The tuned lens of a training run: its config's, or its first checkpoint's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import SAE
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_carrier import saved_lens
+from sae_lens_multilayer.lens_carrier import lens_of, saved_lens
 from sae_lens_multilayer.lens_config import LensConfig
 from sae_lens_multilayer.lens_files import read_tuned_lens
 
@@ -70,6 +72,24 @@ def check_same_lens(lens: LayerLens, found: LayerLens | None, what: str) -> None
         f"{what} must have the run's `tuned_lens`, {lens.config}; it has {has}. Leave "
         "out `tuned_lens` to train with what is there."
     )
+
+
+def check_lens_fits(sae: SAE[Any], model: Any, hook_names: Sequence[str]) -> None:
+    """Check that an SAE's lens, if it has one, is of a run's model and hooks.
+
+    Raises:
+        ValueError: If it is not. One that was made for another unembedding is a
+            warning.
+    """
+    lens = lens_of(sae)
+    if lens is None:
+        return
+    lens.check_model(model, stacklevel=5)
+    if lens.hook_names != list(hook_names):
+        raise ValueError(
+            f"The SAE's lens must be of this run's hooks, {list(hook_names)}; it is of "
+            f"{lens.hook_names}. Train on those hooks."
+        )
 
 
 def _same_tensors(lens: LayerLens, found: LayerLens) -> bool:

@@ -43,8 +43,8 @@ from sae_lens_multilayer.checkpoints import (
 )
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.evaluator import MultiLayerEvaluator
-from sae_lens_multilayer.lens_carrier import LensCarrier
-from sae_lens_multilayer.run_lens import check_same_lens, lens_of_run
+from sae_lens_multilayer.lens_carrier import LensCarrier, lens_of
+from sae_lens_multilayer.run_lens import check_lens_fits, check_same_lens, lens_of_run
 from sae_lens_multilayer.trainer import MultiLayerTrainer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._starts_anew = override_sae is None and cfg.from_pretrained_path is None
         self.sae = override_sae if override_sae is not None else self._make_sae()
         self._check_normalization(self.sae)
-        self._check_lens(self.sae)
+        check_lens_fits(self.sae, self.model, store.hook_names)
         self.sae.to(cfg.device)
         self.evaluator = MultiLayerEvaluator(  # type: ignore[assignment]
             self.model,
@@ -195,19 +195,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             )
         self._check_normalization(sae)
         if self._lens is not None:
-            found = sae.lens if isinstance(sae, LensCarrier) else None
-            check_same_lens(self._lens, found, "`override_sae`")
-
-    def _check_lens(self, sae: TrainingSAE[Any]) -> None:
-        if not isinstance(sae, LensCarrier) or sae.lens is None:
-            return
-        sae.lens.check_model(self.model, stacklevel=5)
-        names = self.activations_store.hook_names
-        if sae.lens.hook_names != names:
-            raise ValueError(
-                f"The SAE's lens must be of this run's hooks, {names}; it is of "
-                f"{sae.lens.hook_names}. Train on those hooks."
-            )
+            check_same_lens(self._lens, lens_of(sae), "`override_sae`")
 
     def _check_normalization(self, sae: TrainingSAE[Any]) -> None:
         found = sae.cfg.normalize_activations

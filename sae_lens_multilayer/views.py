@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from sae_lens_multilayer.hooks import find_hook
 from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_carrier import LensCarrier
+from sae_lens_multilayer.lens_carrier import LensCarrier, lens_of
 from sae_lens_multilayer.normalization import CopyableLayerNorm
 
 _UNIT_NORM_TOLERANCE = 1e-2
@@ -78,7 +78,7 @@ def views(sae: SAE[Any]) -> list[SAE[Any]]:
 
 def _views_of(sae: SAE[Any], hook_names: Sequence[str]) -> list[SAE[Any]]:
     cfg, tensors = _view_form(sae)
-    lens = sae.lens if isinstance(sae, LensCarrier) else None
+    lens = lens_of(sae)
     return [_HookView.build(cfg, tensors, name, lens) for name in hook_names]
 
 

@@ -279,6 +279,18 @@ def test_a_view_shares_memory_until_it_is_converted(training):
     assert {tensor.dtype for tensor in sae.lens.buffers()} == {torch.float32}
 
 
+def test_a_copy_of_a_view_is_apart_from_the_whole():
+    sae = sae_with_lens()
+    other = copy.deepcopy(sae.view(0))
+    x = random_acts(3)
+    want = sae.view(0)(x)
+    assert torch.equal(other(x), want)
+    for tensor in [*other.parameters(), *other.buffers()]:
+        tensor.data.mul_(2)
+    assert torch.equal(sae.view(0)(x), want)
+    assert not torch.equal(other(x), want)
+
+
 def test_loading_into_a_view_leaves_the_whole_as_it_is():
     sae = sae_with_lens()
     x = random_acts(3, N)
@@ -290,7 +302,7 @@ def test_loading_into_a_view_leaves_the_whole_as_it_is():
     assert torch.equal(sae(x), before)
 
 
-def test_a_saved_view_is_an_sae_of_one_hook_with_its_lens(tmp_path):
+def test_a_saved_view_is_an_sae_of_one_hook_with_its_lens(tmp_path, tokenizer):
     sae = sae_with_lens()
     view = sae.view(HOOK_NAMES[1])
     view.save_model(tmp_path)
@@ -302,6 +314,12 @@ def test_a_saved_view_is_an_sae_of_one_hook_with_its_lens(tmp_path):
     x = random_acts(3)
     assert torch.equal(loaded(x), view(x))
     assert torch.equal(loaded.view(1)(x), view(x))
+    model: Any = tiny_model(tokenizer, HookedSAETransformer)
+    tokens = torch.randint(1, 512, (2, 8))
+    torch.testing.assert_close(
+        model.run_with_saes(tokens, saes=[loaded]),
+        model.run_with_saes(tokens, saes=[view]),
+    )
 
 
 def test_stock_saelens_refuses_a_saved_view_with_a_lens(tmp_path):
