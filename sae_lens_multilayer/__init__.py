@@ -15,10 +15,9 @@ from sae_lens_multilayer.lens import LayerLens
 from sae_lens_multilayer.lens_config import LensConfig
 from sae_lens_multilayer.lens_fit import fit_tuned_lens, lens_kl, new_tuned_lens
 from sae_lens_multilayer.metrics import LayerMetrics
-from sae_lens_multilayer.sae import (
-    MultiLayerSAE,
+from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.sae_config import (
     MultiLayerSAEConfig,
-    MultiLayerTrainingSAE,
     MultiLayerTrainingSAEConfig,
 )
 from sae_lens_multilayer.training import MultiLayerSAETrainingRunner

@@ -13,11 +13,10 @@ from sae_lens.registry import (
 )
 
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.sae import (
+from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.sae_config import (
     ARCHITECTURE,
-    MultiLayerSAE,
     MultiLayerSAEConfig,
-    MultiLayerTrainingSAE,
     MultiLayerTrainingSAEConfig,
 )
 from sae_lens_multilayer.training import MultiLayerSAETrainingRunner

@@ -19,7 +19,7 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens import LayerLens
 from sae_lens_multilayer.lens_config import Alignment, LensConfig
 from sae_lens_multilayer.lens_files import local_config
-from sae_lens_multilayer.sae import (
+from sae_lens_multilayer.sae_config import (
     MultiLayerTrainingSAEConfig,
     check_sizes,
     check_whole_number,

@@ -1,116 +1,27 @@
 """The multi-layer SAE: one TopK SAE for the residual-stream vectors of all layers."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from sae_lens import (
-    SAE,
-    SAEConfig,
-    TopKSAEConfig,
-    TrainingSAE,
-    TrainingSAEConfig,
-)
-from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
+from sae_lens import SAE, SAEConfig, TopKSAEConfig, TrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_multilayer.lens_carrier import LensCarrier
 from sae_lens_multilayer.normalization import CopyableLayerNorm
+from sae_lens_multilayer.sae_config import (
+    MultiLayerSAEConfig,
+    MultiLayerTrainingSAEConfig,
+)
 from sae_lens_multilayer.topk import reference, sparse
 from sae_lens_multilayer.topk.step import TopKStep, training_step
 from sae_lens_multilayer.views import check_unit_norm, view, views
 
-ARCHITECTURE = "multilayer"
-"""The name under which SAELens knows this SAE."""
-
 _T_CONFIG = TypeVar("_T_CONFIG", bound=SAEConfig)
-
-
-@dataclass
-class MultiLayerSAEConfig(SAEConfig):
-    """Configuration of a multi-layer SAE for inference.
-
-    The hooks that it was trained on are `metadata.hook_names`, in the order of the
-    layer axis.
-
-    Args:
-        k: Number of latents kept for each activation vector.
-        normalize_activations: "layer_norm" (the paper's): each vector is given mean 0
-            and standard deviation 1 before the encoder and taken back after the
-            decoder; or "none".
-    """
-
-    k: int = 32
-    normalize_activations: str = "layer_norm"  # type: ignore[assignment]
-    # An SAEMetadata; the host's `from_dict` makes it one only after this was built.
-    metadata: Any = field(default_factory=SAEMetadata)
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return ARCHITECTURE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_config(self, self.k)
-
-
-@dataclass
-class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
-    """Configuration of a multi-layer SAE for training: the paper's recipe by default.
-
-    Args:
-        k: Number of latents kept for each activation vector.
-        k_aux: Number of dead latents that reconstruct the error; None: the power of two
-            nearest to `d_in` / 2, and at most `d_sae`.
-        aux_loss_coefficient: Weight of the auxiliary loss.
-        dead_after_tokens: Tokens without firing, on any layer, after which a latent is
-            dead.
-        dead_latent_threshold: Activation above which a latent has fired.
-        certified_topk: Choose the latents from a bfloat16 product and prove the choice
-            equal to float32's, recomputing it where the proof fails; None: where that
-            is faster. The result is the same.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    k: int = 32
-    k_aux: int | None = None
-    aux_loss_coefficient: float = 1 / 32
-    dead_after_tokens: int = 10_000_000
-    dead_latent_threshold: float = 1e-3
-    certified_topk: bool | None = None
-    normalize_activations: str = "layer_norm"  # type: ignore[assignment]
-    decoder_init_norm: float | None = 1.0
-
-    @override
-    @classmethod
-    def architecture(cls) -> str:
-        return ARCHITECTURE
-
-    def __post_init__(self) -> None:
-        if self.k_aux is None:
-            self.k_aux = min(_power_of_two_near(self.d_in / 2), self.d_sae)
-        # The host copies the training settings, this one too, into the metadata.
-        super().__post_init__()
-        _check_config(self, self.k)
-        if not 0 < self.k_aux <= self.d_sae:
-            raise ValueError(
-                f"`k_aux` must be in [1, d_sae = {self.d_sae}]; got {self.k_aux}."
-            )
-        if self.dead_after_tokens <= 0:
-            raise ValueError(
-                f"`dead_after_tokens` must be positive; got {self.dead_after_tokens}."
-            )
-        if self.decoder_init_norm != 1.0:
-            raise ValueError(
-                "`decoder_init_norm` must be 1: the decoder rows of a multi-layer SAE "
-                f"have unit norm; got {self.decoder_init_norm}."
-            )
 
 
 class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
@@ -402,49 +313,3 @@ class MultiLayerTrainingSAE(
 
 def _k_of(cfg: Any) -> int:
     return cfg.k
-
-
-def check_whole_number(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is None or a plain int."""
-    if value is not None and type(value) is not int:
-        raise ValueError(
-            f"`{name}` must be a whole number (int); got {value!r} of type "
-            f"{type(value).__name__}."
-        )
-
-
-def check_sizes(cfg: SAEConfig) -> None:
-    """Raise ValueError unless `d_in` and `d_sae` are positive whole numbers."""
-    for name in ("d_in", "d_sae"):
-        check_whole_number(name, getattr(cfg, name))
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"`{name}` must be positive; got {getattr(cfg, name)}.")
-
-
-def _check_config(cfg: SAEConfig, k: int) -> None:
-    check_sizes(cfg)
-    check_whole_number("k", k)
-    if not 0 < k <= cfg.d_sae:
-        raise ValueError(f"`k` must be in [1, d_sae = {cfg.d_sae}]; got {k}.")
-    if cfg.normalize_activations not in ("layer_norm", "none"):
-        raise ValueError(
-            "`normalize_activations` of a multi-layer SAE must be 'layer_norm' or "
-            f"'none'; got {cfg.normalize_activations!r}."
-        )
-    if not cfg.apply_b_dec_to_input:
-        raise ValueError(
-            "`apply_b_dec_to_input` must be True for a multi-layer SAE; got False."
-        )
-    if cfg.reshape_activations != "none":
-        raise ValueError(
-            "`reshape_activations` of a multi-layer SAE must be 'none'; got "
-            f"{cfg.reshape_activations!r}. For `attn.hook_z` call "
-            "`turn_on_forward_pass_hook_z_reshaping()` of its views."
-        )
-
-
-def _power_of_two_near(x: float) -> int:
-    power = 1
-    while power * 2 - x <= x - power:
-        power *= 2
-    return power
