@@ -48,7 +48,7 @@ class LensCarrier(SAE[Any]):
             value = self._own_lens(value)
         super().__setattr__(name, value)
 
-    def _own_lens(self, lens: LayerLens | None) -> LayerLens | None:
+    def _own_lens(self, lens: Any) -> LayerLens | None:
         metadata = self.cfg.metadata
         if lens is None:
             metadata.__dict__.pop("tuned_lens", None)
@@ -57,7 +57,13 @@ class LensCarrier(SAE[Any]):
         metadata.tuned_lens = lens.config.to_dict()
         return lens.select(lens.hook_names).to(self.device, self.dtype)
 
-    def _check_lens(self, lens: LayerLens) -> None:
+    def _check_lens(self, lens: Any) -> None:
+        if not isinstance(lens, LayerLens):
+            raise ValueError(
+                f"`lens` must be a LayerLens or None; got {type(lens).__name__}. "
+                "`LayerLens.from_tuned_lens(lens, sae.cfg.metadata.hook_names)` makes "
+                "one of a TunedLens or its folder."
+            )
         if lens.config.d_in != self.cfg.d_in:
             raise ValueError(
                 f"The lens must be of the SAE's width, d_in = {self.cfg.d_in}; that of "
@@ -130,7 +136,7 @@ def saved_lens(folder: Path) -> LayerLens | None:
         ValueError: If its tensors are not those of its settings, or not finite.
     """
     cfg: dict[str, Any] = json.loads((folder / SAE_CFG_FILENAME).read_text())
-    stated = cfg["metadata"].get("tuned_lens")
+    stated = cfg.get("metadata", {}).get("tuned_lens")
     if stated is None:
         return None
     lens = LayerLens(LensConfig.from_dict(stated), device="meta")

@@ -177,6 +177,8 @@ def test_a_lens_of_another_width_or_other_hooks_is_an_error():
         sae.lens = random_lens(d_in=8)
     with pytest.raises(ValueError, match=r"must be those of the SAE.*got \['blocks\.1"):
         sae.lens = random_lens(HOOK_NAMES[::-1])
+    with pytest.raises(ValueError, match="must be a LayerLens or None; got Linear"):
+        sae.lens = torch.nn.Linear(1, 1)
     assert sae.lens is None
     assert "tuned_lens" not in sae.cfg.metadata
 
