@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
@@ -222,6 +222,11 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
 
     def _check_lens(self) -> None:
         """Check what is known of the lens without the hub."""
+        if self.lens_alignment not in get_args(Alignment):
+            raise ValueError(
+                f"`lens_alignment` must be one of {get_args(Alignment)}; got "
+                f"{self.lens_alignment!r}."
+            )
         source: Any = self.tuned_lens
         if source is None:
             return

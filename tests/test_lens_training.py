@@ -96,7 +96,11 @@ class TestConfig:
     def test_a_lens_in_another_alignment_is_an_error(self, make_config):
         with pytest.raises(ValueError, match="that of the lens, 'reference'; got 'tun"):
             make_config(tuned_lens=random_lens())
-        make_config(tuned_lens=random_lens(), lens_alignment="reference")
+        config = make_config(tuned_lens=random_lens(), lens_alignment="reference")
+        # The tests' type checks would stop a call.
+        config.lens_alignment = "paper"
+        with pytest.raises(ValueError, match="`lens_alignment` must be one of"):
+            config.__post_init__()
 
     def test_something_else_is_an_error(self, make_config):
         config = make_config()
