@@ -162,9 +162,10 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
         """Fold a constant scale of the inputs into the weights.
 
         Raises:
-            ValueError: If the SAE standardises its inputs, which have no scale then.
+            ValueError: If the SAE standardises its inputs, which have no scale then,
+                or a lens stands before it.
         """
-        self._check_not_standardizing("fold_activation_norm_scaling_factor")
+        self._check_can_fold("fold_activation_norm_scaling_factor")
         super().fold_activation_norm_scaling_factor(scaling_factor)
 
     @override
@@ -174,16 +175,21 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
         """Fold a whitening of the inputs into the weights.
 
         Raises:
-            ValueError: If the SAE standardises its inputs.
+            ValueError: If the SAE standardises its inputs or has a lens.
         """
-        self._check_not_standardizing("fold_activation_whitening")
+        self._check_can_fold("fold_activation_whitening")
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
 
-    def _check_not_standardizing(self, what: str) -> None:
+    def _check_can_fold(self, what: str) -> None:
         if self.standardizes:
             raise ValueError(
                 f"`{what}` needs an SAE with normalize_activations='none'; this one "
                 "standardises each vector, which cannot be folded into its weights."
+            )
+        if self.lens is not None:
+            raise ValueError(
+                f"`{what}` needs an SAE that takes raw vectors; the weights of this "
+                "one come after its tuned lens, which does not scale with them."
             )
 
     @override

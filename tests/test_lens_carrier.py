@@ -344,6 +344,19 @@ def test_dashboards_may_fold_the_norms_of_a_view_with_a_lens():
     assert view.W_dec.data_ptr() == sae.W_dec.data_ptr()
 
 
+def test_scales_of_raw_vectors_are_not_folded_into_weights_behind_a_lens():
+    sae = sae_with_lens(normalize_activations="none")
+    x = random_acts(3, N)
+    want = sae(x)
+    eye = torch.eye(D_MODEL)
+    for one in (sae, sae.view(0)):
+        with pytest.raises(ValueError, match="come after its tuned lens"):
+            one.fold_activation_norm_scaling_factor(2.0)
+        with pytest.raises(ValueError, match="come after its tuned lens"):
+            one.fold_activation_whitening(torch.zeros(D_MODEL), eye, eye)
+    assert torch.equal(sae(x), want)
+
+
 # Training
 
 
