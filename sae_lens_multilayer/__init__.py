@@ -15,6 +15,11 @@ from sae_lens_multilayer.lens import LayerLens
 from sae_lens_multilayer.lens_config import LensConfig
 from sae_lens_multilayer.lens_fit import fit_tuned_lens, lens_kl, new_tuned_lens
 from sae_lens_multilayer.metrics import LayerMetrics
+from sae_lens_multilayer.pretrained import (
+    mlsae_disk_loader,
+    mlsae_huggingface_loader,
+)
+from sae_lens_multilayer.releases import releases
 from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.sae_config import (
     MultiLayerSAEConfig,
@@ -41,8 +46,11 @@ __all__ = [
     "evaluate",
     "fit_tuned_lens",
     "lens_kl",
+    "mlsae_disk_loader",
+    "mlsae_huggingface_loader",
     "new_tuned_lens",
     "reconstruction_metrics",
+    "releases",
     "view",
     "views",
 ]

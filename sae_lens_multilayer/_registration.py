@@ -2,9 +2,18 @@
 
 import functools
 import warnings
+from dataclasses import fields
 from typing import Any
 
 from sae_lens import LanguageModelSAETrainingRunner
+from sae_lens.loading.pretrained_sae_loaders import (
+    NAMED_PRETRAINED_SAE_CONFIG_GETTERS,
+    NAMED_PRETRAINED_SAE_LOADERS,
+)
+from sae_lens.loading.pretrained_saes_directory import (
+    PretrainedSAELookup,
+    get_pretrained_saes_directory,
+)
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
     SAE_TRAINING_CLASS_REGISTRY,
@@ -13,6 +22,12 @@ from sae_lens.registry import (
 )
 
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.pretrained import (
+    LOADER_NAME,
+    get_mlsae_config_from_hf,
+    mlsae_huggingface_loader,
+)
+from sae_lens_multilayer.releases import Release, published_releases
 from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.sae_config import (
     ARCHITECTURE,
@@ -25,7 +40,7 @@ _MARK = "_sae_lens_multilayer"
 
 
 def register() -> None:
-    """Make SAELens know the multi-layer SAE and run multi-layer configs.
+    """Make SAELens know the multi-layer SAE, the published ones, and how to train one.
 
     Calling it again changes nothing. After this package is imported anew, its new
     classes take the place of the old ones.
@@ -43,7 +58,40 @@ def register() -> None:
         MultiLayerTrainingSAE,
         MultiLayerTrainingSAEConfig,
     )
+    _register_releases()
     _patch_runner()
+
+
+def _register_releases() -> None:
+    """Enter the published checkpoints where `SAE.from_pretrained` looks for them."""
+    NAMED_PRETRAINED_SAE_LOADERS[LOADER_NAME] = mlsae_huggingface_loader
+    NAMED_PRETRAINED_SAE_CONFIG_GETTERS[LOADER_NAME] = get_mlsae_config_from_hf
+    directory = get_pretrained_saes_directory()
+    for release in published_releases():
+        present = directory.get(release.name)
+        # SAELens may come to list one itself, which is then left as it is.
+        if present is None or present.conversion_func == LOADER_NAME:
+            directory[release.name] = _lookup(release)
+
+
+def _lookup(release: Release) -> PretrainedSAELookup:
+    known: dict[str, Any] = {
+        "release": release.name,
+        "repo_id": release.place,
+        "model": release.model_name,
+        "conversion_func": LOADER_NAME,
+        "saes_map": release.paths,
+        # What SAELens enters where nothing was measured.
+        "expected_var_explained": dict.fromkeys(release.paths, 1.0),
+        "expected_l0": release.expected_l0,
+        "neuronpedia_id": {},
+        "norm_scaling_factor": {},
+    }
+    # Versions of SAELens differ in the further fields.
+    values: dict[str, Any] = {
+        f.name: known.get(f.name) for f in fields(PretrainedSAELookup)
+    }
+    return PretrainedSAELookup(**values)
 
 
 def _register_once(

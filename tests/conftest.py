@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import hypothesis
 import numpy as np
 import pytest
@@ -94,6 +95,16 @@ def make_config(tmp_path):
         return MultiLayerConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def offline_hub(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the Hugging Face hub, which cannot be reached."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    return folder
 
 
 def tiny_sae_config(**changes) -> MultiLayerTrainingSAEConfig:

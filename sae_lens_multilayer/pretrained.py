@@ -1,0 +1,122 @@
+"""Loads published checkpoints, from the hub or from a folder, as SAELens' loaders do.
+
+`SAE.from_pretrained` finds the hub's loader by its name, under which `_registration`
+enters it; a folder needs `SAE.load_from_disk(folder, converter=mlsae_disk_loader)`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae_lens_multilayer import mlsae_format as mlsae
+from sae_lens_multilayer.hub import download
+
+LOADER_NAME = "mlsae"
+"""The name under which SAELens knows these loaders."""
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+
+def mlsae_huggingface_loader(
+    repo_id: str,
+    folder_name: str,
+    device: str = "cpu",
+    force_download: bool = False,
+    cfg_overrides: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    """Load a published checkpoint, or one hook of it, from the hub or its cache.
+
+    Any repository of this format loads with `SAE.from_pretrained(repository, hook_name,
+    converter=mlsae_huggingface_loader)`; a `hook_name` of "" means the whole SAE.
+
+    Args:
+        repo_id: The repository, or its owner where `folder_name` begins with its name.
+        folder_name: What follows: the name of a hook, or nothing for the whole SAE.
+        device: Where the tensors are read to.
+        force_download: Whether to fetch the files again.
+        cfg_overrides: Entries of the config that replace what was found.
+
+    Returns:
+        Config, tensors and no sparsities, as SAELens' loaders.
+
+    Raises:
+        FileNotFoundError: If a file is not cached and the hub cannot be reached; lists
+            what is cached.
+        ValueError: If the repository does not hold a sound MLSAE.
+    """
+    repository, hook_name = _place(repo_id, folder_name)
+    config = download(repository, _CONFIG, force_download)
+    weights = download(repository, _WEIGHTS, force_download)
+    cfg, tensors = mlsae.load(
+        config, weights, repository, device, cfg_overrides, hook_name=hook_name
+    )
+    return cfg, tensors, None
+
+
+def get_mlsae_config_from_hf(
+    repo_id: str,
+    folder_name: str,
+    device: str | None = None,
+    force_download: bool = False,
+    cfg_overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The config of `mlsae_huggingface_loader`, without fetching the tensors.
+
+    Raises:
+        FileNotFoundError, ValueError: As `mlsae_huggingface_loader`.
+    """
+    repository, hook_name = _place(repo_id, folder_name)
+    config = download(repository, _CONFIG, force_download)
+    return mlsae.load_config(config, repository, device, cfg_overrides, hook_name)
+
+
+def mlsae_disk_loader(
+    path: str | Path,
+    device: str = "cpu",
+    cfg_overrides: dict[str, Any] | None = None,
+    *,
+    model_name: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Load the published files from a folder: a `converter` of `SAE.load_from_disk`.
+
+    The number of layers comes from the model, which is named in the config of a `-tfm`
+    checkpoint and in the name of the repository; so keep that as the folder's name, or
+    say which model with `functools.partial(mlsae_disk_loader, model_name=...)`.
+    Otherwise the SAE does not know its hooks: it encodes and decodes, and has no views.
+
+    Args:
+        path: A folder with `config.json` and `model.safetensors`.
+        device: Where the tensors are read to.
+        cfg_overrides: Entries of the config that replace what was found.
+        model_name: The language model's name for TransformerLens.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If they do not hold a sound MLSAE.
+    """
+    path = Path(path)
+    for name in (_CONFIG, _WEIGHTS):
+        if not (path / name).is_file():
+            found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+            raise FileNotFoundError(
+                f"{path} must be a folder with the published {_CONFIG} and {_WEIGHTS} "
+                f"of an MLSAE; {name} is not there, but {found or 'nothing'}. Pickles "
+                "are never loaded; a folder with cfg.json is SAELens' own and needs no "
+                "converter."
+            )
+    place = str(path.resolve())
+    return mlsae.load(
+        path / _CONFIG,
+        path / _WEIGHTS,
+        place,
+        device,
+        cfg_overrides,
+        model_name=model_name,
+    )
+
+
+def _place(repo_id: str, folder_name: str) -> tuple[str, str | None]:
+    """The repository, and the hook if one is meant."""
+    parts = [part for part in f"{repo_id}/{folder_name}".split("/") if part]
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None

@@ -1,0 +1,69 @@
+"""Published checkpoints in a local cache, laid out as huggingface_hub does it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from conftest import PAPER_DATA
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+_COMMIT = "0" * 40
+_AUTOENCODER = ("encoder.weight", "decoder.weight", "pre_encoder_bias")
+
+
+def put(
+    cache: Path, repository: str, files: dict[str, bytes], kind: str = "models"
+) -> Path:
+    """Put files into the cache as a download of a repository would.
+
+    Returns:
+        The folder of the snapshot.
+    """
+    folder = cache / f"{kind}--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / _COMMIT
+    for name, content in files.items():
+        blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+        link = snapshot / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(_COMMIT)
+    return snapshot
+
+
+def paper_tensors(source: str = "plain.safetensors") -> dict[str, Tensor]:
+    """The weights of an autoencoder of the paper's code, by their published names."""
+    stored = load_file(PAPER_DATA / source)
+    return {name: stored[name] for name in _AUTOENCODER}
+
+
+def paper_config(kind: str, **changes: Any) -> bytes:
+    """A `config.json` as the paper's code wrote it: "mlsae" or "mlsae-tfm"."""
+    settings = json.loads((PAPER_DATA / "published" / f"{kind}.json").read_text())
+    return json.dumps({**settings, **changes}).encode()
+
+
+def plain_files(**more: Tensor) -> dict[str, bytes]:
+    """The files of a published MLSAE."""
+    return _files(paper_config("mlsae"), {**paper_tensors(), **more})
+
+
+def transformer_files(**changes: Any) -> dict[str, bytes]:
+    """The files of a published `-tfm`: the autoencoder and the transformer in one."""
+    model = load_file(PAPER_DATA / "model" / "model.safetensors")
+    tensors = {f"autoencoder.{k}": v for k, v in paper_tensors().items()}
+    tensors |= {f"transformer.model.{k}": v for k, v in model.items()}
+    return _files(paper_config("mlsae-tfm", **changes), tensors)
+
+
+def _files(config: bytes, tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    return {
+        "config.json": config,
+        "model.safetensors": save(tensors),
+        "README.md": b"---\nlibrary_name: mlsae\n---\n",
+    }

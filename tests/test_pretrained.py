@@ -1,0 +1,459 @@
+"""Published checkpoints through SAELens' own loading, without a network.
+
+Authority: the paper's own code, whose configs, tensors and reconstructions are in
+tests/data/paper.
+"""
+
+import json
+from functools import partial
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import PAPER_DATA
+from hub_cache import paper_config, paper_tensors, plain_files, put, transformer_files
+from sae_lens import SAE, TopKSAE
+from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
+from safetensors.torch import load_file, save
+
+from sae_lens_multilayer import (
+    MultiLayerSAE,
+    hub,
+    mlsae_disk_loader,
+    mlsae_format,
+    mlsae_huggingface_loader,
+)
+
+RELEASE, SAE_ID = "mlsae-pythia-70m-deduped", "x64-k32"
+REPOSITORY = f"tim-lawson/{RELEASE}-{SAE_ID}"
+HOOK_NAMES = [f"blocks.{layer}.hook_resid_post" for layer in range(6)]
+# What a published single-layer SAE of block 3 is called, and its files.
+SINGLE = "sae-pythia-70m-deduped", "x64-k32{}-layers-3"
+
+
+@pytest.fixture(scope="module")
+def paper() -> dict[str, torch.Tensor]:
+    """The paper's reconstructions of the first prompt at its five layers."""
+    x = load_file(PAPER_DATA / "activations.safetensors")["resid_post"][:, :1]
+    return {"x": x, "x_hat": load_file(PAPER_DATA / "plain.safetensors")["recons"]}
+
+
+@pytest.fixture
+def published(offline_hub):
+    """The published MLSAE in the cache."""
+    return put(offline_hub, REPOSITORY, plain_files())
+
+
+def assert_reconstructs(sae, x, x_hat):
+    with torch.no_grad():
+        torch.testing.assert_close(sae(x), x_hat, rtol=1e-5, atol=1e-5)
+
+
+# Every kind
+
+
+@pytest.mark.parametrize(
+    "place", [(RELEASE, SAE_ID), (REPOSITORY, SAE_ID)], ids=["release", "repository"]
+)
+def test_a_published_mlsae_reconstructs_as_the_papers_code(published, paper, place):
+    sae = SAE.from_pretrained(*place)
+
+    assert type(sae) is MultiLayerSAE
+    assert sae.cfg.metadata.hook_names == HOOK_NAMES
+    assert (sae.cfg.k, sae.cfg.d_in, sae.cfg.d_sae) == (8, 64, 512)
+    assert sae.cfg.metadata.model_name == "EleutherAI/pythia-70m-deduped"
+    assert_reconstructs(sae, paper["x"], paper["x_hat"])
+
+
+@pytest.mark.parametrize("layer", range(5))
+def test_one_hook_of_it_is_a_stock_sae(published, paper, layer):
+    sae = SAE.from_pretrained(RELEASE, f"{SAE_ID}/{HOOK_NAMES[layer]}")
+    by_repository = SAE.from_pretrained(REPOSITORY, f"{SAE_ID}/{HOOK_NAMES[layer]}")
+
+    for each in (sae, by_repository):
+        assert type(each) is TopKSAE
+        assert each.cfg.metadata.hook_name == HOOK_NAMES[layer]
+        assert each.cfg.metadata.hook_names is None
+        assert_reconstructs(each, paper["x"][layer], paper["x_hat"][layer])
+
+
+def test_the_views_of_it_are_its_hooks(published, paper):
+    sae: Any = SAE.from_pretrained(RELEASE, SAE_ID)
+
+    for layer, view in enumerate(sae.views()[:5]):
+        assert_reconstructs(view, paper["x"][layer], paper["x_hat"][layer])
+
+
+def test_a_buffer_beside_the_weights_is_left_out(offline_hub, paper):
+    put(
+        offline_hub,
+        REPOSITORY,
+        plain_files(last_nonzero=torch.zeros(512, dtype=torch.long)),
+    )
+
+    sae = SAE.from_pretrained(RELEASE, SAE_ID)
+
+    assert set(sae.state_dict()) == {"W_enc", "W_dec", "b_dec"}
+    assert_reconstructs(sae, paper["x"], paper["x_hat"])
+
+
+def test_a_checkpoint_with_the_transformer_has_the_hooks_of_that(offline_hub, paper):
+    put(offline_hub, f"{REPOSITORY}-tfm", transformer_files())
+
+    sae = SAE.from_pretrained(RELEASE, f"{SAE_ID}-tfm")
+    view = SAE.from_pretrained(RELEASE, f"{SAE_ID}-tfm/{HOOK_NAMES[2]}")
+
+    assert sae.cfg.metadata.hook_names == HOOK_NAMES[:5]
+    assert sae.cfg.metadata.context_size == 64
+    assert_reconstructs(sae, paper["x"], paper["x_hat"])
+    assert_reconstructs(view, paper["x"][2], paper["x_hat"][2])
+
+
+def test_of_a_file_with_the_transformer_only_the_autoencoder_is_read(
+    offline_hub, monkeypatch
+):
+    put(offline_hub, f"{REPOSITORY}-tfm", transformer_files())
+    read: list[str] = []
+
+    class Spy:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            self.file = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    original = mlsae_format.safe_open
+    monkeypatch.setattr(
+        mlsae_format, "safe_open", lambda *a, **k: Spy(original(*a, **k))
+    )
+
+    SAE.from_pretrained(RELEASE, f"{SAE_ID}-tfm")
+
+    assert read == [f"autoencoder.{name}" for name in paper_tensors()]
+
+
+@pytest.mark.parametrize("variant", ["", "-tfm"])
+def test_a_published_single_layer_sae_is_a_stock_sae(offline_hub, paper, variant):
+    release, sae_id = SINGLE[0], SINGLE[1].format(variant)
+    files = transformer_files(layers=[3]) if variant else plain_files()
+    put(offline_hub, f"tim-lawson/{release}-{sae_id}", files)
+
+    sae = SAE.from_pretrained(release, sae_id)
+
+    assert type(sae) is TopKSAE
+    assert sae.cfg.metadata.hook_name == HOOK_NAMES[3]
+    assert_reconstructs(sae, paper["x"][3], paper["x_hat"][3])
+
+
+def test_an_unlisted_repository_loads_with_the_converter(offline_hub, paper):
+    put(offline_hub, "someone/mlsae-pythia-160m-deduped-x3-k5", plain_files())
+    load = partial(SAE.from_pretrained, converter=mlsae_huggingface_loader)
+
+    sae = load("someone/mlsae-pythia-160m-deduped-x3-k5", "")
+    one = load("someone/mlsae-pythia-160m-deduped-x3-k5", HOOK_NAMES[4])
+
+    assert len(sae.cfg.metadata.hook_names) == 12
+    assert_reconstructs(sae, paper["x"], paper["x_hat"])
+    assert_reconstructs(one, paper["x"][4], paper["x_hat"][4])
+
+
+@pytest.mark.parametrize("sae_id", [SAE_ID, f"{SAE_ID}/{HOOK_NAMES[1]}"])
+@pytest.mark.parametrize("variant", ["", "-tfm"])
+def test_the_config_alone_is_that_of_the_loaded_sae(offline_hub, sae_id, variant):
+    files = transformer_files() if variant else plain_files()
+    if variant:
+        # The sizes of a `-tfm` come from the model.
+        settings = {"expansion_factor": 8, "k": 8, "model_name": "pythia-70m-deduped"}
+        files["config.json"] = json.dumps(settings).encode()
+    put(offline_hub, REPOSITORY + variant, files)
+    sae_id = sae_id.replace(SAE_ID, SAE_ID + variant)
+
+    cfg = load_sae_config_from_huggingface(RELEASE, sae_id)
+
+    if variant:
+        assert (cfg["d_in"], cfg["d_sae"]) == (512, 4096)
+    else:
+        loaded = SAE.from_pretrained(RELEASE, sae_id).cfg.to_dict()
+        assert cfg.items() <= {**loaded, "metadata": cfg["metadata"]}.items()
+        assert cfg["metadata"].items() <= loaded["metadata"].items()
+
+
+def test_dtype_and_device_are_those_asked_for(published):
+    sae = SAE.from_pretrained(RELEASE, SAE_ID, dtype="bfloat16", device="cpu")
+
+    assert {p.dtype for p in sae.parameters()} == {torch.bfloat16}
+    assert sae.cfg.dtype == "bfloat16"
+
+
+def test_two_loads_share_no_memory(published):
+    first, second = (SAE.from_pretrained(RELEASE, SAE_ID) for _ in range(2))
+
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+
+    assert all(parameter.any() for parameter in second.parameters())
+
+
+@pytest.mark.parametrize("sae_id", [SAE_ID, f"{SAE_ID}/{HOOK_NAMES[1]}"])
+def test_a_loaded_sae_can_be_saved_as_saelens_own(published, paper, tmp_path, sae_id):
+    SAE.from_pretrained(RELEASE, sae_id).save_model(tmp_path / "saved")
+
+    sae = SAE.load_from_disk(tmp_path / "saved")
+
+    assert_reconstructs(sae, paper["x"][1], paper["x_hat"][1])
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", ["snapshot", "repository", "elsewhere"])
+def test_a_downloaded_folder_loads(published, paper, tmp_path, name):
+    folder = {
+        "snapshot": published,
+        "repository": tmp_path / REPOSITORY.split("/")[1],
+        "elsewhere": tmp_path / "elsewhere",
+    }[name]
+    folder.mkdir(exist_ok=True)
+    if name != "snapshot":
+        for file, content in plain_files().items():
+            (folder / file).write_bytes(content)
+    converter = mlsae_disk_loader
+    if name == "elsewhere":
+        converter = partial(converter, model_name="pythia-70m-deduped")
+
+    sae = SAE.load_from_disk(folder, converter=converter)
+
+    assert type(sae) is MultiLayerSAE
+    assert sae.cfg.metadata.hook_names == HOOK_NAMES
+    assert_reconstructs(sae, paper["x"], paper["x_hat"])
+
+
+def test_a_folder_that_does_not_say_its_model_loads_without_hooks(
+    tmp_path, paper, caplog
+):
+    for file, content in plain_files().items():
+        (tmp_path / file).write_bytes(content)
+
+    sae: Any = SAE.load_from_disk(tmp_path, converter=mlsae_disk_loader)
+
+    assert_reconstructs(sae, paper["x"], paper["x_hat"])
+    assert "knows no hooks" in caplog.text
+    with pytest.raises(ValueError, match="must name its hooks"):
+        sae.views()
+
+
+def test_a_folder_of_one_layer_is_a_stock_sae(tmp_path, paper):
+    folder = tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-3"
+    folder.mkdir()
+    for file, content in plain_files().items():
+        (folder / file).write_bytes(content)
+
+    sae = SAE.load_from_disk(folder, converter=mlsae_disk_loader, dtype="float64")
+
+    assert type(sae) is TopKSAE
+    assert sae.W_enc.dtype == torch.float64
+    with torch.no_grad():
+        x_hat = sae(paper["x"][3].double()).float()
+    torch.testing.assert_close(x_hat, paper["x_hat"][3], rtol=1e-5, atol=1e-5)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("sae_id", "nearest"),
+    [
+        ("x64-k33", "['x64-k32'"),
+        ("x64-k32/blocks.7.hook_resid_post", "'x64-k32/blocks.5.hook_resid_post'"),
+        ("x64_k32_tfm", "'x64-k32-tfm'"),
+        ("", "['x1-k32'"),
+    ],
+)
+def test_an_unknown_id_is_an_error_that_lists_the_nearest(sae_id, nearest):
+    with pytest.raises(ValueError, match="The nearest are") as error:
+        SAE.from_pretrained(RELEASE, sae_id)
+
+    assert nearest in str(error.value)
+
+
+def test_without_a_network_the_error_says_what_is_cached(offline_hub):
+    put(offline_hub, REPOSITORY, plain_files())
+    put(offline_hub, "someone/other", plain_files())
+
+    with pytest.raises(FileNotFoundError, match="cannot be reached") as error:
+        SAE.from_pretrained(RELEASE, "x64-k64")
+
+    message = str(error.value)
+    assert "x64-k64 is not cached" in message
+    assert f"cached of tim-lawson: ['{REPOSITORY}']" in message
+
+
+def test_without_a_cache_the_error_says_that_nothing_is_cached(offline_hub):
+    offline_hub.rmdir()
+
+    with pytest.raises(FileNotFoundError, match="cached of tim-lawson: nothing"):
+        SAE.from_pretrained(RELEASE, SAE_ID)
+
+
+def test_a_cached_repository_without_the_weights_is_an_error_that_lists_its_files(
+    offline_hub,
+):
+    files = {"config.json": paper_config("mlsae"), "pytorch_model.bin": b"a pickle"}
+    put(offline_hub, REPOSITORY, files)
+
+    with pytest.raises(FileNotFoundError, match=r"'pytorch_model.bin'") as error:
+        SAE.from_pretrained(RELEASE, SAE_ID)
+
+    assert "'model.safetensors' of" in str(error.value)
+
+
+def _http_error(kind):
+    import httpx
+
+    request = httpx.Request("GET", "https://huggingface.co")
+    return kind("404", response=httpx.Response(404, request=request))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RepositoryNotFoundError", "There is no repository .* nearest .*x64-k32"),
+        ("RemoteEntryNotFoundError", "is not a published MLSAE: it has no 'config"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_an_error_that_says_so(
+    monkeypatch, kind, message
+):
+    def refuse(*args, **kwargs):
+        raise _http_error(getattr(huggingface_hub.errors, kind))
+
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+
+    with pytest.raises(ValueError, match=message):
+        SAE.from_pretrained(RELEASE, SAE_ID)
+
+
+def _changed(name: str, tensor: torch.Tensor) -> bytes:
+    return save({**paper_tensors(), name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b'{"k": 8, ', "must be JSON"),
+        ("config.json", b"[]", "is not the config of an MLSAE"),
+        ("config.json", b'{"model_type": "gpt_neox"}', "is not the config of an MLSAE"),
+        ("config.json", paper_config("mlsae", k="8"), "the whole number 'k'"),
+        (
+            "config.json",
+            paper_config("mlsae", k=513),
+            r"must be in \[1, 512\]; got 513",
+        ),
+        ("config.json", paper_config("mlsae", n_inputs=65), "states, .*'n_inputs': 65"),
+        ("config.json", paper_config("mlsae", n_latents=8), "states, .*'n_latents': 8"),
+        (
+            "config.json",
+            paper_config("mlsae", expansion_factor=9),
+            "'expansion_factor': 9",
+        ),
+        ("config.json", paper_config("mlsae", layers=[7]), r"in \[0, 6\)"),
+        ("model.safetensors", b"", "must be a whole safetensors file; it has 0 bytes"),
+        (
+            "model.safetensors",
+            plain_files()["model.safetensors"][:-1],
+            "must be a whole safetensors file",
+        ),
+        (
+            "model.safetensors",
+            plain_files()["model.safetensors"][:100],
+            "must be a whole safetensors file; it has 100 bytes",
+        ),
+        ("model.safetensors", b"\x80\x04}q\x00." * 9, "must be a whole safetensors"),
+        ("model.safetensors", save({"weight": torch.ones(2)}), "is not an MLSAE"),
+        (
+            "model.safetensors",
+            _changed("decoder.weight", torch.ones(512, 64)),
+            "must have the shapes",
+        ),
+        (
+            "model.safetensors",
+            _changed("pre_encoder_bias", torch.ones(65)),
+            "must have the shapes",
+        ),
+        (
+            "model.safetensors",
+            _changed("pre_encoder_bias", torch.full((64,), torch.nan)),
+            "b_dec has the dtype torch.float32, or NaN",
+        ),
+        (
+            "model.safetensors",
+            _changed("pre_encoder_bias", torch.ones(64, dtype=torch.int32)),
+            "b_dec has the dtype torch.int32",
+        ),
+    ],
+)
+def test_files_that_are_not_a_sound_mlsae_are_an_error(
+    offline_hub, name, content, message
+):
+    put(offline_hub, REPOSITORY, {**plain_files(), name: content})
+
+    with pytest.raises(ValueError, match=message):
+        SAE.from_pretrained(RELEASE, SAE_ID)
+
+
+def test_a_model_that_transformerlens_does_not_know_is_an_error(offline_hub):
+    put(offline_hub, "me/mlsae-pythia-71m-x8-k8", plain_files())
+
+    with pytest.raises(ValueError, match=r"'pythia-71m', which is not a model .*70m"):
+        SAE.from_pretrained(
+            "me/mlsae-pythia-71m-x8-k8", "", converter=mlsae_huggingface_loader
+        )
+
+
+def test_a_known_model_whose_config_cannot_be_had_is_an_error(offline_hub):
+    put(offline_hub, "me/mlsae-gpt2-xl-x8-k8", plain_files())
+
+    with pytest.raises(FileNotFoundError, match="config of 'gpt2-xl'"):
+        SAE.from_pretrained(
+            "me/mlsae-gpt2-xl-x8-k8", "", converter=mlsae_huggingface_loader
+        )
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_without_a_file_is_an_error_that_lists_what_is_there(
+    tmp_path, missing
+):
+    files = plain_files()
+    del files[missing]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+
+    with pytest.raises(FileNotFoundError, match=rf"{missing} is not there.*README"):
+        SAE.load_from_disk(tmp_path, converter=mlsae_disk_loader)
+
+
+def test_a_pickle_in_place_of_the_weights_is_never_loaded(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    (tmp_path / "config.json").write_bytes(paper_config("mlsae"))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        torch.save(Evil(), tmp_path / name)
+
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        SAE.load_from_disk(tmp_path, converter=mlsae_disk_loader)
+    assert not (tmp_path / "ran").exists()
