@@ -1,0 +1,5 @@
+"""`python -m sae_lens_multilayer` is the command `sae-lens-multilayer`."""
+
+from sae_lens_multilayer.cli import main
+
+main()

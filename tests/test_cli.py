@@ -1,0 +1,112 @@
+"""The command line, as a user calls it."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import sae_lens.evals
+from conftest import tiny_model
+from hub_cache import plain_files, put
+
+from sae_lens_multilayer import cli
+
+
+def test_without_a_command_the_help_lists_them(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["evil"], ["--evals"]])
+def test_what_is_not_a_command_is_an_error(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+
+    assert stop.value.code == 2
+    assert "usage: sae-lens-multilayer" in capsys.readouterr().err
+
+
+def test_releases_prints_the_table(capsys):
+    cli.main(["releases", "410m.*-x64-k32$"])
+
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["release", "sae_id", "repository"]
+    assert "tim-lawson/mlsae-pythia-410m-deduped-x64-k32 " in row
+
+
+def test_releases_prints_csv(capsys):
+    cli.main(["releases", "--csv", "gpt2"])
+
+    header, *rows = capsys.readouterr().out.split()
+    assert header.startswith("release,sae_id,repository,model,")
+    assert [row.split(",")[1] for row in rows] == ["x64-k32", "x64-k32-tfm"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("mlsae-gpt5", "no published SAE matches"), ("(", "not a reg")],
+)
+def test_a_pattern_without_a_match_is_an_error(pattern, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["releases", pattern])
+
+    assert message in str(stop.value) + capsys.readouterr().err
+
+
+def test_evals_refuses_saes_of_all_hooks_before_it_loads_any():
+    with pytest.raises(
+        SystemExit, match=r"2 of all hooks, as 'x64-k32' .*'x64-k32/\.\*'"
+    ):
+        cli.main(["evals", "mlsae-gpt2", ".*"])
+
+
+def test_evals_measures_one_hook_of_a_published_mlsae(
+    offline_hub, tokenizer, text_dataset, tmp_path, monkeypatch, capsys
+):
+    put(offline_hub, "tim-lawson/mlsae-pythia-70m-deduped-x64-k32", plain_files())
+    model = tiny_model(tokenizer, n_layers=6, d_model=64)
+    asked: list[str] = []
+
+    def load(name, **kwargs):
+        asked.append(name)
+        return model
+
+    monkeypatch.setattr(
+        sae_lens.evals.HookedTransformer, "from_pretrained_no_processing", load
+    )
+    text_dataset.to_parquet(tmp_path / "text" / "train.parquet")
+    output = tmp_path / "results"
+
+    cli.main(
+        [
+            "evals",
+            "mlsae-pythia-70m-deduped",
+            r"x64-k32/blocks\.[24].*",
+            *("--datasets", str(tmp_path / "text")),
+            *("--ctx_lens", "8", "--batch_size_prompts", "2"),
+            *("--n_eval_reconstruction_batches", "1"),
+            *("--output_dir", str(output)),
+        ]
+    )
+
+    assert asked == ["EleutherAI/pythia-70m-deduped"]
+    results = json.loads((output / "all_eval_results.json").read_text())
+    assert [result["sae_id"] for result in results] == [
+        f"x64-k32/blocks.{layer}.hook_resid_post" for layer in (2, 4)
+    ]
+    for result in results:
+        assert 0 < result["metrics"]["sparsity"]["l0"] <= 8
+        assert result["metrics"]["model_behavior_preservation"]["kl_div_with_sae"] > 0
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "releases", "gpt2-x64-k32$"])
+
+    runpy.run_module("sae_lens_multilayer", run_name="__main__")
+
+    assert "tim-lawson/mlsae-gpt2-x64-k32" in capsys.readouterr().out
