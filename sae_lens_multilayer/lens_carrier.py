@@ -15,7 +15,8 @@ from typing_extensions import override
 from sae_lens_multilayer.lens import LayerLens
 from sae_lens_multilayer.lens_config import LensConfig
 
-_PREFIX = "lens."
+LENS_PREFIX = "lens."
+"""What stands before the names of a lens' tensors in the state dict of an SAE."""
 
 
 class LensCarrier(SAE[Any]):
@@ -123,9 +124,9 @@ def lens_of(sae: SAE[Any]) -> LayerLens | None:
 
 def _lens_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
-        name.removeprefix(_PREFIX): tensor
+        name.removeprefix(LENS_PREFIX): tensor
         for name, tensor in state_dict.items()
-        if name.startswith(_PREFIX)
+        if name.startswith(LENS_PREFIX)
     }
 
 

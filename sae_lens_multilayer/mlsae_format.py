@@ -5,11 +5,9 @@ autoencoder's tensors are.
 """
 
 import json
-import logging
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +16,23 @@ from sae_lens import __version__ as sae_lens_version
 from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformer_lens.loading_from_pretrained import (
-    OFFICIAL_MODEL_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (of 2.x, too)
-)
+from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.releases import PublishedName, nearest, published_model
+from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_carrier import LENS_PREFIX
+from sae_lens_multilayer.lens_config import LensConfig
+from sae_lens_multilayer.lens_files import read_tuned_lens
+from sae_lens_multilayer.published_origin import Origin, find_origin
 from sae_lens_multilayer.sae_config import ARCHITECTURE
-
-logger = logging.getLogger(__name__)
 
 _TENSORS = ("encoder.weight", "decoder.weight", "pre_encoder_bias")
 _BESIDE_TRANSFORMER = "autoencoder."
-_BLOCK = re.compile(rf"transformer\.model\.{hooks.HF_BLOCK}(\d+)\.")
+_TRANSLATORS = "lens.layer_translators."
+# The first number in such a name is that of the block.
+_BLOCK = re.compile(r"transformer\.model\.\D+\.(\d+)\.")
 # Of the paper's training runs; a `-tfm` config has its own context size.
 _DATASET, _CONTEXT_SIZE = "monology/pile-uncopyrighted", 2048
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What a checkpoint was trained on."""
-
-    model_name: str | None
-    """The language model; None if nothing names it."""
-    hook_names: list[str]
-    """The hooks; none if the model is not known."""
-    d_in: int | None
-    """The model's width, where it is known without the tensors."""
 
 
 def load(
@@ -56,8 +44,11 @@ def load(
     *,
     hook_name: str | None = None,
     model_name: str | None = None,
+    tuned_lens: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and tensors of a multi-layer SAE, or of the stock SAE of one hook.
+    """The config and tensors of a multi-layer SAE, or of the SAE of one hook.
+
+    The SAE of one hook is the stock TopK, or with a lens a multi-layer SAE of one hook.
 
     Args:
         config_path: The published `config.json`.
@@ -67,25 +58,36 @@ def load(
         overrides: Entries of the config that replace what was found; None: none.
         hook_name: Give the SAE of this hook only.
         model_name: The language model; None: as the files or their place say.
+        tuned_lens: The lens that it was trained with, as a folder or a name in
+            tuned-lens' hub space; None: as the files or their place say.
 
     Raises:
-        ValueError: If the files are not those of an MLSAE, torn, or disagree.
+        ValueError: If the files are not those of an MLSAE, torn, or disagree; or it
+            needs a lens that cannot be had.
     """
     settings = _read_settings(config_path)
+    translators = None if tuned_lens is None else read_tuned_lens(tuned_lens, {})
     with _open(weights_path, device) as file:
         names = list(file.keys())
         prefix = _prefix(names, weights_path)
         shapes = [tuple(file.get_slice(prefix + n).get_shape()) for n in _TENSORS]
-        sizes = _check_sizes(settings, shapes, config_path)
-        origin = _origin(settings, place, _n_layers_stored(names), model_name)
-        cfg = _config(settings, *sizes, origin, hook_name)
+        d_in, d_sae = _check_sizes(settings, shapes, config_path)
+        n_layers = _n_layers_stored(names)
+        if n_layers is None and translators is not None:
+            n_layers = translators[0].num_hidden_layers
+        origin = find_origin(settings, place, n_layers, model_name).at(hook_name)
         encoder, decoder, bias = (file.get_tensor(prefix + name) for name in _TENSORS)
+        translators = translators or _stored_translators(file, names, origin, d_in)
+    lens = _lens(origin, d_in, translators)
+    cfg = _config(settings, d_in, d_sae, origin, lens and lens.config)
     dtype = str(encoder.dtype).removeprefix("torch.")
     cfg.update({"dtype": dtype, "device": device, **(overrides or {})})
     tensors = {"W_enc": encoder.T, "W_dec": decoder.T.contiguous(), "b_dec": bias}
     if cfg["architecture"] != ARCHITECTURE:
         tensors["W_enc"] = encoder.T.contiguous()
-        tensors["b_enc"] = bias.new_zeros(cfg["d_sae"])
+        tensors["b_enc"] = bias.new_zeros(d_sae)
+    if lens is not None:
+        tensors.update(lens.to(device).state_dict(prefix=LENS_PREFIX))
     return cfg, _checked(tensors, str_to_dtype(cfg["dtype"]), weights_path)
 
 
@@ -102,12 +104,13 @@ def load_config(
         ValueError: If the file is not of an MLSAE, or its sizes are not known.
     """
     settings = _read_settings(config_path)
-    origin = _origin(settings, place, None, None)
+    origin = find_origin(settings, place, None, None).at(hook_name)
     d_in = settings.get("n_inputs", origin.d_in)
     if d_in is None:
         raise ValueError(f"{config_path} must state 'n_inputs'; it has {settings}.")
     d_sae = settings.get("n_latents") or settings["expansion_factor"] * d_in
-    cfg = _config(settings, d_in, d_sae, origin, hook_name)
+    lens_config = origin.lens_config(d_in) if origin.has_lens else None
+    cfg = _config(settings, d_in, d_sae, origin, lens_config)
     cfg.update({"dtype": "float32", "device": device or "cpu", **(overrides or {})})
     return cfg
 
@@ -184,80 +187,44 @@ def _check_sizes(
     return d_in, d_sae
 
 
-def _origin(
-    settings: dict[str, Any],
-    place: str,
-    n_layers_stored: int | None,
-    model_name: str | None,
-) -> _Origin:
-    name = _name_in(place)
-    if settings.get("tuned_lens") or (name is not None and name.has_lens):
-        raise ValueError(f"The MLSAE at {place} needs its tuned lens.")
-    named = (settings.get("model_name"), name.model if name else None)
-    stated = [m for m in ((model_name,) if model_name else named) if m]
-    known = next(filter(None, map(published_model, stated)), None)
-    d_in = None
-    if known is not None:
-        model_name, n_layers, d_in = known.name, known.n_layers, known.d_in
-    elif stated and n_layers_stored is None:
-        shape = _shape_of(stated[0])
-        model_name, n_layers, d_in = stated[0], shape.n_layers, shape.d_model
-    else:
-        model_name, n_layers = stated[0] if stated else None, n_layers_stored
-    n_layers = n_layers_stored or n_layers
-    if n_layers is None:
-        logger.warning(
-            "Nothing says on which model the MLSAE at %s was trained, so it knows no "
-            "hooks and has no views. Give the folder the repository's name, or name "
-            "the model: converter=partial(mlsae_disk_loader, model_name=...).",
-            place,
-        )
-        return _Origin(None, [], None)
-    layers = settings.get("layers")
-    if layers is None and name is not None and name.layer is not None:
-        layers = [name.layer]
-    hook_names = hooks.resolve_hook_names(
-        hooks.DEFAULT_HOOK_NAME, None, layers, n_layers, str(model_name)
-    )
-    return _Origin(model_name, hook_names, d_in)
+def _stored_translators(
+    file: Any, names: list[str], origin: Origin, d_in: int
+) -> tuple[TunedLensConfig, dict[str, Tensor]] | None:
+    """The lens beside the SAE, as `read_tuned_lens` gives it; None if there is none."""
+    own = [name for name in names if name.startswith(_TRANSLATORS)]
+    if not own:
+        return None
+    tensors = {name.removeprefix(_TRANSLATORS): file.get_tensor(name) for name in own}
+    n_layers = len({name.partition(".")[0] for name in tensors})
+    return TunedLensConfig(str(origin.model_name), d_in, n_layers), tensors
 
 
-def _name_in(place: str) -> PublishedName | None:
-    """The published name in a repository's name or a path, also of the hub's cache."""
-    parts = reversed(re.split("/|--", place))
-    return next(filter(None, map(PublishedName.parse, parts)), None)
-
-
-def _shape_of(model_name: str) -> hooks.ModelShape:
-    try:
-        shape = hooks.shape_of_named_model("HookedTransformer", model_name)
-    except ValueError as error:
-        raise ValueError(
-            f"The MLSAE was trained on {model_name!r}, which is not a model that "
-            f"TransformerLens knows; the nearest are "
-            f"{nearest(model_name, OFFICIAL_MODEL_NAMES)}. Load a folder with "
-            "converter=partial(mlsae_disk_loader, model_name=...)."
-        ) from error
-    if shape is None:
-        raise FileNotFoundError(
-            f"The number of layers comes from the config of {model_name!r}, which is "
-            "not cached, and the Hugging Face hub cannot be reached."
-        )
-    return shape
+def _lens(
+    origin: Origin,
+    d_in: int,
+    translators: tuple[TunedLensConfig, dict[str, Tensor]] | None,
+) -> LayerLens | None:
+    if translators is None:
+        if not origin.has_lens:
+            return None
+        translators = read_tuned_lens(str(origin.model_name), {})
+    stated, tensors = translators
+    config = LensConfig.from_tuned_lens(stated, origin.hook_names, "reference")
+    lens = LayerLens.from_translators(config, tensors)
+    shape = hooks.ModelShape(origin.n_layers or stated.num_hidden_layers, d_in, None)
+    lens.check_shape(shape, str(origin.model_name))
+    return lens
 
 
 def _config(
     settings: dict[str, Any],
     d_in: int,
     d_sae: int,
-    origin: _Origin,
-    hook_name: str | None,
+    origin: Origin,
+    lens_config: LensConfig | None,
 ) -> dict[str, Any]:
     hook_names = origin.hook_names
-    if hook_name is not None:
-        hook_names = [hook_names[hooks.find_hook(hook_names, hook_name)]]
-    is_of_one_hook = len(hook_names) == 1
-    metadata = {
+    metadata: dict[str, Any] = {
         # Without it, SAELens takes the config for one of its old ones.
         "sae_lens_version": sae_lens_version,
         "model_name": origin.model_name,
@@ -268,13 +235,16 @@ def _config(
         "prepend_bos": False,
         "exclude_special_tokens": settings.get("skip_special_tokens", True),
     }
-    if is_of_one_hook:
-        metadata["hook_name"] = hook_names[0]
-    elif hook_names:
+    is_stock = len(hook_names) == 1 and lens_config is None
+    if hook_names and not is_stock:
         metadata["hook_names"] = hook_names
+    if len(hook_names) == 1:
+        metadata["hook_name"] = hook_names[0]
+    if lens_config is not None:
+        metadata["tuned_lens"] = lens_config.to_dict()
     standardize = settings.get("standardize", True)
     return {
-        "architecture": "topk" if is_of_one_hook else ARCHITECTURE,
+        "architecture": "topk" if is_stock else ARCHITECTURE,
         "d_in": d_in,
         "d_sae": d_sae,
         "k": settings["k"],

@@ -77,6 +77,7 @@ def mlsae_disk_loader(
     cfg_overrides: dict[str, Any] | None = None,
     *,
     model_name: str | None = None,
+    tuned_lens: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Load the published files from a folder: a `converter` of `SAE.load_from_disk`.
 
@@ -90,6 +91,9 @@ def mlsae_disk_loader(
         device: Where the tensors are read to.
         cfg_overrides: Entries of the config that replace what was found.
         model_name: The language model's name for TransformerLens.
+        tuned_lens: For a `-lens` checkpoint: a folder that tuned-lens saved, or a name
+            in its hub space; None: the model's, where the folder's name or the config
+            says that it has one.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -113,6 +117,7 @@ def mlsae_disk_loader(
         device,
         cfg_overrides,
         model_name=model_name,
+        tuned_lens=tuned_lens,
     )
 
 

@@ -12,10 +12,19 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import PAPER_DATA
-from hub_cache import paper_config, paper_tensors, plain_files, put, transformer_files
+from hub_cache import (
+    lens_files,
+    lens_transformer_files,
+    paper_config,
+    paper_tensors,
+    plain_files,
+    put,
+    transformer_files,
+    tuned_lens_files,
+)
 from sae_lens import SAE, TopKSAE
 from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 from sae_lens_multilayer import (
     MultiLayerSAE,
@@ -167,6 +176,142 @@ def test_an_unlisted_repository_loads_with_the_converter(offline_hub, paper):
     assert len(sae.cfg.metadata.hook_names) == 12
     assert_reconstructs(sae, paper["x"], paper["x_hat"])
     assert_reconstructs(one, paper["x"][4], paper["x_hat"][4])
+
+
+# With a tuned lens
+
+
+@pytest.fixture(scope="module")
+def paper_lens_path() -> dict[str, torch.Tensor]:
+    """32 positions of the first prompt at five layers, and their reconstructions.
+
+    Those are taken back by the exact inverse of the paper's lens, in float64, which
+    the paper's own code does not do.
+    """
+    x = load_file(PAPER_DATA / "activations.safetensors")["resid_post"][:, 0, :32]
+    stored = load_file(PAPER_DATA / "lens.safetensors")
+    return {"x": x, "x_hat": stored["recons_true_inverse_head"]}
+
+
+def assert_reconstructs_with_lens(sae: Any, paper, layers):
+    """`layers` are those of the SAE's hooks."""
+    assert type(sae) is MultiLayerSAE
+    names = [HOOK_NAMES[layer] for layer in layers]
+    assert sae.cfg.metadata.hook_names == names
+    assert sae.lens.config.alignment == "reference"
+    for layer in set(layers) & set(range(5)):
+        x, expected = paper["x"][layer], paper["x_hat"][layer]
+        with torch.no_grad():
+            hook = HOOK_NAMES[layer]
+            x_hat = sae.decode(sae.encode(x, hook), hook)
+        torch.testing.assert_close(x_hat, expected, rtol=1e-5, atol=1e-5)
+
+
+LENS_SPACE = "AlignmentResearch/tuned-lens"
+
+
+def put_lens(cache, n_layers=6):
+    folder = "lens/EleutherAI/pythia-70m-deduped"
+    files = {f"{folder}/{k}": v for k, v in tuned_lens_files(n_layers).items()}
+    return put(cache, LENS_SPACE, files, kind="spaces") / folder
+
+
+@pytest.mark.parametrize("variant", ["", "-tfm"])
+def test_a_published_lens_mlsae_carries_its_lens(offline_hub, paper_lens_path, variant):
+    n_layers = 5 if variant else 6
+    files = lens_transformer_files() if variant else lens_files()
+    put(offline_hub, f"{REPOSITORY}-lens{variant}", files)
+    if not variant:
+        put_lens(offline_hub)
+
+    sae: Any = SAE.from_pretrained(RELEASE, f"{SAE_ID}-lens{variant}")
+    one = SAE.from_pretrained(RELEASE, f"{SAE_ID}-lens{variant}/{HOOK_NAMES[3]}")
+
+    assert_reconstructs_with_lens(sae, paper_lens_path, range(n_layers))
+    assert_reconstructs_with_lens(one, paper_lens_path, [3])
+    assert_reconstructs(
+        sae.view(2), paper_lens_path["x"][2], paper_lens_path["x_hat"][2]
+    )
+    assert sae.lens.config.unembed_hash == (None if variant else "88")
+
+
+def test_a_published_single_layer_sae_with_a_lens_carries_it(
+    offline_hub, paper_lens_path
+):
+    sae_id = "x64-k32-lens-layers-3"
+    put(offline_hub, f"tim-lawson/sae-pythia-70m-deduped-{sae_id}", lens_files())
+    put_lens(offline_hub)
+
+    sae = SAE.from_pretrained("sae-pythia-70m-deduped", sae_id)
+
+    assert_reconstructs_with_lens(sae, paper_lens_path, [3])
+
+
+def test_a_saved_lens_mlsae_is_the_same(offline_hub, paper_lens_path, tmp_path):
+    put(offline_hub, f"{REPOSITORY}-lens-tfm", lens_transformer_files())
+    SAE.from_pretrained(RELEASE, f"{SAE_ID}-lens-tfm").save_model(tmp_path / "saved")
+
+    sae = SAE.load_from_disk(tmp_path / "saved")
+
+    assert_reconstructs_with_lens(sae, paper_lens_path, range(5))
+
+
+def test_a_folder_takes_the_lens_that_is_given(offline_hub, paper_lens_path, tmp_path):
+    for file, content in lens_files().items():
+        (tmp_path / file).write_bytes(content)
+    lens = put_lens(offline_hub, n_layers=5)
+    converter = partial(mlsae_disk_loader, tuned_lens=lens)
+
+    sae = SAE.load_from_disk(tmp_path, converter=converter)
+
+    # The model is not known, and the lens says how many layers it has.
+    assert_reconstructs_with_lens(sae, paper_lens_path, range(5))
+
+
+def test_a_lens_that_cannot_be_had_is_an_error(offline_hub):
+    put(offline_hub, f"{REPOSITORY}-lens", lens_files())
+
+    with pytest.raises(ValueError, match="no tuned lens 'EleutherAI/pythia-70m-ded"):
+        SAE.from_pretrained(RELEASE, f"{SAE_ID}-lens")
+
+
+def test_a_lens_of_a_model_of_another_depth_is_an_error(offline_hub):
+    put(offline_hub, f"{REPOSITORY}-lens", lens_files())
+    put_lens(offline_hub, n_layers=7)
+
+    with pytest.raises(ValueError, match=r"for 7 blocks of width 64.*has 6 of"):
+        SAE.from_pretrained(RELEASE, f"{SAE_ID}-lens")
+
+
+def test_a_stored_lens_without_a_tensor_is_an_error(offline_hub):
+    files = lens_transformer_files()
+    tensors = load(files["model.safetensors"])
+    del tensors["lens.layer_translators.2.bias"]
+    put(
+        offline_hub,
+        f"{REPOSITORY}-lens-tfm",
+        {**files, "model.safetensors": save(tensors)},
+    )
+
+    with pytest.raises(ValueError, match=r"missing: \['2.bias'\]"):
+        SAE.from_pretrained(RELEASE, f"{SAE_ID}-lens-tfm")
+
+
+@pytest.mark.parametrize("sae_id", [SAE_ID, f"{SAE_ID}/{HOOK_NAMES[1]}"])
+def test_the_config_alone_says_that_there_is_a_lens(offline_hub, sae_id):
+    put(offline_hub, f"{REPOSITORY}-lens", lens_files())
+    put_lens(offline_hub)
+    sae_id = sae_id.replace(SAE_ID, f"{SAE_ID}-lens")
+
+    cfg = load_sae_config_from_huggingface(RELEASE, sae_id)
+
+    loaded = SAE.from_pretrained(RELEASE, sae_id).cfg.to_dict()
+    # The hash is in the lens' own files only.
+    loaded["metadata"]["tuned_lens"]["unembed_hash"] = None
+    assert cfg["metadata"].items() <= loaded["metadata"].items()
+
+
+# The config, dtype and memory
 
 
 @pytest.mark.parametrize("sae_id", [SAE_ID, f"{SAE_ID}/{HOOK_NAMES[1]}"])

@@ -1,0 +1,124 @@
+"""What a published checkpoint was trained on: its model, hooks, and whether a lens."""
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformer_lens.loading_from_pretrained import (
+    OFFICIAL_MODEL_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (of 2.x, too)
+)
+
+from sae_lens_multilayer import hooks
+from sae_lens_multilayer.lens_config import LensConfig
+from sae_lens_multilayer.releases import PublishedName, nearest, published_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint was trained on."""
+
+    model_name: str | None
+    """The language model; None if nothing names it."""
+    hook_names: list[str]
+    """The hooks; none if the model is not known."""
+    n_layers: int | None
+    """Number of blocks of the model; None if it is not known."""
+    d_in: int | None
+    """The model's width, where it is known without the tensors."""
+    has_lens: bool
+    """Whether the inputs were transformed by the model's tuned lens."""
+
+    def at(self, hook_name: str | None) -> "Origin":
+        """The same for one of the hooks; None: for all.
+
+        Raises:
+            ValueError: If it is not one of the hooks; lists those.
+        """
+        if hook_name is None:
+            return self
+        position = hooks.find_hook(self.hook_names, hook_name)
+        return replace(self, hook_names=[self.hook_names[position]])
+
+    def lens_config(self, d_in: int) -> LensConfig:
+        """The lens, without what only its own files say of it."""
+        assert self.n_layers is not None  # a lens is that of a known model
+        return LensConfig(
+            self.hook_names, self.n_layers, d_in, "reference", self.model_name
+        )
+
+
+def find_origin(
+    settings: dict[str, Any],
+    place: str,
+    n_layers_stored: int | None,
+    model_name: str | None,
+) -> Origin:
+    """Find out on what a checkpoint was trained.
+
+    Args:
+        settings: Its `config.json`, which may name the model and the layers.
+        place: Its repository or folder, whose name may be of the published form.
+        n_layers_stored: Number of blocks, where the tensors beside it tell.
+        model_name: The language model; None: as the settings or the place say.
+
+    Raises:
+        ValueError: If TransformerLens does not know the model, or a layer is not one
+            of its blocks.
+        FileNotFoundError: If the model's own config is needed and cannot be had.
+    """
+    name = _name_in(place)
+    has_lens = bool(settings.get("tuned_lens")) or (name is not None and name.has_lens)
+    named = (settings.get("model_name"), name.model if name else None)
+    stated = [m for m in ((model_name,) if model_name else named) if m]
+    known = next(filter(None, map(published_model, stated)), None)
+    d_in = None
+    if known is not None:
+        model_name, n_layers, d_in = known.name, known.n_layers, known.d_in
+    elif stated and n_layers_stored is None:
+        shape = _shape_of(stated[0])
+        model_name, n_layers, d_in = stated[0], shape.n_layers, shape.d_model
+    else:
+        model_name, n_layers = stated[0] if stated else None, n_layers_stored
+    n_layers = n_layers_stored or n_layers
+    if n_layers is None:
+        logger.warning(
+            "Nothing says on which model the MLSAE at %s was trained, so it knows no "
+            "hooks and has no views. Give the folder the repository's name, or name "
+            "the model: converter=partial(mlsae_disk_loader, model_name=...).",
+            place,
+        )
+        return Origin(None, [], None, None, has_lens)
+    layers = settings.get("layers")
+    if layers is None and name is not None and name.layer is not None:
+        layers = [name.layer]
+    hook_names = hooks.resolve_hook_names(
+        hooks.DEFAULT_HOOK_NAME, None, layers, n_layers, str(model_name)
+    )
+    return Origin(model_name, hook_names, n_layers, d_in, has_lens)
+
+
+def _name_in(place: str) -> PublishedName | None:
+    """The published name in a repository's name or a path, also of the hub's cache."""
+    parts = reversed(re.split("/|--", place))
+    return next(filter(None, map(PublishedName.parse, parts)), None)
+
+
+def _shape_of(model_name: str) -> hooks.ModelShape:
+    try:
+        shape = hooks.shape_of_named_model("HookedTransformer", model_name)
+    except ValueError as error:
+        raise ValueError(
+            f"The MLSAE was trained on {model_name!r}, which is not a model that "
+            f"TransformerLens knows; the nearest are "
+            f"{nearest(model_name, OFFICIAL_MODEL_NAMES)}. Load a folder with "
+            "converter=partial(mlsae_disk_loader, model_name=...)."
+        ) from error
+    if shape is None:
+        raise FileNotFoundError(
+            f"The number of layers comes from the config of {model_name!r}, which is "
+            "not cached, and the Hugging Face hub cannot be reached."
+        )
+    return shape
