@@ -32,7 +32,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup test demo bench lint clean
+.PHONY: help setup neighbours test demo bench lint clean
 
 help:
 	@echo 'make test    run the tests           (TEST_ARGS: for pytest)'
@@ -40,9 +40,14 @@ help:
 	@echo 'make bench   run the benchmarks      (BENCH_ARGS: --small)'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make setup   only set up $(VENV)      (PYTHON: an interpreter, 3.10 to 3.12)'
+	@echo 'make neighbours  add SAEDashboard and sae-bench to $(VENV)'
 	@echo 'make clean   remove $(VENV) and caches'
 
 setup: $(STAMP)
+
+# They are tested with, and never depended on.
+neighbours: $(STAMP)
+	$(RUN) -m pip install $(PIP_ARGS) --no-deps -r examples/neighbours.txt
 
 test: $(STAMP)
 	$(RUN) -m pytest $(TEST_ARGS)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from jaxtyping import Int
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -127,6 +128,18 @@ def english_text(split: Literal["train", "test"]) -> Dataset:
         for document in _documents(f"{heading}\n\n{body}")
     }
     return Dataset.from_dict({"text": sorted(documents, key=_digest)})
+
+
+def held_out_prompts(
+    model: HookedTransformer, n_prompts: int, n_tokens: int = 128
+) -> Int[torch.Tensor, "prompt pos"]:
+    """Prompts of held-out text, each with the token that begins a sequence first."""
+    text = "\n\n".join(english_text("test")["text"])
+    tokens = model.to_tokens(text, prepend_bos=False, truncate=False)[0].cpu()
+    prompts = tokens[: n_prompts * (n_tokens - 1)].view(n_prompts, n_tokens - 1)
+    tokenizer: Any = model.tokenizer
+    start = torch.full((n_prompts, 1), tokenizer.bos_token_id)
+    return torch.cat([start, prompts], dim=1)
 
 
 def _transformer_lens_config(

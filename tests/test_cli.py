@@ -7,8 +7,9 @@ import sys
 import pytest
 import sae_lens.evals
 from conftest import tiny_model
-from hub_cache import plain_files, put
+from published_files import plain_files
 
+from examples.local_hub import put
 from sae_lens_multilayer import cli
 
 

@@ -12,13 +12,12 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import PAPER_DATA
-from hub_cache import (
+from published_files import (
     lens_files,
     lens_transformer_files,
     paper_config,
     paper_tensors,
     plain_files,
-    put,
     transformer_files,
     tuned_lens_files,
 )
@@ -26,6 +25,7 @@ from sae_lens import SAE, TopKSAE
 from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 from safetensors.torch import load, load_file, save
 
+from examples.local_hub import put
 from sae_lens_multilayer import (
     MultiLayerSAE,
     hub,
@@ -198,6 +198,7 @@ def assert_reconstructs_with_lens(sae: Any, paper, layers):
     assert type(sae) is MultiLayerSAE
     names = [HOOK_NAMES[layer] for layer in layers]
     assert sae.cfg.metadata.hook_names == names
+    assert sae.lens is not None
     assert sae.lens.config.alignment == "reference"
     for layer in set(layers) & set(range(5)):
         x, expected = paper["x"][layer], paper["x_hat"][layer]

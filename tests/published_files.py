@@ -1,10 +1,7 @@
-"""Published checkpoints in a local cache, laid out as huggingface_hub does it."""
+"""The files of published checkpoints, made of the paper's data."""
 
-import hashlib
 import io
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,31 +9,8 @@ from conftest import PAPER_DATA
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-_COMMIT = "0" * 40
 _LENS_MLSAE = "lens_mlsae.safetensors"
 _AUTOENCODER = ("encoder.weight", "decoder.weight", "pre_encoder_bias")
-
-
-def put(
-    cache: Path, repository: str, files: dict[str, bytes], kind: str = "models"
-) -> Path:
-    """Put files into the cache as a download of a repository would.
-
-    Returns:
-        The folder of the snapshot.
-    """
-    folder = cache / f"{kind}--{repository.replace('/', '--')}"
-    snapshot = folder / "snapshots" / _COMMIT
-    for name, content in files.items():
-        blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
-        link = snapshot / name
-        for path in (blob, link):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        blob.write_bytes(content)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    (folder / "refs").mkdir(exist_ok=True)
-    (folder / "refs" / "main").write_text(_COMMIT)
-    return snapshot
 
 
 def paper_tensors(source: str = "plain.safetensors") -> dict[str, Tensor]:

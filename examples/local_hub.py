@@ -1,0 +1,90 @@
+"""A stand-in for the Hugging Face hub, in a folder laid out like the hub's cache.
+
+What `upload_saes_to_huggingface` sends arrives in the folder, where huggingface_hub
+finds it as if it had been downloaded. Without it, the same calls reach the real hub.
+"""
+
+import fnmatch
+import hashlib
+import os
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from huggingface_hub import constants
+from sae_lens.training import upload_saes_to_huggingface as host
+
+_COMMIT = "0" * 40
+
+
+@contextmanager
+def local_hub(cache: Path) -> Generator[Path, None, None]:
+    """Send uploads to a folder and read downloads from it, without a network."""
+    api = _LocalApi(cache)
+    with (
+        mock.patch.object(constants, "HF_HUB_CACHE", str(cache)),
+        mock.patch.object(constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(host, "HfApi", return_value=api),
+        mock.patch.object(host, "_repo_file_exists", api.has),
+    ):
+        yield cache
+
+
+def put(
+    cache: Path, repository: str, files: dict[str, bytes], kind: str = "models"
+) -> Path:
+    """Put files into a cache as a download of a repository would.
+
+    Returns:
+        The folder of the snapshot.
+    """
+    folder = cache / f"{kind}--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / _COMMIT
+    for name, content in files.items():
+        blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+        link = snapshot / name
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(_COMMIT)
+    return snapshot
+
+
+class _LocalApi:
+    """The part of `HfApi` that SAELens uploads with."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def repo_info(self, repo_id: str) -> None:
+        """Every repository is there."""
+
+    def has(self, repo_id: str, filename: str, revision: str) -> bool:
+        del revision
+        folder = self.cache / f"models--{repo_id.replace('/', '--')}"
+        return (folder / "snapshots" / _COMMIT / filename).exists()
+
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        folder_path: Path,
+        path_in_repo: str,
+        allow_patterns: Sequence[str],
+        **_: Any,
+    ) -> None:
+        files = {
+            f"{path_in_repo}/{path.name}": path.read_bytes()
+            for path in Path(folder_path).iterdir()
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns)
+        }
+        put(self.cache, repo_id, files)
+
+    def upload_file(
+        self, *, repo_id: str, path_or_fileobj: Any, path_in_repo: str, **_: Any
+    ) -> None:
+        put(self.cache, repo_id, {path_in_repo: path_or_fileobj.read()})
