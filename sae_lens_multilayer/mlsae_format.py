@@ -76,19 +76,28 @@ def load(
         if n_layers is None and translators is not None:
             n_layers = translators[0].num_hidden_layers
         origin = find_origin(settings, place, n_layers, model_name).at(hook_name)
-        encoder, decoder, bias = (file.get_tensor(prefix + name) for name in _TENSORS)
         translators = translators or _stored_translators(file, names, origin, d_in)
-    lens = _lens(origin, d_in, translators)
+        lens = _lens(origin, d_in, translators)
+        tensors = _read_tensors(file, prefix)
     cfg = _config(settings, d_in, d_sae, origin, lens and lens.config)
-    dtype = str(encoder.dtype).removeprefix("torch.")
+    dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
     cfg.update({"dtype": dtype, "device": device, **(overrides or {})})
-    tensors = {"W_enc": encoder.T, "W_dec": decoder.T.contiguous(), "b_dec": bias}
     if cfg["architecture"] != ARCHITECTURE:
-        tensors["W_enc"] = encoder.T.contiguous()
-        tensors["b_enc"] = bias.new_zeros(d_sae)
+        tensors["W_enc"] = tensors["W_enc"].contiguous()
+        tensors["b_enc"] = tensors["b_dec"].new_zeros(d_sae)
     if lens is not None:
         tensors.update(lens.to(device).state_dict(prefix=LENS_PREFIX))
     return cfg, _checked(tensors, str_to_dtype(cfg["dtype"]), weights_path)
+
+
+def _read_tensors(file: Any, prefix: str) -> dict[str, Tensor]:
+    """SAELens' tensors; in `W_enc` one latent's weights lie together in memory."""
+    encoder, decoder, bias = (prefix + name for name in _TENSORS)
+    return {
+        "W_enc": file.get_tensor(encoder).T,
+        "W_dec": file.get_tensor(decoder).T.contiguous(),
+        "b_dec": file.get_tensor(bias),
+    }
 
 
 def load_config(
@@ -258,7 +267,9 @@ def _checked(
     tensors: dict[str, Tensor], dtype: torch.dtype, path: Path
 ) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        # Unlike `isfinite` of all, this takes no memory; NaN is passed on.
+        extremes = torch.stack(tensor.aminmax())
+        if not tensor.is_floating_point() or not extremes.isfinite().all():
             raise ValueError(
                 f"{path} must hold finite floating-point numbers; {name} has the dtype "
                 f"{tensor.dtype}, or NaN or infinite values."
