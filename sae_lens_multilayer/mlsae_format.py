@@ -5,6 +5,7 @@ autoencoder's tensors are.
 """
 
 import json
+import logging
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from sae_lens_multilayer.lens_config import LensConfig
 from sae_lens_multilayer.lens_files import read_tuned_lens
 from sae_lens_multilayer.published_origin import Origin, find_origin
 from sae_lens_multilayer.sae_config import ARCHITECTURE
+
+logger = logging.getLogger(__name__)
 
 _TENSORS = ("encoder.weight", "decoder.weight", "pre_encoder_bias")
 _BESIDE_TRANSFORMER = "autoencoder."
@@ -76,6 +79,14 @@ def load(
         if n_layers is None and translators is not None:
             n_layers = translators[0].num_hidden_layers
         origin = find_origin(settings, place, n_layers, model_name).at(hook_name)
+        if origin.d_in not in (None, d_in):
+            logger.warning(
+                "The MLSAE at %s is for vectors of width %d, and those of %s have %d.",
+                place,
+                d_in,
+                origin.model_name,
+                origin.d_in,
+            )
         translators = translators or _stored_translators(file, names, origin, d_in)
         lens = _lens(origin, d_in, translators)
         tensors = _read_tensors(file, prefix)

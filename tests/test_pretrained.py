@@ -401,6 +401,12 @@ def test_a_folder_that_does_not_say_its_model_loads_without_hooks(
         sae.views()
 
 
+def test_a_model_of_another_width_is_warned_of(published, caplog):
+    SAE.from_pretrained(RELEASE, SAE_ID)
+
+    assert "vectors of width 64, and those of EleutherAI/pythia-70m" in caplog.text
+
+
 def test_a_folder_of_one_layer_is_a_stock_sae(tmp_path, paper):
     folder = tmp_path / "sae-pythia-70m-deduped-x64-k32-layers-3"
     folder.mkdir()
