@@ -7,6 +7,7 @@ from typing import Any
 
 from transformer_lens.loading_from_pretrained import (
     OFFICIAL_MODEL_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (of 2.x, too)
+    get_official_model_name,
 )
 
 from sae_lens_multilayer import hooks
@@ -73,23 +74,16 @@ def find_origin(
     has_lens = bool(settings.get("tuned_lens")) or (name is not None and name.has_lens)
     named = (settings.get("model_name"), name.model if name else None)
     stated = [m for m in ((model_name,) if model_name else named) if m]
-    known = next(filter(None, map(published_model, stated)), None)
-    d_in = None
-    if known is not None:
-        model_name, n_layers, d_in = known.name, known.n_layers, known.d_in
-    elif stated and n_layers_stored is None:
-        shape = _shape_of(stated[0])
-        model_name, n_layers, d_in = stated[0], shape.n_layers, shape.d_model
-    else:
-        model_name, n_layers = stated[0] if stated else None, n_layers_stored
-    n_layers = n_layers_stored or n_layers
+    model_name, n_layers, d_in = _model(stated, n_layers_stored)
     if n_layers is None:
-        logger.warning(
-            "Nothing says on which model the MLSAE at %s was trained, so it knows no "
-            "hooks and has no views. Give the folder the repository's name, or name "
-            "the model: converter=partial(mlsae_disk_loader, model_name=...).",
-            place,
+        problem = (
+            f"Nothing says on which model the MLSAE at {place} was trained, so it "
+            "knows no hooks and has no views. Give the folder the repository's name, "
+            "or name the model: converter=partial(mlsae_disk_loader, model_name=...)."
         )
+        if has_lens:
+            raise ValueError(problem)
+        logger.warning("%s", problem)
         return Origin(None, [], None, None, has_lens)
     layers = settings.get("layers")
     if layers is None and name is not None and name.layer is not None:
@@ -98,6 +92,29 @@ def find_origin(
         hooks.DEFAULT_HOOK_NAME, None, layers, n_layers, str(model_name)
     )
     return Origin(model_name, hook_names, n_layers, d_in, has_lens)
+
+
+def _model(
+    stated: list[str], n_layers_stored: int | None
+) -> tuple[str | None, int | None, int | None]:
+    """The model's name, number of blocks and width, as far as they are known."""
+    known = next(filter(None, map(published_model, stated)), None)
+    if known is not None:
+        return known.name, n_layers_stored or known.n_layers, known.d_in
+    if not stated:
+        return None, n_layers_stored, None
+    if n_layers_stored is None:
+        shape = _shape_of(stated[0])
+        return stated[0], shape.n_layers, shape.d_model
+    try:
+        get_official_model_name(stated[0])
+    except ValueError:
+        logger.warning(
+            "TransformerLens does not know the model %r, so SAELens' tools cannot load "
+            "it by the name in `cfg.metadata.model_name`.",
+            stated[0],
+        )
+    return stated[0], n_layers_stored, None
 
 
 def _name_in(place: str) -> PublishedName | None:

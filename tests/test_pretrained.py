@@ -401,6 +401,29 @@ def test_a_folder_that_does_not_say_its_model_loads_without_hooks(
         sae.views()
 
 
+def test_a_lens_of_a_model_that_nothing_names_is_an_error(tmp_path):
+    for file, content in lens_files().items():
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / "config.json").write_bytes(paper_config("mlsae", tuned_lens=True))
+
+    with pytest.raises(ValueError, match="Nothing says on which model"):
+        SAE.load_from_disk(tmp_path, converter=mlsae_disk_loader)
+
+
+def test_a_transformer_that_transformerlens_does_not_know_is_warned_of(
+    tmp_path, caplog
+):
+    for file, content in transformer_files().items():
+        (tmp_path / file).write_bytes(content)
+
+    sae = SAE.load_from_disk(tmp_path, converter=mlsae_disk_loader)
+
+    # The paper's tiny model, in a folder of this name.
+    assert sae.cfg.metadata.model_name == "model"
+    assert sae.cfg.metadata.hook_names == HOOK_NAMES[:5]
+    assert "TransformerLens does not know the model 'model'" in caplog.text
+
+
 def test_a_model_of_another_width_is_warned_of(published, caplog):
     SAE.from_pretrained(RELEASE, SAE_ID)
 
