@@ -1,12 +1,15 @@
 """Loads published checkpoints, from the hub or from a folder, as SAELens' loaders do.
 
 `SAE.from_pretrained` finds the hub's loader by its name, under which `_registration`
-enters it; a folder needs `SAE.load_from_disk(folder, converter=mlsae_disk_loader)`.
+enters it. A folder needs `MultiLayerSAE.load_from_disk(folder)`, or the same of any
+SAELens class with `converter=mlsae_disk_loader`.
 """
 
 from pathlib import Path
 from typing import Any
 
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from torch import Tensor
 
 from sae_lens_multilayer import mlsae_format as mlsae
@@ -119,6 +122,18 @@ def mlsae_disk_loader(
         model_name=model_name,
         tuned_lens=tuned_lens,
     )
+
+
+def own_or_mlsae_disk_loader(
+    path: str | Path,
+    device: str = "cpu",
+    cfg_overrides: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`mlsae_disk_loader` for the published files, SAELens' own loader for its own."""
+    is_published = (Path(path) / _CONFIG).is_file()
+    is_own = (Path(path) / SAE_CFG_FILENAME).is_file()
+    load = mlsae_disk_loader if is_published and not is_own else sae_lens_disk_loader
+    return load(path, device, cfg_overrides)
 
 
 def _place(repo_id: str, folder_name: str) -> tuple[str, str | None]:

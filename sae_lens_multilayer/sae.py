@@ -1,6 +1,8 @@
 """The multi-layer SAE: one TopK SAE for the residual-stream vectors of all layers."""
 
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ from typing_extensions import override
 
 from sae_lens_multilayer.lens_carrier import LensCarrier
 from sae_lens_multilayer.normalization import CopyableLayerNorm
+from sae_lens_multilayer.pretrained import own_or_mlsae_disk_loader
 from sae_lens_multilayer.sae_config import (
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
@@ -213,6 +216,23 @@ class MultiLayerSAE(_MultiLayerWeights[MultiLayerSAEConfig]):
     References:
         Lawson et al. (2025), arXiv:2409.04185, section 3.
     """
+
+    @override
+    @classmethod
+    def load_from_disk(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: str | None = None,
+        converter: Callable[..., Any] = own_or_mlsae_disk_loader,
+        fold_W_dec_norm: bool = False,
+    ) -> "MultiLayerSAE":
+        """Load a folder that SAELens saved, or the published files of an MLSAE.
+
+        Raises:
+            FileNotFoundError, ValueError: As `mlsae_disk_loader`.
+        """
+        return super().load_from_disk(path, device, dtype, converter, fold_W_dec_norm)
 
 
 class MultiLayerTrainingSAE(

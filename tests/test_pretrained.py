@@ -387,6 +387,21 @@ def test_a_downloaded_folder_loads(published, paper, tmp_path, name):
     assert_reconstructs(sae, paper["x"], paper["x_hat"])
 
 
+def test_our_class_takes_the_published_files_and_saelens_own(tmp_path, paper):
+    folder = tmp_path / "mlsae-pythia-70m-deduped-x64-k32"
+    folder.mkdir()
+    for file, content in plain_files().items():
+        (folder / file).write_bytes(content)
+
+    published = MultiLayerSAE.load_from_disk(folder)
+    published.save_model(tmp_path / "saved")
+    saved = MultiLayerSAE.load_from_disk(str(tmp_path / "saved"), dtype="float64")
+
+    assert_reconstructs(published, paper["x"], paper["x_hat"])
+    assert saved.W_dec.dtype == torch.float64
+    assert saved.cfg.metadata.hook_names == HOOK_NAMES
+
+
 def test_a_folder_that_does_not_say_its_model_loads_without_hooks(
     tmp_path, paper, caplog
 ):
