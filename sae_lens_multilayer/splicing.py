@@ -127,11 +127,13 @@ class ResidualSplicer:
         self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
     ) -> Iterator[tuple[Run, Mapping[int, Run]]]:
         """All runs of a batch at once."""
-        clean: Tensor = self._model(tokens, stop_at_layer=0)
+        # The mask is of padding on the left, which the blocks cannot see otherwise.
+        clean, _, _, mask = self._model.input_to_embed(tokens)
         streams: dict[int, Tensor] = {}
         for depth in range(self._model.cfg.n_layers + 1):
             if depth > 0:
-                clean, *edited = self._step([clean, *streams.values()], depth - 1)
+                before = [clean, *streams.values()]
+                clean, *edited = self._step(before, depth - 1, mask)
                 streams = dict(zip(streams, edited, strict=True))
             for hook in self._hooks_at.get(depth, []):
                 for i, edit in enumerate(edits):
@@ -142,11 +144,26 @@ class ResidualSplicer:
         runs = {i: _Residual(self._model, stream) for i, stream in streams.items()}
         yield _Residual(self._model, clean), runs
 
-    def _step(self, streams: list[Tensor], block: int) -> list[Tensor]:
-        """Pass several batches through a block as one."""
+    def _step(
+        self,
+        streams: list[Float[Tensor, "_ pos d_model"]],
+        block: int,
+        mask: Int[Tensor, "prompt pos"] | None,
+    ) -> list[Float[Tensor, "_ pos d_model"]]:
+        """Pass several batches of the first prompts or all through a block as one."""
+        parts = torch.cat(streams).split(self._max_prompts)
+        masks: Sequence[Tensor | None] = [None] * len(parts)
+        if mask is not None:
+            mask_of_each = torch.cat([mask[: len(stream)] for stream in streams])
+            masks = mask_of_each.split(self._max_prompts)
         after = [
-            self._model(part, start_at_layer=block, stop_at_layer=block + 1)
-            for part in torch.cat(streams).split(self._max_prompts)
+            self._model(
+                part,
+                start_at_layer=block,
+                stop_at_layer=block + 1,
+                attention_mask=part_mask,
+            )
+            for part, part_mask in zip(parts, masks, strict=True)
         ]
         return list(torch.cat(after).split([len(stream) for stream in streams]))
 

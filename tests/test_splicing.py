@@ -184,6 +184,29 @@ class TestOneResult:
         assert_same(fast.to_dataframe(), slow.to_dataframe(), atol=1e-5)
         assert fast.together == pytest.approx(slow.together, abs=1e-5)
 
+    @pytest.mark.parametrize("positions", ["standard", "rotary"])
+    def test_padding_on_the_left_is_masked_in_every_block(
+        self, tokenizer, tokens, positions, monkeypatch
+    ):
+        # Authority: each prompt alone and without padding.
+        changes = {"positional_embedding_type": positions, "rotary_dim": 8}
+        model = tiny_model(tokenizer, n_layers=4, **changes)
+        monkeypatch.setattr(model.tokenizer, "padding_side", "left")
+        pad = model.tokenizer.pad_token_id
+        sae, tokens = random_sae(), tokens.masked_fill(tokens == pad, pad + 1)[:3]
+        padded = tokens.clone()
+        padded[0, :5] = pad
+        for from_middle in (None, False):
+            metrics = evaluate(
+                sae, model, padded, exclude_tokens=[pad], from_middle=from_middle
+            )
+            alone = [evaluate(sae, model, tokens[:1, 5:], from_middle=False)]
+            alone += [evaluate(sae, model, tokens[1:], from_middle=False)]
+            one, two = (m.to_dataframe() for m in alone)
+            columns = ["ce_loss_clean", "ce_loss_spliced", "ce_loss_ablated"]
+            expected = (10 * one + 30 * two)[columns] / 40  # by predicted tokens
+            assert_same(metrics.to_dataframe()[columns], expected, atol=1e-5)
+
     def test_other_hooks_take_whole_passes(self, model, tokens):
         sae = random_sae([f"blocks.{i}.hook_mlp_out" for i in range(4)])
         assert evaluate(sae, model, tokens).to_dataframe()["kl_div"].gt(0).all()
