@@ -1,8 +1,11 @@
 """The fast path: parity with the definition, the certificate, and statistics."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -510,18 +513,68 @@ def test_the_kernel_takes_no_memory_of_another_kind():
             native.largest_positive(h, 2)
 
 
-def test_without_a_compiler_everything_works(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    h = torch.randn(3, 100)
-    for compiler, level in [("/no/such/compiler", "WARNING"), ("false", "WARNING")]:
-        monkeypatch.setenv("CXX", compiler)
-        native._kernel.cache_clear()
-        assert not native.is_available(h)
-        assert [record.levelname for record in caplog.records] == [level]
-        caplog.clear()
-        torch.testing.assert_close(select_topk(h, 3)[0].sum(1), h.topk(3)[0].sum(1))
-    assert list(tmp_path.rglob("*.so")) == []
+@pytest.fixture
+def kernel_anew() -> Iterator[None]:
+    """Forget the kernel that was loaded, before and after."""
     native._kernel.cache_clear()
+    yield
+    native._kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("kernel_anew")
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
+def test_without_a_compiler_everything_works(compiler, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    h = torch.randn(3, 100)
+    torch.testing.assert_close(select_topk(h, 3)[0].sum(1), h.topk(3)[0].sum(1))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+@needs_kernel
+@pytest.mark.usefixtures("kernel_anew")
+def test_without_a_home_folder_everything_works(monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    assert not native.is_available(torch.empty(0))
+    assert "no home" in caplog.text
+
+
+@needs_kernel
+@pytest.mark.usefixtures("kernel_anew")
+def test_a_torn_library_is_compiled_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    assert compiler is not None
+    library = native._compiled(compiler)
+    library.write_bytes(b"")
+    assert native.is_available(torch.empty(0))
+    assert library.stat().st_size > 0
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_vectors_in_any_order_of_memory(certified):
+    z, (W_enc, _, b_dec) = make_case(300, 2, 16, 600, torch.float32)
+    expected = encode_topk(z, W_enc, b_dec, 3, certified=certified)
+    strided = z.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for standardize_inputs in (False, True):
+        acts = encode_topk(
+            strided,
+            W_enc,
+            b_dec,
+            3,
+            certified=certified,
+            standardize_inputs=standardize_inputs,
+        )
+    torch.testing.assert_close(acts.values.sum(-1), expected.values.sum(-1))
+
+
+@pytest.mark.parametrize("certify", CERTIFY)
+def test_numbers_whose_squares_vanish_prove_nothing(certify):
+    rows, v = 1e-20 * torch.randn(1024, 64), 1e-20 * torch.randn(100, 64)
+    h, errors = CertifiedEncoder(rows, 4, max_rows=100)._approximate(v)
+    assert not certify(h, errors, v, rows, 4)[2].any()
 
 
 def dense_acts(acts: TopKActs, d_sae: int) -> Tensor:

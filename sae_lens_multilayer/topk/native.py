@@ -140,12 +140,18 @@ def _kernel() -> ctypes.CDLL | None:
         logger.info("No C++ compiler was found: PyTorch selects the largest latents.")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+        library = _compiled(compiler)
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            library.unlink()  # it is torn, and will be compiled anew
+            return ctypes.CDLL(str(_compiled(compiler)))
+    # A RuntimeError says that there is no home folder.
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or ""
         logger.warning(
-            "The C++ kernel could not be compiled and PyTorch is used instead, which "
-            "is slower: %s\n%s",
+            "The C++ kernel could not be compiled and loaded, and PyTorch is used "
+            "instead, which is slower: %s\n%s",
             error,
             output,
         )

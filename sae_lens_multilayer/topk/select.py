@@ -4,6 +4,7 @@
 candidates from a bfloat16 product and proves, row by row, that nothing was missed.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -300,13 +301,17 @@ def _product(
 def _round_rows(
     x: Float[Tensor, "row d_in"],
 ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """`native.round_rows`, in PyTorch where there is no kernel."""
+    """Rows in bfloat16, and at least their norms and those of the rounding errors."""
+    # The most that squares too small for float32 can take from a norm.
+    lost = math.sqrt(x.shape[1]) * 2**-63
     if native.is_available(x):
-        return native.round_rows(x)
+        rounded, norms, errors = native.round_rows(x)
+        return rounded, norms + lost, errors + lost
     rounded = x.to(torch.bfloat16)
     parts = zip(row_chunks(x), row_chunks(rounded), strict=True)
     errors = [torch.linalg.vector_norm(part - near, dim=1) for part, near in parts]
-    return rounded, torch.linalg.vector_norm(x, dim=1), torch.cat(errors)
+    norms = torch.linalg.vector_norm(x, dim=1)
+    return rounded, norms + lost, torch.cat(errors) + lost
 
 
 def _concatenate(parts: list[Selection]) -> Selection:

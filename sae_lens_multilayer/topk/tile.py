@@ -15,12 +15,13 @@ _CHUNK_ELEMENTS = 2**17
 
 @dataclass
 class Tile:
-    """Vectors, centred and standardised; `v` is what the encoder multiplies."""
+    """Vectors, centred and standardised."""
 
     centred: Float[Tensor, "act d_in"]
     mean: Float[Tensor, "act 1"]
     std: Float[Tensor, "act 1"]
     v: Float[Tensor, "act d_in"]
+    """What the encoder multiplies; contiguous, whatever the vectors were."""
 
 
 def make_tile(
@@ -34,12 +35,13 @@ def make_tile(
     """
     if not standardize_inputs:
         ones = z.new_ones(len(z), 1)
-        return Tile(z, torch.zeros_like(ones), ones, z - b_dec)
+        return Tile(z, torch.zeros_like(ones), ones, (z - b_dec).contiguous())
     mean = z.mean(dim=1, keepdim=True)
     centred = z - mean
     norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
     std = norm / math.sqrt(z.shape[1] - 1)
-    return Tile(centred, mean, std, torch.div(centred, std + STANDARDIZE_EPS) - b_dec)
+    v = torch.div(centred, std + STANDARDIZE_EPS) - b_dec
+    return Tile(centred, mean, std, v.contiguous())
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
