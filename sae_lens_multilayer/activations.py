@@ -18,6 +18,7 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.buffer import ShuffleBuffer
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.local_datasets import resolve_dataset
+from sae_lens_multilayer.prompts import next_rows
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,9 @@ class MultiLayerActivationsStore(ActivationsStore):
         while buffer.n_free >= self.tokens_per_model_batch:
             if self._has_enough(buffer.n_filled) or self._epoch_has_ended:
                 break
-            tokens, self._epoch_has_ended = self._next_prompts()
+            tokens, self._epoch_has_ended = next_rows(
+                self, self.store_batch_size_prompts
+            )
             if tokens is not None:
                 self._harvest(tokens, buffer)
             if self._epoch_has_ended:
@@ -223,17 +226,6 @@ class MultiLayerActivationsStore(ActivationsStore):
                 "`train_batch_size_tokens` or a shorter `context_size`."
             )
         logger.info("The dataset has ended; a new epoch begins.")
-
-    def _next_prompts(self) -> tuple[Int[Tensor, "prompt pos"] | None, bool]:
-        """Up to `store_batch_size_prompts` rows, and whether the dataset has ended."""
-        rows: list[Tensor] = []
-        ended = False
-        while len(rows) < self.store_batch_size_prompts and not ended:
-            try:
-                rows.append(self.get_batch_tokens(1, raise_at_epoch_end=True))
-            except StopIteration:
-                ended = True
-        return (torch.cat(rows) if rows else None), ended
 
     @torch.no_grad()
     def _harvest(

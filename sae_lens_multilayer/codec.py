@@ -46,6 +46,17 @@ class Codec:
             self.saes = list(sae)
             self._sums = [_no_sums(one, 1) for one in sae]
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of the vectors that the SAE of each hook takes."""
+        widths = [sae.cfg.d_in for sae in self.saes]
+        return dict(zip(self.hook_names, widths, strict=True))
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model that the SAEs were trained on."""
+        return str(self.saes[0].cfg.metadata.model_name)
+
     def reconstruct(
         self,
         hook: int,

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.activations import one_vector_per_position
 from sae_lens_multilayer.codec import Codec
+from sae_lens_multilayer.forward import check_model, hook_vectors
 from sae_lens_multilayer.lens_carrier import lens_of
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
 from sae_lens_multilayer.prompts import take_prompts
@@ -147,7 +147,9 @@ def evaluate(
     _check_model(codec, model)
     hooks_together = _find_hooks(codec.hook_names, together)
     splicer = make_splicer(model, codec.hook_names, _PROMPTS_PER_BLOCK, from_middle)
-    prompts = take_prompts(codec, model, tokens, n_prompts, batch_size_prompts)
+    prompts = take_prompts(
+        model, codec.model_name, tokens, n_prompts, batch_size_prompts
+    )
     _check_positions(keep_positions, prompts.shape[1])
     evaluation = _Evaluation(
         codec,
@@ -196,21 +198,16 @@ def reconstruction_metrics(
     codec = Codec(sae)
     _check_model(codec, model)
     own_names = hooks.model_hook_names(model, codec.hook_names)
-    prompts = take_prompts(codec, model, tokens, n_prompts, batch_size_prompts)
+    heads = [one.cfg.metadata.hook_head_index for one in codec.saes]
+    prompts = take_prompts(
+        model, codec.model_name, tokens, n_prompts, batch_size_prompts
+    )
     excluded = _Positions(exclude_tokens)
     for batch in tqdm(
         prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
     ):
-        _, cache = model.run_with_cache(
-            batch.to(hooks.device_of_model(model)),
-            names_filter=own_names,
-            stop_at_layer=hooks.stop_at_layer(own_names),
-            prepend_bos=False,
-        )
         counted = ~excluded.of(batch)
-        for hook, name in enumerate(own_names):
-            head_index = codec.saes[hook].cfg.metadata.hook_head_index
-            x = one_vector_per_position(cache[name], head_index)
+        for hook, x in enumerate(hook_vectors(model, own_names, heads, batch)):
             codec.reconstruct(hook, x, counted)
     return codec.compute()
 
@@ -345,16 +342,7 @@ class _Evaluation:
 
 
 def _check_model(codec: Codec, model: Any) -> None:
-    attached = getattr(model, "acts_to_saes", None)
-    if attached:
-        raise ValueError(
-            "The model must have no SAEs attached, as its own run is what is measured "
-            f"and compared with; it has them at {list(attached)}. Detach them with "
-            "`model.reset_saes()`."
-        )
-    shape = hooks.shape_of_model(model)
-    for name, sae in zip(codec.hook_names, codec.saes, strict=True):
-        hooks.check_width([name], sae.cfg.d_in, shape)
+    check_model(model, codec.widths)
     # The lenses of several views are parts of one.
     lenses = {
         lens.config.unembed_hash: lens

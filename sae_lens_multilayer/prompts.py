@@ -1,19 +1,22 @@
 """The prompts that an SAE is measured on."""
 
-from typing import Any
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import IO, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.codec import Codec
 
 
 def take_prompts(
-    codec: Codec,
     model: Any,
+    model_name: str,
     tokens: object,
     n_prompts: int | None,
     batch_size_prompts: int,
@@ -21,8 +24,8 @@ def take_prompts(
     """The prompts to measure on, once they and their numbers are known to be good.
 
     Args:
-        codec: The SAEs, for the name of their model in messages.
         model: The model that will run them.
+        model_name: For messages.
         tokens: Prompts, or a store to take them from.
         n_prompts: Prompts to take from a store; None: one model batch of it.
         batch_size_prompts: Checked only.
@@ -30,22 +33,126 @@ def take_prompts(
     Raises:
         ValueError: If the prompts are not what the model can run, or too few.
     """
+    _check_numbers(tokens, n_prompts, batch_size_prompts)
+    if isinstance(tokens, ActivationsStore):
+        tokens = _take_from_store(tokens, n_prompts)
+    return _check_prompts(model, model_name, tokens)
+
+
+class PromptBatches:
+    """Prompts in batches, so that those of a store need not fit into memory.
+
+    Iterating again gives the same prompts, where `repeatable`: those of a store wait in
+    a temporary file.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        model_name: str,
+        tokens: object,
+        n_prompts: int | None = None,
+        batch_size_prompts: int = 8,
+        repeatable: bool = False,
+    ) -> None:
+        """Check what can be known before the first prompt of a store is read.
+
+        Args:
+            model: The model that will run them.
+            model_name: For messages.
+            tokens: Prompts, or a store to take them from.
+            n_prompts: Prompts to take from a store; None: one model batch of it. Where
+                its dataset ends before, there are fewer, with a warning.
+            batch_size_prompts: Prompts in a batch; the last one may have fewer.
+
+        Raises:
+            ValueError: If the prompts are not what the model can run.
+        """
+        _check_numbers(tokens, n_prompts, batch_size_prompts)
+        self._model, self._model_name = model, model_name
+        self._batch_size = batch_size_prompts
+        if isinstance(tokens, ActivationsStore):
+            self._source: Tensor | ActivationsStore = tokens
+            self._n_prompts = n_prompts or tokens.store_batch_size_prompts
+        else:
+            self._source = _check_prompts(model, model_name, tokens)
+            self._n_prompts = len(self._source)
+        self._repeatable = repeatable
+        self._file: IO[bytes] | None = None
+        self._n_in_file = 0
+
+    def __len__(self) -> int:
+        """Batches, if a store's dataset does not end before."""
+        return -(-self._n_prompts // self._batch_size)
+
+    def __iter__(self) -> Iterator[Int[Tensor, "prompt pos"]]:
+        if isinstance(self._source, Tensor):
+            yield from self._source.split(self._batch_size)
+        elif self._file is not None:
+            self._file.seek(0)
+            for _ in range(self._n_in_file):
+                yield torch.from_numpy(np.load(self._file, allow_pickle=False))
+        else:
+            yield from self._read(self._source)
+
+    def _read(self, store: ActivationsStore) -> Iterator[Int[Tensor, "prompt pos"]]:
+        if self._repeatable:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (kept for later)
+        n_read, ended = 0, False
+        while n_read < self._n_prompts and not ended:
+            n_wanted = min(self._batch_size, self._n_prompts - n_read)
+            rows, ended = next_rows(store, n_wanted)
+            if rows is None:
+                break
+            batch = _check_prompts(self._model, self._model_name, rows).cpu()
+            n_read += len(batch)
+            if self._file is not None:
+                np.save(self._file, batch.numpy())
+                self._n_in_file += 1
+            yield batch
+        if n_read < self._n_prompts:
+            warnings.warn(
+                f"The store's dataset ended after {n_read} of the {self._n_prompts} "
+                "prompts that were asked for; the result is of those.",
+                stacklevel=2,
+            )
+
+
+def next_rows(
+    store: ActivationsStore, n_rows: int
+) -> tuple[Int[Tensor, "prompt pos"] | None, bool]:
+    """Up to `n_rows` prompts of a store's dataset, and whether it has ended."""
+    rows: list[Tensor] = []
+    try:
+        while len(rows) < n_rows:
+            # A larger batch that the epoch cuts short would be lost, and its size too.
+            rows.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
+    except StopIteration:
+        return (torch.cat(rows) if rows else None), True
+    return torch.cat(rows), False
+
+
+def _check_numbers(
+    tokens: object, n_prompts: int | None, batch_size_prompts: int
+) -> None:
     for name, number in [
         ("n_prompts", n_prompts),
         ("batch_size_prompts", batch_size_prompts),
     ]:
         if number is not None and number < 1:
             raise ValueError(f"`{name}` must be at least 1; got {number}.")
-    if isinstance(tokens, ActivationsStore):
-        tokens = _take_from_store(tokens, n_prompts)
-    elif n_prompts is not None:
+    if n_prompts is not None and not isinstance(tokens, ActivationsStore):
         raise ValueError(
             "`n_prompts` says how many prompts to take from a store; the tokens were "
             "given. Leave it out, or give a store."
         )
+
+
+def _check_prompts(
+    model: Any, model_name: str, tokens: object
+) -> Int[Tensor, "prompt pos"]:
     prompts = _check_tokens(tokens)
     hooks.check_token_ids(model, prompts)
-    model_name = str(codec.saes[0].cfg.metadata.model_name)
     shape = hooks.shape_of_model(model)
     hooks.check_context_size(prompts.shape[1], shape, model_name)
     return prompts
@@ -55,18 +162,15 @@ def _take_from_store(
     store: ActivationsStore, n_prompts: int | None
 ) -> Int[Tensor, "prompt pos"]:
     n_wanted = store.store_batch_size_prompts if n_prompts is None else n_prompts
-    prompts: list[Tensor] = []
-    try:
-        while len(prompts) < n_wanted:
-            # A larger batch that the epoch cuts short would be lost, and its size too.
-            prompts.append(store.get_batch_tokens(1, raise_at_epoch_end=True))
-    except StopIteration:
+    prompts, ended = next_rows(store, n_wanted)
+    if prompts is None or ended:
+        n_left = 0 if prompts is None else len(prompts)
         raise ValueError(
-            f"`n_prompts` must be at most {len(prompts)}, the prompts left in the "
+            f"`n_prompts` must be at most {n_left}, the prompts left in the "
             f"store before its dataset repeats; got {n_wanted}. The store is at the "
             "start of its dataset again."
-        ) from None
-    return torch.cat(prompts)
+        )
+    return prompts
 
 
 def _check_tokens(tokens: object) -> Int[Tensor, "prompt pos"]:
