@@ -24,16 +24,27 @@ class Codec:
         saes: The SAE of each hook; that of several hooks is there once for each.
     """
 
-    def __init__(self, sae: SAE[Any] | Sequence[SAE[Any]]) -> None:
+    def __init__(
+        self,
+        sae: SAE[Any] | Sequence[SAE[Any]],
+        hook_names: Sequence[str] | None = None,
+    ) -> None:
         """Take the SAEs and start to count.
 
         Args:
             sae: An SAE trained on several hooks, ours or stock; or one or several SAEs
                 of one hook each, such as views or ordinary SAELens SAEs.
+            hook_names: Hooks at which one SAE of one hook is used, whichever its own
+                is; None: the hooks that the SAEs were trained on.
 
         Raises:
             ValueError: If an SAE does not name its hook, or two name the same one.
         """
+        if isinstance(sae, SAE) and hook_names is not None:
+            self.hook_names = list(hook_names)
+            self.saes = [sae] * len(self.hook_names)
+            self._sums = [_no_sums(sae, len(self.hook_names))]
+            return
         if isinstance(sae, SAE) and _is_of_one_hook(sae):
             sae = [sae]
         if isinstance(sae, SAE):
@@ -45,12 +56,6 @@ class Codec:
             self.hook_names = _single_hook_names(sae)
             self.saes = list(sae)
             self._sums = [_no_sums(one, 1) for one in sae]
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """The width of the vectors that the SAE of each hook takes."""
-        widths = [sae.cfg.d_in for sae in self.saes]
-        return dict(zip(self.hook_names, widths, strict=True))
 
     @property
     def model_name(self) -> str:

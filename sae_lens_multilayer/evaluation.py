@@ -342,7 +342,8 @@ class _Evaluation:
 
 
 def _check_model(codec: Codec, model: Any) -> None:
-    check_model(model, codec.widths)
+    for name, sae in zip(codec.hook_names, codec.saes, strict=True):
+        check_model(model, [name], sae.cfg.d_in)
     # The lenses of several views are parts of one.
     lenses = {
         lens.config.unembed_hash: lens

@@ -1,6 +1,6 @@
 """The vectors of several hooks from one run of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -10,11 +10,11 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.activations import one_vector_per_position
 
 
-def check_model(model: Any, widths: Mapping[str, int]) -> None:
+def check_model(model: Any, hook_names: Sequence[str], d_in: int | None) -> None:
     """Check that a model can give the vectors that are to be measured.
 
     Args:
-        widths: The width of vectors that is needed at each hook.
+        d_in: The width of vectors that is needed; None: any.
 
     Raises:
         ValueError: If SAEs are attached to the model, or its width is another one.
@@ -26,9 +26,8 @@ def check_model(model: Any, widths: Mapping[str, int]) -> None:
             f"and compared with; it has them at {list(attached)}. Detach them with "
             "`model.reset_saes()`."
         )
-    shape = hooks.shape_of_model(model)
-    for name, width in widths.items():
-        hooks.check_width([name], width, shape)
+    if d_in is not None:
+        hooks.check_width(hook_names, d_in, hooks.shape_of_model(model))
 
 
 def hook_vectors(

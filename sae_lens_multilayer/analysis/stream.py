@@ -1,0 +1,205 @@
+"""One pass of a model over tokens that feeds any number of analyses."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+from tqdm.auto import tqdm
+from typing_extensions import TypedDict, Unpack
+
+from sae_lens_multilayer import hooks
+from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
+from sae_lens_multilayer.forward import check_model, hook_vectors
+from sae_lens_multilayer.prompts import PromptBatches
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass
+class TokenBatch:
+    """The tokens of some prompts that count, with their vectors at all layers."""
+
+    prompts: Int[Tensor, "prompt pos"]
+    """Token ids of whole prompts, of tokens that do not count too; on the CPU."""
+    first_prompt: int
+    """Number of prompts before these."""
+    prompt: Int[Tensor, " token"]
+    """Which of these prompts each token that counts belongs to; on the CPU."""
+    position: Int[Tensor, " token"]
+    """Its position there."""
+    x: Float[Tensor, "token layer d_in"]
+    """Its vectors, in raw space."""
+    encoder: LayerEncoder | None
+    """Encodes them; None where no SAE is analysed."""
+
+    @cached_property
+    def active(self) -> ActiveLatents:
+        """What the SAE makes of the vectors; encoded once for all analyses."""
+        assert self.encoder is not None
+        return self.encoder.encode(self.x)
+
+    @property
+    def token_ids(self) -> Int[Tensor, " token"]:
+        """The id of each token that counts."""
+        return self.prompts[self.prompt, self.position]
+
+
+@runtime_checkable
+class Accumulator(Protocol[T_co]):
+    """An analysis that sees the tokens batch by batch."""
+
+    def update(self, batch: TokenBatch) -> None:
+        """Add a batch of tokens."""
+        ...
+
+    def compute(self) -> T_co:
+        """The result of all tokens so far."""
+        ...
+
+
+class PassOptions(TypedDict, total=False):
+    """Which tokens an analysis goes over.
+
+    Attributes:
+        n_prompts: Prompts to take from a store; None: one model batch of it. Where its
+            dataset ends before, there are fewer, with a warning.
+        batch_size_prompts: Prompts in a forward pass, 8 by default. No result depends
+            on it.
+        exclude_tokens: Token ids whose positions are left out; None: those that the
+            store excludes, and none where tokens are given.
+    """
+
+    n_prompts: int | None
+    batch_size_prompts: int
+    exclude_tokens: Sequence[int] | None
+
+
+class TokenStream:
+    """Runs a model over prompts and gives the vectors of the tokens that count.
+
+    Iterating again goes over the same prompts, where `repeatable`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        hook_names: Sequence[str],
+        tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+        *,
+        encoder: LayerEncoder | None = None,
+        sae: SAE[Any] | None = None,
+        repeatable: bool = False,
+        n_prompts: int | None = None,
+        batch_size_prompts: int = 8,
+        exclude_tokens: Sequence[int] | None = None,
+    ) -> None:
+        """Check the model, the hooks and the tokens.
+
+        Args:
+            encoder: Encodes the vectors, for analyses of what it makes of them.
+            sae: An SAE whose vectors are wanted; None: the encoder's, if there is one.
+            repeatable: Keep the prompts of a store in a temporary file.
+
+        Raises:
+            ValueError: If the model lacks a hook, has another width than the SAE or has
+                SAEs attached, or a prompt is not what it can run.
+        """
+        sae = encoder.sae if encoder is not None else sae
+        self._d_in: int | None = None if sae is None else sae.cfg.d_in
+        check_model(model, hook_names, self._d_in)
+        own_names = hooks.model_hook_names(model, hook_names)
+        head_index = None if sae is None else sae.cfg.metadata.hook_head_index
+        model_name = "the model" if sae is None else str(sae.cfg.metadata.model_name)
+        self.hook_names = list(hook_names)
+        self._model, self._encoder = model, encoder
+        self._own_names, self._heads = own_names, [head_index] * len(own_names)
+        self._batches = PromptBatches(
+            model, model_name, tokens, n_prompts, batch_size_prompts, repeatable
+        )
+        self._excluded = _excluded(tokens, exclude_tokens)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[TokenBatch]:
+        n_prompts = 0
+        for prompts in tqdm(self._batches, desc="Analysing", unit="batch"):
+            prompts = prompts.cpu()
+            counted = ~torch.isin(prompts, self._excluded)
+            prompt, position = counted.nonzero(as_tuple=True)
+            x = self._vectors(prompts, prompt, position)
+            yield TokenBatch(prompts, n_prompts, prompt, position, x, self._encoder)
+            n_prompts += len(prompts)
+
+    def _vectors(
+        self, prompts: Tensor, prompt: Tensor, position: Tensor
+    ) -> Float[Tensor, "token layer d_in"]:
+        by_hook = hook_vectors(self._model, self._own_names, self._heads, prompts)
+        widths = dict(zip(self.hook_names, (v.shape[-1] for v in by_hook), strict=True))
+        hooks.check_widths(widths, self._d_in or by_hook[0].shape[-1])
+        device = by_hook[0].device
+        where = prompt.to(device), position.to(device)
+        return torch.stack([v.to(device)[where] for v in by_hook], dim=1)
+
+    @torch.no_grad()
+    def run(self, *accumulators: Accumulator[Any]) -> list[Any]:
+        """Go over the tokens once and give each accumulator's result.
+
+        Raises:
+            ValueError: If no token counts.
+        """
+        n_tokens = 0
+        for batch in self:
+            n_tokens += len(batch.x)
+            if len(batch.x):
+                for accumulator in accumulators:
+                    accumulator.update(batch)
+        if n_tokens == 0:
+            raise ValueError(
+                "The analysis needs at least one token; all were excluded. Give other "
+                "prompts or exclude fewer tokens."
+            )
+        return [accumulator.compute() for accumulator in accumulators]
+
+
+def analyze(
+    sae: SAE[Any],
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    *accumulators: Accumulator[Any],
+    **options: Unpack[PassOptions],
+) -> list[Any]:
+    """Run several analyses of an SAE in one pass over tokens.
+
+    The model's forward pass is most of the cost, and each token is encoded once. Memory
+    does not grow with the number of tokens.
+
+    Args:
+        sae: A multi-layer SAE, ours or a stock one trained by this package.
+        model: The model that it was trained on, without SAEs attached.
+        tokens: Prompts with their special tokens, or a store to take them from.
+        accumulators: The analyses, such as `DistributionSums(sae)`.
+        options: See `PassOptions`.
+
+    Returns:
+        The result of each accumulator, in order.
+
+    Raises:
+        ValueError: If the SAE does not name its hooks, the model lacks one, has another
+            width or has SAEs attached, a prompt is not what it can run, no token
+            counts, or an activation is negative or not finite.
+    """
+    encoder = LayerEncoder(sae)
+    stream = TokenStream(model, encoder.hook_names, tokens, encoder=encoder, **options)
+    return stream.run(*accumulators)
+
+
+def _excluded(tokens: object, chosen: Sequence[int] | None) -> Int[Tensor, " id"]:
+    if chosen is None and isinstance(tokens, ActivationsStore):
+        of_store = tokens.exclude_special_tokens
+        return torch.tensor([]).long() if of_store is None else of_store.cpu().long()
+    return torch.tensor(list(chosen or ()), dtype=torch.long)

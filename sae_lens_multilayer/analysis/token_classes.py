@@ -1,0 +1,259 @@
+"""Does the layer at which a latent is active depend on the token?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+from typing_extensions import Unpack
+
+from sae_lens_multilayer.analysis.active import sums_device
+from sae_lens_multilayer.analysis.examples import check_latents
+from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.views import hook_names_of
+
+_KINDS = ("position", "frequency", "token")
+
+
+@dataclass
+class TokenClasses(Result):
+    """Activations of some latents by layer, position in the prompt, and token id."""
+
+    hook_names: list[str]
+    latents: Int[Tensor, " latent"]
+    """The latents that were chosen."""
+    position_counts: Int[Tensor, " pos"]
+    """Tokens at each position."""
+    token_counts: Int[Tensor, " id"]
+    """Tokens of each id, up to the largest that was seen."""
+    position_totals: Float[Tensor, "latent layer pos"]
+    """Sum of the activations at each layer and position."""
+    token_indices: Int[Tensor, "3 entry"]
+    """Latent (its place among those chosen), layer and token id of `token_totals`."""
+    token_totals: Float[Tensor, " entry"]
+    """Sum of the activations of a latent at a layer at all tokens of an id."""
+
+    def by_position(self, latent: int) -> pd.DataFrame:
+        """The distribution over layers at each position of the prompt.
+
+        One row for each position where the latent is active: `n_tokens` there, its
+        `share` of the latent's activation, the mean layer, and `p_{layer}`.
+        """
+        totals = self.position_totals[self._place(latent)]
+        classes = pd.RangeIndex(totals.shape[1], name="position")
+        return self._table(totals, classes, self.position_counts)
+
+    def by_token(self, latent: int) -> pd.DataFrame:
+        """The same for each token id, the one with the largest share first."""
+        totals, ids = self._of_tokens(latent)
+        index = pd.Index(ids.numpy(), name="token_id")
+        table = self._table(totals, index, self.token_counts[ids])
+        return table.sort_values("share", ascending=False, kind="stable")
+
+    def by_frequency(self, latent: int, n_bins: int = 8) -> pd.DataFrame:
+        """The same for tokens of different frequency, the rarest first.
+
+        Each bin holds about as many of the tokens seen, and all tokens of an id; the
+        index is the range of the number of times that such ids were seen.
+        """
+        totals, ids = self._of_tokens(latent)
+        bin_of_id, labels, counts = self._frequency_bins(n_bins)
+        binned = totals.new_zeros(len(totals), len(labels))
+        binned.index_add_(1, bin_of_id[ids], totals)
+        return self._table(binned, pd.Index(labels, name="seen"), counts)
+
+    def explained(self, latent: int, n_bins: int = 8) -> pd.Series:
+        """The part of `Var(L | j)` that each kind of class accounts for, in [0, 1].
+
+        `Var(E[L | j, class]) / Var(L | j)`, with classes weighted by their share of the
+        latent's activation; NaN if the latent is active at one layer only. It is at
+        most what the single token accounts for (1 - `token_ratio` of `Variances`), and
+        tends to it by chance where most classes have few tokens, as rare ids do.
+        """
+        tables = {
+            "position": self.by_position(latent),
+            "frequency": self.by_frequency(latent, n_bins),
+            "token": self.by_token(latent),
+        }
+        layers = torch.arange(len(self.hook_names)).double()
+        probs = self.position_totals[self._place(latent)].sum(1)
+        probs = probs / probs.sum()
+        mean = (probs * layers).sum()
+        variance = (probs * (layers - mean).square()).sum().item()
+        between = {
+            kind: float((t.share * (t.mean_layer - mean.item()) ** 2).sum())
+            for kind, t in tables.items()
+        }
+        return pd.Series(between, name=latent) / (variance or float("nan"))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """All classes of all latents: `latent`, `kind` and `class`, then as above."""
+        parts: list[pd.DataFrame] = []
+        for latent in self.latents.tolist():
+            for kind in _KINDS:
+                table: pd.DataFrame = getattr(self, f"by_{kind}")(latent)
+                table = table.rename_axis("class").reset_index()
+                table.insert(0, "latent", latent)
+                table.insert(1, "kind", kind)
+                parts.append(table.astype({"class": str}))
+        return pd.concat(parts, ignore_index=True)
+
+    def _place(self, latent: int) -> int:
+        places = (self.latents == latent).nonzero()
+        if not len(places):
+            raise ValueError(
+                f"Latent {latent} was not chosen; those that were are "
+                f"{self.latents.tolist()}."
+            )
+        return int(places[0])
+
+    def _of_tokens(
+        self, latent: int
+    ) -> tuple[Float[Tensor, "layer class"], Int[Tensor, " class"]]:
+        chosen = self.token_indices[0] == self._place(latent)
+        _, layer, token_id = self.token_indices[:, chosen]
+        ids, column = token_id.unique(return_inverse=True)
+        totals = self.token_totals.new_zeros(len(self.hook_names), len(ids))
+        totals[layer, column] = self.token_totals[chosen]
+        return totals, ids
+
+    def _frequency_bins(
+        self, n_bins: int
+    ) -> tuple[Int[Tensor, " id"], list[str], Int[Tensor, " bin"]]:
+        if n_bins < 1:
+            raise ValueError(f"`n_bins` must be at least 1; got {n_bins}.")
+        counts = self.token_counts
+        levels, level = counts.unique(return_inverse=True)
+        n_of_level = torch.zeros_like(levels).index_add_(0, level, counts)
+        middle = n_of_level.cumsum(0) - n_of_level / 2
+        bins = (middle / n_of_level.sum() * n_bins).long()
+        used, bins = bins.unique(return_inverse=True)
+        seen = [levels[(bins == b) & (levels > 0)] for b in range(len(used))]
+        labels = [
+            f"{s.min()}" if len(s) == 1 else f"{s.min()}-{s.max()}" if len(s) else "0"
+            for s in seen
+        ]
+        total = torch.zeros(len(used)).long().index_add_(0, bins, n_of_level)
+        return bins[level], labels, total
+
+    def _table(
+        self,
+        totals: Float[Tensor, "layer class"],
+        classes: pd.Index,
+        n_tokens: Int[Tensor, " class"],
+    ) -> pd.DataFrame:
+        total = totals.sum(0)
+        probs = totals / total
+        layers = torch.arange(len(totals)).double().unsqueeze(1)
+        table = pd.DataFrame(
+            {
+                "n_tokens": n_tokens.numpy(),
+                "share": (total / total.sum()).numpy(),
+                "mean_layer": (probs * layers).sum(0).numpy(),
+            }
+            | {
+                f"p_{label}": p.numpy()
+                for label, p in zip(layer_labels(self.hook_names), probs, strict=True)
+            },
+            index=classes,
+        )
+        return table.loc[(total > 0).numpy()]
+
+
+class TokenClassSums:
+    """Adds up `TokenClasses` over tokens.
+
+    Memory grows with the ids that a latent is active at, up to the vocabulary.
+    """
+
+    def __init__(self, sae: SAE[Any], latents: Sequence[int]) -> None:
+        """Start at no token.
+
+        Args:
+            sae: The SAE that will be analysed.
+            latents: The latents to look at.
+
+        Raises:
+            ValueError: If a latent is unknown.
+        """
+        check_latents(latents, sae.cfg.d_sae)
+        self._hook_names = hook_names_of(sae)
+        self._latents = torch.tensor(list(latents), dtype=torch.int64)
+        place = torch.full((sae.cfg.d_sae,), -1)
+        place[self._latents] = torch.arange(len(self._latents))
+        self._place = place.to(sums_device(sae))
+        n_rows = len(self._latents) * len(self._hook_names)
+        self._positions = torch.zeros(n_rows, 0, dtype=torch.float64)
+        self._position_counts = torch.zeros(0, dtype=torch.int64)
+        self._token_counts = torch.zeros(0, dtype=torch.int64)
+        self._keys = torch.zeros(0, dtype=torch.int64)
+        self._totals = torch.zeros(0, dtype=torch.float64)
+
+    def update(self, batch: TokenBatch) -> None:
+        """Add a batch of tokens."""
+        ids, n_pos = batch.token_ids, batch.prompts.shape[1]
+        self._position_counts = _add_counts(self._position_counts, batch.position)
+        self._token_counts = _add_counts(self._token_counts, ids)
+        active = batch.active
+        place = self._place[active.latent]
+        chosen = place >= 0
+        row = (place * active.n_layers + active.layer)[chosen].cpu()
+        token, value = active.token[chosen].cpu(), active.value[chosen].cpu()
+        if n_pos > self._positions.shape[1]:
+            more = n_pos - self._positions.shape[1]
+            self._positions = torch.nn.functional.pad(self._positions, (0, more))
+        cell = row * self._positions.shape[1] + batch.position[token]
+        self._positions.view(-1).index_add_(0, cell, value)
+        # Ids above 2^32 do not exist.
+        keys = torch.cat([self._keys, row * 2**32 + ids[token]])
+        self._keys, where = keys.unique(return_inverse=True)
+        totals = torch.zeros(len(self._keys), dtype=torch.float64)
+        self._totals = totals.index_add_(0, where, torch.cat([self._totals, value]))
+
+    def compute(self) -> TokenClasses:
+        """The sums over all tokens so far."""
+        n_layers, n_latents = len(self._hook_names), len(self._latents)
+        row, token_id = self._keys // 2**32, self._keys % 2**32
+        n_pos = len(self._position_counts)
+        positions = self._positions[:, :n_pos].contiguous()
+        return TokenClasses(
+            self._hook_names,
+            self._latents,
+            self._position_counts,
+            self._token_counts,
+            positions.view(n_latents, n_layers, n_pos),
+            torch.stack([row // n_layers, row % n_layers, token_id]),
+            self._totals,
+        )
+
+
+def token_classes(
+    sae: SAE[Any],
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    latents: Sequence[int],
+    **options: Unpack[PassOptions],
+) -> TokenClasses:
+    """The distribution over layers of some latents by position, frequency and token.
+
+    Args:
+        sae, model, tokens: As in `analyze`.
+        latents: The latents to look at.
+        options: See `PassOptions`.
+    """
+    return analyze(sae, model, tokens, TokenClassSums(sae, latents), **options)[0]
+
+
+def _add_counts(
+    counts: Int[Tensor, " n"], values: Int[Tensor, " value"]
+) -> Int[Tensor, " more"]:
+    more = values.bincount(minlength=len(counts))
+    more[: len(counts)] += counts
+    return more

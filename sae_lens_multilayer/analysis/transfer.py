@@ -1,0 +1,196 @@
+"""A multi-layer SAE beside SAEs of single layers, on the same tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+from typing_extensions import Unpack
+
+from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
+from sae_lens_multilayer.codec import Codec
+from sae_lens_multilayer.evaluation import evaluate
+from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.metrics import LayerMetrics
+from sae_lens_multilayer.prompts import take_prompts
+from sae_lens_multilayer.views import hook_names_of
+
+COMPARED = (
+    "fvu",
+    "fvu_scalar",
+    "mse",
+    "l0",
+    "dead_fraction",
+    "delta_ce",
+    "kl_div",
+    "ce_loss_score",
+)
+"""Columns of `SpliceMetrics.to_dataframe` that are compared."""
+
+
+@dataclass
+class TransferMatrix(Result):
+    """How well SAEs of single layers reconstruct the other layers.
+
+    FVU is around the layer's mean vector (`LayerMetrics.fvu`); 1 is no better than
+    that mean, and there is no upper bound.
+    """
+
+    hook_names: list[str]
+    """The hooks that were reconstructed."""
+    trained_on: list[str]
+    """The hook of each SAE."""
+    n_tokens: int
+    fvu: Float[Tensor, "sae layer"]
+    """FVU of the SAE trained on one hook, on the vectors of another."""
+    multi_layer_fvu: Float[Tensor, " layer"] | None = None
+    """FVU of the multi-layer SAE on the same vectors; None if there was none."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each SAE and one column for each layer; "multi_layer" last."""
+        rows = [self.fvu.numpy()]
+        names = layer_labels(self.trained_on)
+        if self.multi_layer_fvu is not None:
+            rows.append(self.multi_layer_fvu.unsqueeze(0).numpy())
+            names = [*names, "multi_layer"]
+        columns = layer_labels(self.hook_names)
+        table = pd.concat([pd.DataFrame(r, columns=pd.Index(columns)) for r in rows])
+        return table.set_axis(names, axis="index").rename_axis("trained_on")
+
+
+@dataclass
+class Comparison(Result):
+    """Metrics of a multi-layer SAE and of single-layer SAEs at each hook.
+
+    The columns are those of `SpliceMetrics.to_dataframe`: dimensionless, or nats.
+    """
+
+    hook_names: list[str]
+    multi_layer: Float[Tensor, "layer metric"]
+    single_layer: Float[Tensor, "layer metric"]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each hook; each metric for `multi_layer` and `single_layer`."""
+        index = pd.Index(self.hook_names, name="hook_name")
+        tables = {
+            name: pd.DataFrame(values.numpy(), index=index, columns=pd.Index(COMPARED))
+            for name, values in [
+                ("multi_layer", self.multi_layer),
+                ("single_layer", self.single_layer),
+            ]
+        }
+        both = pd.concat(tables, axis=1).swaplevel(axis=1)
+        order = [(metric, name) for metric in COMPARED for name in tables]
+        return both.reindex(columns=pd.MultiIndex.from_tuples(order))
+
+
+class ReconstructionSums:
+    """Adds up the metrics of several SAEs at the same hooks."""
+
+    def __init__(self, codecs: Sequence[Codec]) -> None:
+        """Take the SAEs; their hooks are those of the stream, in the same order."""
+        self._codecs = codecs
+
+    def update(self, batch: TokenBatch) -> None:
+        """Add a batch of tokens."""
+        counted = torch.ones(len(batch.x), dtype=torch.bool, device=batch.x.device)
+        for codec in self._codecs:
+            for hook in range(batch.x.shape[1]):
+                codec.reconstruct(hook, batch.x[:, hook], counted)
+
+    def compute(self) -> list[LayerMetrics]:
+        """The metrics of each SAE."""
+        return [codec.compute() for codec in self._codecs]
+
+
+def transfer_matrix(
+    saes: Sequence[SAE[Any]],
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    *,
+    multi_layer: SAE[Any] | None = None,
+    **options: Unpack[PassOptions],
+) -> TransferMatrix:
+    """FVU of SAEs of single layers on the vectors of every layer.
+
+    Args:
+        saes: SAEs of one hook each.
+        model: The model that they were trained on, without SAEs attached.
+        tokens: Prompts with their special tokens, or a store to take them from.
+        multi_layer: A multi-layer SAE to measure on the same tokens; its hooks are the
+            layers, in its order. None: the layers are those of `saes`.
+        options: See `PassOptions`.
+
+    Raises:
+        ValueError: If an SAE does not name its hook, two name the same one, the SAEs
+            differ in width, or as `analyze`.
+    """
+    trained_on = Codec(list(saes)).hook_names
+    names = trained_on if multi_layer is None else hook_names_of(multi_layer)
+    codecs = [Codec(sae, names) for sae in saes]
+    if multi_layer is not None:
+        codecs.append(Codec(multi_layer))
+    _check_same_width(codecs)
+    stream = TokenStream(model, names, tokens, sae=saes[0], **options)
+    metrics: list[LayerMetrics] = stream.run(ReconstructionSums(codecs))[0]
+    return TransferMatrix(
+        names,
+        trained_on,
+        metrics[0].n_tokens,
+        torch.stack([m.fvu for m in metrics[: len(saes)]]),
+        None if multi_layer is None else metrics[-1].fvu,
+    )
+
+
+def compare_with_single_layers(
+    multi_layer: SAE[Any],
+    saes: Sequence[SAE[Any]],
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    *,
+    n_prompts: int | None = None,
+    batch_size_prompts: int = 8,
+    exclude_tokens: Sequence[int] = (),
+) -> Comparison:
+    """FVU, delta CE, KL divergence and more of both, on the same tokens.
+
+    Args:
+        multi_layer: A multi-layer SAE, ours or stock.
+        saes: An SAE for each of its hooks, in any order.
+        model, tokens, n_prompts, batch_size_prompts, exclude_tokens: As in `evaluate`.
+
+    Raises:
+        ValueError: If the hooks differ, or as `evaluate`.
+    """
+    names = hook_names_of(multi_layer)
+    by_hook = dict(zip(Codec(list(saes)).hook_names, saes, strict=True))
+    if set(by_hook) != set(names):
+        raise ValueError(
+            f"There must be one single-layer SAE for each of the hooks {names}; got "
+            f"{list(by_hook)}."
+        )
+    model_name = str(multi_layer.cfg.metadata.model_name)
+    prompts = take_prompts(model, model_name, tokens, n_prompts, batch_size_prompts)
+    tables = [
+        evaluate(
+            sae,
+            model,
+            prompts,
+            batch_size_prompts=batch_size_prompts,
+            exclude_tokens=exclude_tokens,
+        ).to_dataframe()[list(COMPARED)]
+        for sae in (multi_layer, [by_hook[name] for name in names])
+    ]
+    return Comparison(names, *(torch.tensor(table.to_numpy()) for table in tables))
+
+
+def _check_same_width(codecs: Sequence[Codec]) -> None:
+    widths = {codec.saes[0].cfg.d_in for codec in codecs}
+    if len(widths) > 1:
+        raise ValueError(f"The SAEs must have the same `d_in`; got {sorted(widths)}.")

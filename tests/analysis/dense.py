@@ -1,0 +1,71 @@
+"""Analyses fed with activations known in full, so that brute force can judge."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from sae_lens.saes.sae import SAEMetadata
+from saes import random_sae
+from typing_extensions import override
+
+from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
+from sae_lens_multilayer.analysis.stream import TokenBatch
+
+
+class DenseEncoder(LayerEncoder):
+    """Takes the activations themselves for the vectors."""
+
+    def __init__(self) -> None:
+        pass
+
+    @override
+    def encode(self, x: torch.Tensor) -> ActiveLatents:
+        return ActiveLatents.from_dense(x)
+
+
+def sae_of(acts: torch.Tensor) -> Any:
+    """An SAE with as many layers and latents as these activations have."""
+    _, n_layers, d_sae = acts.shape
+    hook_names = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
+    metadata = SAEMetadata(hook_names=hook_names, model_name="tiny")
+    return random_sae(d_sae=d_sae, k=1, metadata=metadata)
+
+
+def random_sparse(seed: int, *shape: int) -> torch.Tensor:
+    """Activations of which most are 0, as whole numbers so that some are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    acts = torch.randint(-12, 5, shape, generator=generator)
+    return acts.clamp(min=0).double()
+
+
+def batch_of(
+    acts: torch.Tensor,
+    prompts: torch.Tensor | None = None,
+    first_prompt: int = 0,
+    kept: torch.Tensor | None = None,
+) -> TokenBatch:
+    """A batch of prompts; by default one prompt of tokens that all count."""
+    if prompts is None:
+        prompts = torch.arange(len(acts)).unsqueeze(0)
+    if kept is None:
+        kept = torch.ones_like(prompts, dtype=torch.bool)
+    prompt, position = kept.nonzero(as_tuple=True)
+    return TokenBatch(prompts, first_prompt, prompt, position, acts, DenseEncoder())
+
+
+def accumulate(accumulator: Any, batches: Iterable[TokenBatch]) -> Any:
+    """The result of an analysis of these batches."""
+    for batch in batches:
+        accumulator.update(batch)
+    return accumulator.compute()
+
+
+def split(acts: torch.Tensor, cuts: Sequence[int]) -> list[TokenBatch]:
+    """The tokens in batches that end at these places."""
+    parts = acts.tensor_split(sorted(cuts))
+    return [batch_of(part) for part in parts if len(part)]
+
+
+cuts_of_twelve = st.lists(st.integers(0, 12), max_size=4)
+seeds = st.integers(0, 2**32)

@@ -1,0 +1,98 @@
+"""Authorities: `reconstruction_metrics` and `evaluate` of each SAE by itself."""
+
+import pandas as pd
+import pytest
+import torch
+from conftest import D_MODEL, D_VOCAB, N_CTX
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from saes import HOOK_NAMES, random_sae
+
+from sae_lens_multilayer import evaluate, reconstruction_metrics
+from sae_lens_multilayer.analysis import (
+    Comparison,
+    TransferMatrix,
+    compare_with_single_layers,
+    transfer_matrix,
+)
+
+
+@pytest.fixture
+def tokens():
+    tokens = torch.randint(1, D_VOCAB, (5, N_CTX))
+    tokens[:, 0] = 0
+    return tokens
+
+
+@pytest.fixture
+def saes():
+    return [single_layer(name, seed) for seed, name in enumerate(HOOK_NAMES)]
+
+
+def single_layer(hook_name, seed, **changes):
+    torch.manual_seed(seed)
+    metadata = SAEMetadata(hook_name=hook_name, model_name="tiny")
+    settings = {"d_in": D_MODEL, "d_sae": 32, "metadata": metadata, **changes}
+    sae = StandardSAE(StandardSAEConfig(**settings))
+    with torch.no_grad():
+        sae.b_dec.add_(torch.randn(sae.cfg.d_in))
+    return sae
+
+
+def test_each_entry_is_that_sae_at_that_layer(model, tokens, saes, tmp_path):
+    multi = random_sae()
+    found = transfer_matrix(
+        saes, model, tokens, multi_layer=multi, exclude_tokens=[0], batch_size_prompts=2
+    )
+    assert found.trained_on == found.hook_names == HOOK_NAMES
+    assert found.n_tokens == 5 * (N_CTX - 1)
+    for i in range(len(saes)):
+        for layer, name in enumerate(HOOK_NAMES):
+            moved = single_layer(name, i)
+            alone = reconstruction_metrics(moved, model, tokens, exclude_tokens=[0])
+            assert found.fvu[i, layer] == pytest.approx(alone.fvu.item(), rel=1e-5)
+    alone = reconstruction_metrics(multi, model, tokens, exclude_tokens=[0])
+    assert found.multi_layer_fvu is not None
+    torch.testing.assert_close(found.multi_layer_fvu, alone.fvu, rtol=1e-5, atol=0)
+    table = found.to_dataframe()
+    assert list(table.index) == ["layer_0", "layer_1", "multi_layer"]
+    assert table.loc["layer_1", "layer_0"] == found.fvu[1, 0].item()
+    found.save(tmp_path / "transfer")
+    loaded = TransferMatrix.load(tmp_path / "transfer")
+    pd.testing.assert_frame_equal(loaded.to_dataframe(), table)
+
+
+def test_without_a_multi_layer_sae(model, tokens, saes, tmp_path):
+    found = transfer_matrix(saes[::-1], model, tokens)
+    assert found.trained_on == found.hook_names == HOOK_NAMES[::-1]
+    both = transfer_matrix(saes, model, tokens)
+    torch.testing.assert_close(found.fvu.flip(0, 1), both.fvu)
+    found.save(tmp_path / "transfer")
+    assert TransferMatrix.load(tmp_path / "transfer").multi_layer_fvu is None
+
+
+def test_comparison_is_the_two_evaluations(model, tokens, saes, tmp_path):
+    multi = random_sae()
+    found = compare_with_single_layers(
+        multi, saes[::-1], model, tokens, exclude_tokens=[0]
+    )
+    table = found.to_dataframe()
+    for name, sae in [("multi_layer", multi), ("single_layer", saes)]:
+        alone = evaluate(sae, model, tokens, exclude_tokens=[0]).to_dataframe()
+        for metric in ("fvu", "delta_ce", "kl_div", "dead_fraction"):
+            pd.testing.assert_series_equal(
+                table[metric, name], alone[metric], check_names=False
+            )
+    found.save(tmp_path / "comparison")
+    loaded = Comparison.load(tmp_path / "comparison")
+    pd.testing.assert_frame_equal(loaded.to_dataframe(), table)
+
+
+def test_wrong_saes_are_errors(model, tokens, saes):
+    with pytest.raises(ValueError, match="one single-layer SAE for each of the hooks"):
+        compare_with_single_layers(random_sae(), saes[:1], model, tokens)
+    with pytest.raises(ValueError, match="must name its own hook"):
+        transfer_matrix([saes[0], saes[0]], model, tokens)
+    narrow = single_layer(HOOK_NAMES[1], 0, d_in=8)
+    with pytest.raises(ValueError, match=r"the same `d_in`; got \[8, 16\]"):
+        transfer_matrix([saes[0], narrow], model, tokens)
