@@ -18,7 +18,7 @@ from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.forward import check_model, hook_vectors
 from sae_lens_multilayer.lens_carrier import lens_of
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
-from sae_lens_multilayer.prompts import take_prompts
+from sae_lens_multilayer.prompts import check_positions, take_prompts
 from sae_lens_multilayer.scoring import RunSums, add_scores
 from sae_lens_multilayer.splicing import Edit, ResidualSplicer, Splicer, make_splicer
 
@@ -150,7 +150,7 @@ def evaluate(
     prompts = take_prompts(
         model, codec.model_name, tokens, n_prompts, batch_size_prompts
     )
-    _check_positions(keep_positions, prompts.shape[1])
+    check_positions("keep_positions", keep_positions, prompts)
     evaluation = _Evaluation(
         codec,
         splicer,
@@ -362,15 +362,6 @@ def _check_no_heads(codec: Codec) -> None:
                 f"attention head {sae.cfg.metadata.hook_head_index}. "
                 "`reconstruction_metrics` measures it by itself."
             )
-
-
-def _check_positions(places: Sequence[int], n_pos: int) -> None:
-    outside = [place for place in places if not -n_pos <= place < n_pos]
-    if outside:
-        raise ValueError(
-            f"`keep_positions` must be in [-{n_pos}, {n_pos}), as prompts have {n_pos} "
-            f"tokens; got {outside}."
-        )
 
 
 def _find_hooks(

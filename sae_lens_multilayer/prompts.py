@@ -2,7 +2,7 @@
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -130,6 +130,23 @@ def next_rows(
     except StopIteration:
         return (torch.cat(rows) if rows else None), True
     return torch.cat(rows), False
+
+
+def check_positions(
+    name: str, places: Sequence[int], prompts: Int[Tensor, "prompt pos"]
+) -> None:
+    """Raise ValueError if a place is not a position of these prompts.
+
+    Args:
+        name: The name of the setting, for the message.
+    """
+    n_pos = prompts.shape[1]
+    outside = [place for place in places if not -n_pos <= place < n_pos]
+    if outside:
+        raise ValueError(
+            f"`{name}` must be in [-{n_pos}, {n_pos}), as prompts have {n_pos} "
+            f"tokens; got {outside}."
+        )
 
 
 def _check_numbers(

@@ -17,11 +17,7 @@ from sae_lens_multilayer.analysis.distributions import (
     layer_distributions,
     prompt_acts,
 )
-from sae_lens_multilayer.analysis.examples import (
-    ExampleCollector,
-    Examples,
-    max_activating_examples,
-)
+from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import (
     DecoderSimilarity,
     TokenSimilarity,
@@ -29,6 +25,10 @@ from sae_lens_multilayer.analysis.geometry import (
     token_embeddings,
     token_similarity,
     token_unembeddings,
+)
+from sae_lens_multilayer.analysis.max_activating import (
+    ExampleCollector,
+    max_activating_examples,
 )
 from sae_lens_multilayer.analysis.redundancy import Redundancy, redundancy
 from sae_lens_multilayer.analysis.residual import (

@@ -1,5 +1,6 @@
 """The activations above 0 of a batch of tokens, and each token's by latent."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,16 @@ def sums_device(sae: SAE[Any]) -> torch.device:
     """Where an analysis adds up: with the SAE, where that device has float64."""
     device = torch.device(sae.device)
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def check_latents(latents: Sequence[int], d_sae: int) -> None:
+    """Raise ValueError unless there are latents, all of them the SAE's, each once."""
+    unknown = [latent for latent in latents if not 0 <= latent < d_sae]
+    if unknown or not len(latents) or len(set(latents)) != len(latents):
+        raise ValueError(
+            f"`latents` must be in [0, d_sae = {d_sae}), each once and at least one; "
+            f"got {list(latents)}."
+        )
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict, Unpack
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
 from sae_lens_multilayer.forward import check_model, hook_vectors
-from sae_lens_multilayer.prompts import PromptBatches
+from sae_lens_multilayer.prompts import PromptBatches, check_positions
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -73,11 +73,14 @@ class PassOptions(TypedDict, total=False):
             on it.
         exclude_tokens: Token ids whose positions are left out; None: those that the
             store excludes, and none where tokens are given.
+        exclude_positions: Positions in a prompt that are left out; negative ones count
+            from its end. The first one's vectors are often many times longer.
     """
 
     n_prompts: int | None
     batch_size_prompts: int
     exclude_tokens: Sequence[int] | None
+    exclude_positions: Sequence[int]
 
 
 class TokenStream:
@@ -98,6 +101,7 @@ class TokenStream:
         n_prompts: int | None = None,
         batch_size_prompts: int = 8,
         exclude_tokens: Sequence[int] | None = None,
+        exclude_positions: Sequence[int] = (),
     ) -> None:
         """Check the model, the hooks and the tokens.
 
@@ -123,6 +127,7 @@ class TokenStream:
             model, model_name, tokens, n_prompts, batch_size_prompts, repeatable
         )
         self._excluded = _excluded(tokens, exclude_tokens)
+        self._exclude_positions = list(exclude_positions)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -130,6 +135,8 @@ class TokenStream:
         for prompts in tqdm(self._batches, desc="Analysing", unit="batch"):
             prompts = prompts.cpu()
             counted = ~torch.isin(prompts, self._excluded)
+            check_positions("exclude_positions", self._exclude_positions, prompts)
+            counted[:, self._exclude_positions] = False
             prompt, position = counted.nonzero(as_tuple=True)
             x = self._vectors(prompts, prompt, position)
             yield TokenBatch(prompts, n_prompts, prompt, position, x, self._encoder)

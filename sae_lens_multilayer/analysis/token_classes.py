@@ -12,8 +12,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sae_lens_multilayer.analysis.active import sums_device
-from sae_lens_multilayer.analysis.examples import check_latents
+from sae_lens_multilayer.analysis.active import check_latents, sums_device
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.hooks import layer_labels

@@ -16,6 +16,7 @@ from sae_lens_multilayer.analysis import (
     ExampleCollector,
     Examples,
     examples,
+    max_activating,
     max_activating_examples,
 )
 
@@ -82,7 +83,7 @@ def test_is_brute_force_for_any_batch_size(seed, size, n, before, after, pending
     prompts, kept, acts = random_case(seed)
     collector = ExampleCollector(sae_of(acts[0]), n, n_before=before, n_after=after)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(examples, "_FEWEST_PENDING", pending)
+        patch.setattr(max_activating, "_FEWEST_PENDING", pending)
         found = accumulate(collector, batches(prompts, kept, acts, size))
     assert to_rows(found) == brute_force(prompts, acts, n, before, after)
     assert found.n_tokens == kept.sum()

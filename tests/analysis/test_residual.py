@@ -71,6 +71,15 @@ def test_excluded_tokens_are_left_out(model, tokens):
     assert_agrees(found, x, rtol=1e-9, atol=1e-9)
 
 
+def test_positions_are_left_out(model, tokens):
+    model.to(torch.float64)
+    found = residual_stream(model, HOOK_NAMES, tokens, exclude_positions=[0, -1])
+    x = vectors(model, tokens).view(7, N_CTX, 2, D_MODEL)[:, 1:-1].flatten(0, 1)
+    assert_agrees(found, x, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"`exclude_positions` must be in \[-16, 16\)"):
+        residual_stream(model, HOOK_NAMES, tokens, exclude_positions=[16])
+
+
 def test_a_store_gives_the_same_prompts_twice(model, token_dataset, make_config):
     config = make_config(context_size=N_CTX)
     store = MultiLayerActivationsStore.from_config(model, config, token_dataset)

@@ -1,0 +1,239 @@
+"""Finds the tokens at which each latent is most active at each layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+from typing_extensions import Unpack
+
+from sae_lens_multilayer.analysis.active import check_latents, sums_device
+from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
+from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.views import hook_names_of
+
+_FEWEST_PENDING = 2**14
+"""Rows that may always wait to be compared with those kept."""
+
+
+@dataclass
+class _Rows:
+    """Examples, one a row; the place of each in its context is the same."""
+
+    cell: Int[Tensor, " row"]
+    """`layer * d_sae + latent`."""
+    act: Float[Tensor, " row"]
+    prompt: Int[Tensor, " row"]
+    position: Int[Tensor, " row"]
+    context_ids: Int[Tensor, "row width"]
+    context_acts: Float[Tensor, "row width"]
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def take(self, rows: Tensor) -> "_Rows":
+        return _Rows(*(tensor[rows] for tensor in self.tensors()))
+
+
+class ExampleCollector:
+    """Keeps the largest activations of each latent at each layer, exactly.
+
+    Holds at most `n_examples` rows for each latent and layer that was active, and as
+    many that wait to be compared: in bytes about `(28 + 8 * width) * n_examples` for
+    each such pair, twice.
+    """
+
+    def __init__(
+        self,
+        sae: SAE[Any],
+        n_examples: int = 8,
+        *,
+        n_before: int = 10,
+        n_after: int = 5,
+        latents: Sequence[int] | None = None,
+    ) -> None:
+        """Start at no token.
+
+        Args:
+            sae: The SAE that will be analysed.
+            n_examples: Examples to keep for each latent and layer.
+            n_before: Tokens of the context before the example.
+            n_after: Tokens of the context after it.
+            latents: Keep examples of these alone; None: of all.
+
+        Raises:
+            ValueError: If a number is out of range, or a latent unknown.
+        """
+        if n_examples < 1 or n_before < 0 or n_after < 0:
+            raise ValueError(
+                "`n_examples` must be at least 1, `n_before` and `n_after` at least 0; "
+                f"got {n_examples}, {n_before} and {n_after}."
+            )
+        self._hook_names = hook_names_of(sae)
+        self._d_sae = sae.cfg.d_sae
+        self._n_examples, self._n_before, self._n_after = n_examples, n_before, n_after
+        n_cells = len(self._hook_names) * self._d_sae
+        # An activation must be larger than this to become an example.
+        floor = torch.zeros(len(self._hook_names), self._d_sae, dtype=torch.float64)
+        if latents is not None:
+            check_latents(latents, self._d_sae)
+            wanted = torch.zeros(self._d_sae, dtype=torch.bool)
+            wanted[list(latents)] = True
+            floor[:, ~wanted] = torch.inf
+        self._floor = floor.to(sums_device(sae)).view(n_cells)
+        self._kept: _Rows | None = None
+        self._pending: list[_Rows] = []
+        self._n_pending = 0
+        self.n_tokens = 0
+
+    def update(self, batch: TokenBatch) -> None:
+        """Add a batch of tokens; the prompts must come in order."""
+        active = batch.active
+        self.n_tokens += active.n_tokens
+        # By cell, and by token in each.
+        cell, order = active.cell.sort(stable=True)
+        value = active.value[order]
+        found = (value > self._floor[cell]).nonzero().squeeze(1)
+        found = found[_largest(cell[found], value[found], self._n_examples)]
+        if not len(found):
+            return
+        token = active.token[order].cpu()
+        cell, value, found = cell.cpu(), value.cpu(), found.cpu()
+        prompt, position = batch.prompt[token], batch.position[token]
+        rows = _Rows(
+            cell[found],
+            value[found],
+            prompt[found] + batch.first_prompt,
+            position[found],
+            self._context_ids(batch.prompts, prompt[found], position[found]),
+            self._context_acts(cell, value, prompt, position, found),
+        )
+        self._pending.append(rows)
+        self._n_pending += len(found)
+        n_kept = 0 if self._kept is None else len(self._kept.cell)
+        if self._n_pending > max(_FEWEST_PENDING, n_kept // 2):
+            self._merge()
+
+    def _context_ids(
+        self, prompts: Tensor, prompt: Tensor, position: Tensor
+    ) -> Int[Tensor, "row width"]:
+        offsets = torch.arange(-self._n_before, self._n_after + 1)
+        places = position.unsqueeze(1) + offsets
+        inside = (places >= 0) & (places < prompts.shape[1])
+        ids = prompts[prompt.unsqueeze(1), places.clamp(0, prompts.shape[1] - 1)]
+        return torch.where(inside, ids, OUTSIDE).int()
+
+    def _context_acts(
+        self,
+        cell: Tensor,
+        value: Tensor,
+        prompt: Tensor,
+        position: Tensor,
+        found: Tensor,
+    ) -> Float[Tensor, "row width"]:
+        """Look up a cell's other activations among its neighbours in the order.
+
+        Neighbours in the order are no nearer in the prompt, so those of a context are
+        within its width.
+        """
+        acts = torch.zeros(len(found), self._n_before + 1 + self._n_after)
+        rows = torch.arange(len(found))
+        for shift in range(-self._n_before, self._n_after + 1):
+            other = (found + shift).clamp(0, len(cell) - 1)
+            offset = position[other] - position[found]
+            same = (cell[other] == cell[found]) & (prompt[other] == prompt[found])
+            same &= (offset >= -self._n_before) & (offset <= self._n_after)
+            place = offset[same] + self._n_before
+            acts[rows[same], place] = value[other[same]].float()
+        return acts
+
+    def _merge(self) -> None:
+        lots = ([] if self._kept is None else [self._kept]) + self._pending
+        self._pending, self._n_pending = [], 0
+        if not lots:
+            return
+        columns = zip(*(lot.tensors() for lot in lots), strict=True)
+        everything = _Rows(*(torch.cat(column) for column in columns))
+        chosen = _largest(everything.cell, everything.act, self._n_examples)
+        self._kept = everything.take(chosen)
+        cells, counts = self._kept.cell.unique_consecutive(return_counts=True)
+        full = counts == self._n_examples
+        smallest = self._kept.act[counts.cumsum(0) - 1]
+        device = self._floor.device
+        self._floor[cells[full].to(device)] = smallest[full].to(device)
+
+    def compute(self) -> Examples:
+        """The examples of all tokens so far.
+
+        Raises:
+            ValueError: If no latent was active at any of them.
+        """
+        self._merge()
+        if self._kept is None:
+            raise ValueError(
+                f"None of the latents was active at any of the {self.n_tokens} tokens, "
+                "so there are no examples. Choose other latents, or give more tokens."
+            )
+        rows, d_sae = self._kept, self._d_sae
+        n_layers = len(self._hook_names)
+        rank = _rank(rows.cell)
+        by_latent = rows.cell % d_sae * n_layers + rows.cell // d_sae
+        order = by_latent.sort(stable=True).indices
+        rows = rows.take(order)
+        return Examples(
+            self._hook_names,
+            self.n_tokens,
+            self._n_before,
+            rows.cell % d_sae,
+            rows.cell // d_sae,
+            rank[order],
+            rows.act,
+            rows.prompt,
+            rows.position,
+            rows.context_ids,
+            rows.context_acts,
+        )
+
+
+def max_activating_examples(
+    sae: SAE[Any],
+    model: Any,
+    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    *,
+    n_examples: int = 8,
+    n_before: int = 10,
+    n_after: int = 5,
+    latents: Sequence[int] | None = None,
+    **options: Unpack[PassOptions],
+) -> Examples:
+    """The largest activations of each latent at each layer, with their contexts.
+
+    Args:
+        sae, model, tokens: As in `analyze`.
+        n_examples, n_before, n_after, latents: See `ExampleCollector`.
+        options: See `PassOptions`.
+    """
+    collector = ExampleCollector(
+        sae, n_examples, n_before=n_before, n_after=n_after, latents=latents
+    )
+    return analyze(sae, model, tokens, collector, **options)[0]
+
+
+def _largest(
+    cell: Int[Tensor, " row"], value: Float[Tensor, " row"], n: int
+) -> Int[Tensor, " chosen"]:
+    """The n largest values of each cell, by cell and size; the first of equal ones."""
+    order = value.sort(descending=True, stable=True).indices
+    order = order[cell[order].sort(stable=True).indices]
+    return order[_rank(cell[order]) < n]
+
+
+def _rank(cell: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """Position of each row among the consecutive rows of its cell."""
+    counts = cell.unique_consecutive(return_counts=True)[1]
+    start = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.arange(len(cell), device=cell.device) - start
