@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.codec import Codec
-from sae_lens_multilayer.forward import check_model, hook_vectors
-from sae_lens_multilayer.lens_carrier import lens_of
+from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
 from sae_lens_multilayer.prompts import check_positions, take_prompts
 from sae_lens_multilayer.scoring import RunSums, add_scores
@@ -344,14 +343,7 @@ class _Evaluation:
 def _check_model(codec: Codec, model: Any) -> None:
     for name, sae in zip(codec.hook_names, codec.saes, strict=True):
         check_model(model, [name], sae.cfg.d_in)
-    # The lenses of several views are parts of one.
-    lenses = {
-        lens.config.unembed_hash: lens
-        for lens in map(lens_of, codec.saes)
-        if lens is not None
-    }
-    for lens in lenses.values():
-        lens.check_model(model, stacklevel=5)
+    check_lenses(model, codec.saes, stacklevel=6)
 
 
 def _check_no_heads(codec: Codec) -> None:

@@ -1,13 +1,15 @@
 """The vectors of several hooks from one run of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxtyping import Float, Int
+from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.activations import one_vector_per_position
+from sae_lens_multilayer.lens_carrier import lens_of
 
 
 def check_model(model: Any, hook_names: Sequence[str], d_in: int | None) -> None:
@@ -28,6 +30,22 @@ def check_model(model: Any, hook_names: Sequence[str], d_in: int | None) -> None
         )
     if d_in is not None:
         hooks.check_width(hook_names, d_in, hooks.shape_of_model(model))
+
+
+def check_lenses(model: Any, saes: Iterable[SAE[Any]], stacklevel: int) -> None:
+    """Check that the lenses of these SAEs were made for this model.
+
+    Raises:
+        ValueError: If one is of another width or depth.
+    """
+    # The lenses of several views are parts of one.
+    lenses = {
+        lens.config.unembed_hash: lens
+        for lens in map(lens_of, saes)
+        if lens is not None
+    }
+    for lens in lenses.values():
+        lens.check_model(model, stacklevel)
 
 
 def hook_vectors(

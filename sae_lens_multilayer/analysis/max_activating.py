@@ -42,9 +42,9 @@ class _Rows:
 class ExampleCollector:
     """Keeps the largest activations of each latent at each layer, exactly.
 
-    Holds at most `n_examples` rows for each latent and layer that was active, and as
-    many that wait to be compared: in bytes about `(28 + 8 * width) * n_examples` for
-    each such pair, twice.
+    Holds at most `n_examples` rows of `28 + 8 * width` bytes for each latent and layer
+    that was active, half as many that wait to be compared, and a copy of both while
+    they are.
     """
 
     def __init__(

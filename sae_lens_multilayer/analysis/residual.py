@@ -197,7 +197,7 @@ def _pieces(
     for piece in x.split(n_tokens):
         piece = piece.to(torch.promote_types(piece.dtype, torch.float32))
         if lens is not None:
-            piece = lens.transform_layers(piece.to(next(lens.buffers(), x).device))
+            piece = lens.transform(piece.to(next(lens.buffers(), x).device))
         yield piece
 
 

@@ -15,8 +15,12 @@ from typing_extensions import TypedDict, Unpack
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
-from sae_lens_multilayer.forward import check_model, hook_vectors
+from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
 from sae_lens_multilayer.prompts import PromptBatches, check_positions
+
+_CALLS_FROM_USER = 7
+"""Calls from the user's to a warning about the lens, by way of a function for one
+analysis and `analyze`."""
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -117,6 +121,7 @@ class TokenStream:
         sae = encoder.sae if encoder is not None else sae
         self._d_in: int | None = None if sae is None else sae.cfg.d_in
         check_model(model, hook_names, self._d_in)
+        check_lenses(model, [] if sae is None else [sae], _CALLS_FROM_USER)
         own_names = hooks.model_hook_names(model, hook_names)
         head_index = None if sae is None else sae.cfg.metadata.hook_head_index
         model_name = "the model" if sae is None else str(sae.cfg.metadata.model_name)

@@ -17,9 +17,10 @@ from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenSt
 from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.evaluation import evaluate
 from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.lens_carrier import lens_of
 from sae_lens_multilayer.metrics import LayerMetrics
 from sae_lens_multilayer.prompts import take_prompts
-from sae_lens_multilayer.views import hook_names_of
+from sae_lens_multilayer.views import hook_names_of, view
 
 COMPARED = (
     "fvu",
@@ -120,7 +121,8 @@ def transfer_matrix(
     """FVU of SAEs of single layers on the vectors of every layer.
 
     Args:
-        saes: SAEs of one hook each.
+        saes: SAEs of one hook each, such as a run with `layers=[3]` gives, or ordinary
+            SAELens SAEs; without a lens.
         model: The model that they were trained on, without SAEs attached.
         tokens: Prompts with their special tokens, or a store to take them from.
         multi_layer: A multi-layer SAE to measure on the same tokens; its hooks are the
@@ -128,15 +130,16 @@ def transfer_matrix(
         options: See `PassOptions`.
 
     Raises:
-        ValueError: If an SAE does not name its hook, two name the same one, the SAEs
-            differ in width, or as `analyze`.
+        ValueError: If an SAE does not name its hook or has several, two name the same
+            one, one has a lens, the SAEs differ in width, or as `analyze`.
     """
-    trained_on = Codec(list(saes)).hook_names
+    saes = [_of_one_hook(sae) for sae in saes]
+    trained_on = Codec(saes).hook_names
     names = trained_on if multi_layer is None else hook_names_of(multi_layer)
     codecs = [Codec(sae, names) for sae in saes]
     if multi_layer is not None:
         codecs.append(Codec(multi_layer))
-    _check_same_width(codecs)
+    _check_alike(codecs, saes)
     stream = TokenStream(model, names, tokens, sae=saes[0], **options)
     metrics: list[LayerMetrics] = stream.run(ReconstructionSums(codecs))[0]
     return TransferMatrix(
@@ -169,7 +172,8 @@ def compare_with_single_layers(
         ValueError: If the hooks differ, or as `evaluate`.
     """
     names = hook_names_of(multi_layer)
-    by_hook = dict(zip(Codec(list(saes)).hook_names, saes, strict=True))
+    saes = [_of_one_hook(sae) for sae in saes]
+    by_hook = dict(zip(Codec(saes).hook_names, saes, strict=True))
     if set(by_hook) != set(names):
         raise ValueError(
             f"There must be one single-layer SAE for each of the hooks {names}; got "
@@ -190,7 +194,23 @@ def compare_with_single_layers(
     return Comparison(names, *(torch.tensor(table.to_numpy()) for table in tables))
 
 
-def _check_same_width(codecs: Sequence[Codec]) -> None:
+def _of_one_hook(sae: SAE[Any]) -> SAE[Any]:
+    names = sae.cfg.metadata.hook_names
+    if not names:
+        return sae
+    if len(names) > 1:
+        raise ValueError(
+            f"A single-layer SAE must have one hook; got one with {list(names)}."
+        )
+    return view(sae, names[0])
+
+
+def _check_alike(codecs: Sequence[Codec], saes: Sequence[SAE[Any]]) -> None:
+    if any(lens_of(sae) is not None for sae in saes):
+        raise ValueError(
+            "A single-layer SAE must have no lens to be used at other layers, as these "
+            "have other translators; one has. Train it without."
+        )
     widths = {codec.saes[0].cfg.d_in for codec in codecs}
     if len(widths) > 1:
         raise ValueError(f"The SAEs must have the same `d_in`; got {sorted(widths)}.")

@@ -8,7 +8,7 @@ import torch
 from conftest import D_MODEL, D_VOCAB, N_CTX, PAPER_DATA, tiny_model
 from dense import batch_of
 from paper import paper_numbers
-from saes import HOOK_NAMES
+from saes import HOOK_NAMES, random_lens
 from safetensors.torch import load_file
 
 from sae_lens_multilayer import MultiLayerActivationsStore
@@ -18,7 +18,8 @@ from sae_lens_multilayer.analysis import (
     ResidualSums,
     residual_stream,
 )
-from sae_lens_multilayer.lens import LayerLens, LensConfig
+from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_config import LensConfig
 
 
 def brute_force(x):
@@ -103,7 +104,9 @@ def paper_lens(hooks):
         for name, tensor in tensors.items()
         if name.endswith((".weight", ".bias"))
     }
-    return LayerLens.from_state_dict(config, state, prefix="")
+    lens = LayerLens(config)
+    lens.load_state_dict(state)
+    return lens
 
 
 @pytest.mark.parametrize("kind", ["plain", "lens"])
@@ -127,14 +130,10 @@ def test_agrees_with_the_numbers_of_the_papers_code(kind):
 
 
 def test_a_lens_comes_first(model, tokens):
-    weight = 0.1 * torch.randn(D_MODEL, D_MODEL)
-    # The first hook's translator; the last hook has none.
-    state = {"lens.0.weight": weight, "lens.0.bias": torch.randn(D_MODEL)}
-    config = LensConfig(HOOK_NAMES, n_layers=2, d_in=D_MODEL)
-    lens = LayerLens.from_state_dict(config, state)
+    lens = random_lens()
     found = residual_stream(model, HOOK_NAMES, tokens, lens=lens)
     assert found.has_lens
-    x = lens.transform_layers(vectors(model, tokens))
+    x = lens.transform(vectors(model, tokens))
     assert_agrees(found, x, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"must be of the hooks \['blocks.1"):
         residual_stream(model, HOOK_NAMES[1:], tokens, lens=lens)

@@ -11,7 +11,7 @@ from sae_lens import (
     LanguageModelSAETrainingRunner,
     StandardTrainingSAEConfig,
 )
-from saes import HOOK_NAMES, random_sae
+from saes import HOOK_NAMES, random_lens, random_sae
 
 from sae_lens_multilayer import MultiLayerActivationsStore, views
 from sae_lens_multilayer.analysis import (
@@ -98,6 +98,28 @@ def test_any_architecture_is_analysed(
         )
         assert dists.counts[layer].equal((acts > 0).sum(0))
         assert dists.counts[layer].any()
+
+
+def test_an_sae_with_a_lens_is_analysed(model, tokens):
+    sae = random_sae()
+    sae.lens = random_lens()
+    dists = layer_distributions(sae, model, tokens)
+    _, cache = model.run_with_cache(tokens)
+    for layer, name in enumerate(HOOK_NAMES):
+        acts = sae.encode(cache[name].flatten(0, 1), name).double().detach()
+        assert dists.counts[layer].equal((acts > 0).sum(0))
+        torch.testing.assert_close(
+            dists.totals[layer], acts.sum(0), rtol=1e-5, atol=1e-5
+        )
+    plain = layer_distributions(random_sae(), model, tokens)
+    assert not plain.counts.equal(dists.counts)
+
+
+def test_a_lens_of_another_model_is_a_warning(model, tokens):
+    sae = random_sae()
+    sae.lens = random_lens(unembed_hash="of another")
+    with pytest.warns(UserWarning, match="may be for another model"):
+        layer_distributions(sae, model, tokens)
 
 
 def make_store(model, dataset, make_config, **changes):

@@ -6,7 +6,7 @@ import torch
 from conftest import D_MODEL, D_VOCAB, N_CTX
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from saes import HOOK_NAMES, random_sae
+from saes import HOOK_NAMES, random_lens, random_sae
 
 from sae_lens_multilayer import evaluate, reconstruction_metrics
 from sae_lens_multilayer.analysis import (
@@ -69,6 +69,32 @@ def test_without_a_multi_layer_sae(model, tokens, saes, tmp_path):
     torch.testing.assert_close(found.fvu.flip(0, 1), both.fvu)
     found.save(tmp_path / "transfer")
     assert TransferMatrix.load(tmp_path / "transfer").multi_layer_fvu is None
+
+
+def test_a_run_on_one_layer_gives_a_single_layer_sae(model, tokens):
+    saes = [
+        random_sae(metadata=SAEMetadata(hook_names=[name], model_name="tiny"))
+        for name in HOOK_NAMES
+    ]
+    views = [sae.view(name) for sae, name in zip(saes, HOOK_NAMES, strict=True)]
+    found = transfer_matrix(saes, model, tokens)
+    torch.testing.assert_close(found.fvu, transfer_matrix(views, model, tokens).fvu)
+    table = compare_with_single_layers(random_sae(), saes, model, tokens).to_dataframe()
+    own = found.fvu.diagonal().tolist()
+    assert table["fvu", "single_layer"].tolist() == pytest.approx(own, rel=1e-5)
+    with pytest.raises(ValueError, match="must have one hook; got one with"):
+        transfer_matrix([random_sae()], model, tokens)
+
+
+def test_a_multi_layer_sae_may_have_a_lens(model, tokens, saes):
+    multi = random_sae()
+    multi.lens = random_lens()
+    found = transfer_matrix(saes, model, tokens, multi_layer=multi).multi_layer_fvu
+    alone = reconstruction_metrics(multi, model, tokens).fvu
+    assert found is not None
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="must have no lens"):
+        transfer_matrix(multi.views(), model, tokens)
 
 
 def test_comparison_is_the_two_evaluations(model, tokens, saes, tmp_path):
