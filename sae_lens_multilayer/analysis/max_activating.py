@@ -16,8 +16,8 @@ from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.views import hook_names_of
 
-_FEWEST_PENDING = 2**14
-"""Rows that may always wait to be compared with those kept."""
+_FEWEST_ROWS = 2**12
+"""Rows for which there is always room."""
 
 
 @dataclass
@@ -32,19 +32,74 @@ class _Rows:
     context_ids: Int[Tensor, "row width"]
     context_acts: Float[Tensor, "row width"]
 
+    @classmethod
+    def empty(cls, n_rows: int, width: int) -> "_Rows":
+        whole = (torch.empty(n_rows, dtype=torch.int64) for _ in range(3))
+        cell, prompt, position = whole
+        return cls(
+            cell,
+            torch.empty(n_rows, dtype=torch.float64),
+            prompt,
+            position,
+            torch.empty(n_rows, width, dtype=torch.int32),
+            torch.empty(n_rows, width),
+        )
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def take(self, rows: Tensor) -> "_Rows":
+    def take(self, rows: Tensor | slice) -> "_Rows":
         return _Rows(*(tensor[rows] for tensor in self.tensors()))
+
+    def write(self, start: int, rows: "_Rows") -> None:
+        for own, new in zip(self.tensors(), rows.tensors(), strict=True):
+            own[start : start + len(rows)] = new
+
+
+class _Table:
+    """Rows of which the largest of each cell are kept, when the room for them is full.
+
+    The room is allocated in one piece, as small tensors that stay would keep the memory
+    between them from being used again.
+    """
+
+    def __init__(self, n_examples: int, width: int) -> None:
+        self._n_examples, self._width = n_examples, width
+        self._room, self._n = _Rows.empty(_FEWEST_ROWS, width), 0
+
+    def rows(self) -> _Rows:
+        return self._room.take(slice(self._n))
+
+    def has_room(self, n_more: int) -> bool:
+        return self._n + n_more <= len(self._room)
+
+    def add(self, rows: _Rows) -> None:
+        """Write rows behind the others; of equal ones the first are kept."""
+        if not self.has_room(len(rows)):
+            # So much that as many rows must come before it is full again.
+            room = _Rows.empty(2 * (self._n + len(rows)), self._width)
+            room.write(0, self.rows())
+            self._room = room
+        self._room.write(self._n, rows)
+        self._n += len(rows)
+
+    def prune(self) -> _Rows:
+        """Leave the largest of each cell, by cell and size; gives them."""
+        rows = self.rows()
+        kept = rows.take(_largest(rows.cell, rows.act, self._n_examples))
+        self._room.write(0, kept)
+        self._n = len(kept)
+        return kept
 
 
 class ExampleCollector:
     """Keeps the largest activations of each latent at each layer, exactly.
 
-    Holds at most `n_examples` rows of `28 + 8 * width` bytes for each latent and layer
-    that was active, half as many that wait to be compared, and a copy of both while
-    they are.
+    Holds at most `n_examples` rows of `32 + 8 * width` bytes for each latent and layer
+    that was active, as many that wait to be compared, and a copy while they are.
     """
 
     def __init__(
@@ -85,9 +140,7 @@ class ExampleCollector:
             wanted[list(latents)] = True
             floor[:, ~wanted] = torch.inf
         self._floor = floor.to(sums_device(sae)).view(n_cells)
-        self._kept: _Rows | None = None
-        self._pending: list[_Rows] = []
-        self._n_pending = 0
+        self._table = _Table(n_examples, n_before + 1 + n_after)
         self.n_tokens = 0
 
     def update(self, batch: TokenBatch) -> None:
@@ -112,11 +165,9 @@ class ExampleCollector:
             self._context_ids(batch.prompts, prompt[found], position[found]),
             self._context_acts(cell, value, prompt, position, found),
         )
-        self._pending.append(rows)
-        self._n_pending += len(found)
-        n_kept = 0 if self._kept is None else len(self._kept.cell)
-        if self._n_pending > max(_FEWEST_PENDING, n_kept // 2):
-            self._merge()
+        if not self._table.has_room(len(rows)):
+            self._prune()
+        self._table.add(rows)
 
     def _context_ids(
         self, prompts: Tensor, prompt: Tensor, position: Tensor
@@ -151,20 +202,15 @@ class ExampleCollector:
             acts[rows[same], place] = value[other[same]].float()
         return acts
 
-    def _merge(self) -> None:
-        lots = ([] if self._kept is None else [self._kept]) + self._pending
-        self._pending, self._n_pending = [], 0
-        if not lots:
-            return
-        columns = zip(*(lot.tensors() for lot in lots), strict=True)
-        everything = _Rows(*(torch.cat(column) for column in columns))
-        chosen = _largest(everything.cell, everything.act, self._n_examples)
-        self._kept = everything.take(chosen)
-        cells, counts = self._kept.cell.unique_consecutive(return_counts=True)
+    def _prune(self) -> _Rows:
+        """Leave the examples so far, and raise the floor of cells that have all."""
+        kept = self._table.prune()
+        cells, counts = kept.cell.unique_consecutive(return_counts=True)
         full = counts == self._n_examples
-        smallest = self._kept.act[counts.cumsum(0) - 1]
+        smallest = kept.act[counts.cumsum(0) - 1]
         device = self._floor.device
         self._floor[cells[full].to(device)] = smallest[full].to(device)
+        return kept
 
     def compute(self) -> Examples:
         """The examples of all tokens so far.
@@ -172,13 +218,13 @@ class ExampleCollector:
         Raises:
             ValueError: If no latent was active at any of them.
         """
-        self._merge()
-        if self._kept is None:
+        rows = self._prune()
+        if not len(rows):
             raise ValueError(
                 f"None of the latents was active at any of the {self.n_tokens} tokens, "
                 "so there are no examples. Choose other latents, or give more tokens."
             )
-        rows, d_sae = self._kept, self._d_sae
+        d_sae = self._d_sae
         n_layers = len(self._hook_names)
         rank = _rank(rows.cell)
         by_latent = rows.cell % d_sae * n_layers + rows.cell // d_sae

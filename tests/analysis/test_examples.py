@@ -79,11 +79,11 @@ def to_rows(found):
     st.integers(0, 7),
     st.integers(0, 60),
 )
-def test_is_brute_force_for_any_batch_size(seed, size, n, before, after, pending):
+def test_is_brute_force_for_any_batch_size(seed, size, n, before, after, room):
     prompts, kept, acts = random_case(seed)
     collector = ExampleCollector(sae_of(acts[0]), n, n_before=before, n_after=after)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(max_activating, "_FEWEST_PENDING", pending)
+        patch.setattr(max_activating, "_FEWEST_ROWS", room)
         found = accumulate(collector, batches(prompts, kept, acts, size))
     assert to_rows(found) == brute_force(prompts, acts, n, before, after)
     assert found.n_tokens == kept.sum()
@@ -102,14 +102,13 @@ def test_chosen_latents_alone():
 def test_few_rows_are_held():
     acts = torch.rand(4, 1000, 2, 3)
     collector = ExampleCollector(sae_of(acts[0]), 5)
-    kept = torch.ones(1, 1000, dtype=torch.bool)
     for i in range(100):
         part = acts[i % 4] + i  # each batch has larger ones than all before
-        collector.update(batch_of(part, torch.ones(1, 1000).long(), i, kept))
-    collector._merge()
-    assert collector._kept is not None
-    assert len(collector._kept.cell) == 5 * 6
-    assert (collector._floor > 99).all()
+        collector.update(batch_of(part, torch.ones(1, 1000).long(), i))
+    assert len(collector._table._room) == max_activating._FEWEST_ROWS
+    found = collector.compute()
+    assert len(found.latents) == 5 * 6
+    assert (found.acts > 99).all()
 
 
 def test_file_is_parquet_with_text(tmp_path, tokenizer, monkeypatch):
