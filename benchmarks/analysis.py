@@ -7,6 +7,7 @@ of the forward passes and of the encoder.
 """
 
 import argparse
+import resource
 import subprocess
 import sys
 import time
@@ -106,12 +107,13 @@ def random_tokens(n_tokens: int) -> torch.Tensor:
     return torch.randint(0, D_VOCAB, (n_tokens // N_CTX, N_CTX))
 
 
-def measure_memory(n_tokens: int) -> float:
-    """Peak MiB of one pass, beyond the model, the SAE and the tokens."""
+def measure_memory(n_tokens: int) -> tuple[float, float]:
+    """Peak MiB of the process, and of one pass beyond what was held before."""
     model, sae = make_model_and_sae(2, 32)
     tokens = random_tokens(n_tokens)
     analyze(sae, model, tokens[:BATCH], *analyses(sae).values())
-    return peak_rss_mib(lambda: analyze(sae, model, tokens, *analyses(sae).values()))
+    own = peak_rss_mib(lambda: analyze(sae, model, tokens, *analyses(sae).values()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, own
 
 
 def measure_time(n_tokens: int) -> None:
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of is not None:
-        print(measure_memory(args.memory_of))
+        print(*measure_memory(args.memory_of))
         return
     print_versions("torch", "sae-lens", "transformer-lens")
     few = 10_000 if args.small else 100_000
@@ -147,9 +149,10 @@ def main() -> None:
     for n_tokens in (few, 10 * few):
         command = [sys.executable, __file__, "--memory-of", str(n_tokens)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks.append(float(done.stdout.split()[-1]))
-        print(f"{n_tokens:>9,} tokens: peak {peaks[-1]:.1f} MiB")
-    print(f"ratio {peaks[1] / peaks[0]:.3f}")
+        peak, own = (float(number) for number in done.stdout.split()[-2:])
+        peaks.append(peak)
+        print(f"{n_tokens:>9,} tokens: peak {peak:.1f} MiB, of the pass {own:.1f} MiB")
+    print(f"ratio of peaks {peaks[1] / peaks[0]:.3f}")
     measure_time(few // 5)
 
 

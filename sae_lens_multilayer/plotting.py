@@ -271,8 +271,12 @@ def plot_token_classes(
         "token": "token, by share of the activation",
     }[kind]
     axes.set_xlabel(f"{label} (dots: mean layer)")
-    explained = classes.explained(latent)[kind]
-    axes.set_title(f"Latent {latent}: {kind} explains {explained:.0%} of the variance")
+    parts = classes.explained(latent).loc[kind]
+    axes.set_title(
+        f"Latent {latent}: {kind} explains {parts.explained:.0%} of the variance\n"
+        f"(by chance: {parts.by_chance:.0%})",
+        fontsize=10,
+    )
     return figure
 
 

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from sae_lens_multilayer.analysis.active import check_latents, sums_device
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.analysis.variances import variance_over_layers
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.views import hook_names_of
 
@@ -38,6 +39,14 @@ class TokenClasses(Result):
     """Latent (its place among those chosen), layer and token id of `token_totals`."""
     token_totals: Float[Tensor, " entry"]
     """Sum of the activations of a latent at a layer at all tokens of an id."""
+    position_squares: Float[Tensor, "latent pos"]
+    """Sum over tokens of the square of their activation over all layers."""
+    token_square_indices: Int[Tensor, "2 pair"]
+    """Latent (its place) and token id of `token_squares`."""
+    token_squares: Float[Tensor, " pair"]
+    """As `position_squares`, for all tokens of an id."""
+    between_tokens: Float[Tensor, " latent"]
+    """`Var_T(E[L | j, T])`, as in `Variances`; NaN if the latent was never active."""
 
     def by_position(self, latent: int) -> pd.DataFrame:
         """The distribution over layers at each position of the prompt.
@@ -68,29 +77,54 @@ class TokenClasses(Result):
         binned.index_add_(1, bin_of_id[ids], totals)
         return self._table(binned, pd.Index(labels, name="seen"), counts)
 
-    def explained(self, latent: int, n_bins: int = 8) -> pd.Series:
-        """The part of `Var(L | j)` that each kind of class accounts for, in [0, 1].
+    def explained(self, latent: int, n_bins: int = 8) -> pd.DataFrame:
+        """The part of `Var(L | j)` that each kind of class accounts for.
 
-        `Var(E[L | j, class]) / Var(L | j)`, with classes weighted by their share of the
-        latent's activation; NaN if the latent is active at one layer only. It is at
-        most what the single token accounts for (1 - `token_ratio` of `Variances`), and
-        tends to it by chance where most classes have few tokens, as rare ids do.
+        One row for each kind. `explained` is `Var(E[L | j, class]) / Var(L | j)`, with
+        classes weighted by their share of the latent's activation: in [0, 1], and at
+        most what single tokens account for, `1 - token_ratio` of `Variances`.
+        `by_chance` is what it would be about if the layer had nothing to do with the
+        class: much, where most classes have few tokens. Both are NaN if the latent is
+        active at one layer only.
         """
-        tables = {
-            "position": self.by_position(latent),
-            "frequency": self.by_frequency(latent, n_bins),
-            "token": self.by_token(latent),
+        place = self._place(latent)
+        probs = self.position_totals[place].sum(1)
+        variance = variance_over_layers(probs / probs.sum()).item() or float("nan")
+        squares = self.position_squares[place]
+        parts = {
+            "position": (self.by_position(latent), squares[squares > 0]),
+            "frequency": (
+                self.by_frequency(latent, n_bins),
+                self._squares_by_frequency(place, n_bins),
+            ),
+            "token": (
+                self.by_token(latent),
+                self.token_squares[self.token_square_indices[0] == place],
+            ),
         }
-        layers = torch.arange(len(self.hook_names)).double()
-        probs = self.position_totals[self._place(latent)].sum(1)
-        probs = probs / probs.sum()
-        mean = (probs * layers).sum()
-        variance = (probs * (layers - mean).square()).sum().item()
-        between = {
-            kind: float((t.share * (t.mean_layer - mean.item()) ** 2).sum())
-            for kind, t in tables.items()
-        }
-        return pd.Series(between, name=latent) / (variance or float("nan"))
+        rows: dict[str, dict[str, float]] = {}
+        for kind, (table, squares) in parts.items():
+            mean = (table.share * table.mean_layer).sum()
+            between = float((table.share * (table.mean_layer - mean) ** 2).sum())
+            totals = torch.tensor((table.share * probs.sum().item()).to_numpy())
+            if kind == "token":  # `squares` are in the order of the ids
+                totals = totals[torch.tensor(table.index.to_numpy()).argsort()]
+            chance = self.between_tokens[place].item() * _share_by_chance(
+                totals, squares
+            )
+            rows[kind] = {
+                "explained": between / variance,
+                "by_chance": chance / variance,
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kind")
+
+    def _squares_by_frequency(self, place: int, n_bins: int) -> Float[Tensor, " class"]:
+        bin_of_id, labels, _ = self._frequency_bins(n_bins)
+        chosen = self.token_square_indices[0] == place
+        ids = self.token_square_indices[1, chosen]
+        squares = torch.zeros(len(labels), dtype=torch.float64)
+        squares.index_add_(0, bin_of_id[ids], self.token_squares[chosen])
+        return squares[squares > 0]
 
     def to_dataframe(self) -> pd.DataFrame:
         """All classes of all latents: `latent`, `kind` and `class`, then as above."""
@@ -188,49 +222,85 @@ class TokenClassSums:
         place = torch.full((sae.cfg.d_sae,), -1)
         place[self._latents] = torch.arange(len(self._latents))
         self._place = place.to(sums_device(sae))
-        n_rows = len(self._latents) * len(self._hook_names)
-        self._positions = torch.zeros(n_rows, 0, dtype=torch.float64)
         self._position_counts = torch.zeros(0, dtype=torch.int64)
         self._token_counts = torch.zeros(0, dtype=torch.int64)
-        self._keys = torch.zeros(0, dtype=torch.int64)
-        self._totals = torch.zeros(0, dtype=torch.float64)
+        self._at_positions, self._at_ids = _SparseSums(), _SparseSums()
+        self._squares_at_positions, self._squares_at_ids = _SparseSums(), _SparseSums()
+        # Of each latent: the activation, and its products with the token's mean layer.
+        self._moments = torch.zeros(3, len(self._latents), dtype=torch.float64)
 
     def update(self, batch: TokenBatch) -> None:
         """Add a batch of tokens."""
-        ids, n_pos = batch.token_ids, batch.prompts.shape[1]
-        self._position_counts = _add_counts(self._position_counts, batch.position)
+        ids, positions = batch.token_ids, batch.position
+        self._position_counts = _add_counts(self._position_counts, positions)
         self._token_counts = _add_counts(self._token_counts, ids)
-        active = batch.active
-        place = self._place[active.latent]
+        active, pairs = batch.active, batch.active.by_token
+        place, token, layer, value = self._chosen(
+            active.latent, active.token, active.layer, active.value
+        )
+        row = place * active.n_layers + layer
+        self._at_positions.add(row, positions[token], value)
+        self._at_ids.add(row, ids[token], value)
+        place, token, mean, total = self._chosen(
+            pairs.latent, pairs.token, pairs.mean_layer, pairs.total
+        )
+        self._squares_at_positions.add(place, positions[token], total.square())
+        self._squares_at_ids.add(place, ids[token], total.square())
+        moments = torch.stack([total, total * mean, total * mean.square()])
+        self._moments.index_add_(1, place, moments)
+
+    def _chosen(self, latent: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """The places of the chosen latents, and the other entries there."""
+        place = self._place[latent]
         chosen = place >= 0
-        row = (place * active.n_layers + active.layer)[chosen].cpu()
-        token, value = active.token[chosen].cpu(), active.value[chosen].cpu()
-        if n_pos > self._positions.shape[1]:
-            more = n_pos - self._positions.shape[1]
-            self._positions = torch.nn.functional.pad(self._positions, (0, more))
-        cell = row * self._positions.shape[1] + batch.position[token]
-        self._positions.view(-1).index_add_(0, cell, value)
-        # Ids above 2^32 do not exist.
-        keys = torch.cat([self._keys, row * 2**32 + ids[token]])
-        self._keys, where = keys.unique(return_inverse=True)
-        totals = torch.zeros(len(self._keys), dtype=torch.float64)
-        self._totals = totals.index_add_(0, where, torch.cat([self._totals, value]))
+        return tuple(tensor[chosen].cpu() for tensor in (place, *others))
 
     def compute(self) -> TokenClasses:
         """The sums over all tokens so far."""
         n_layers, n_latents = len(self._hook_names), len(self._latents)
-        row, token_id = self._keys // 2**32, self._keys % 2**32
         n_pos = len(self._position_counts)
-        positions = self._positions[:, :n_pos].contiguous()
+        row, token_id = self._at_ids.indices()
+        total, first, second = self._moments
+        between = (second / total - (first / total).square()).clamp(min=0)
         return TokenClasses(
             self._hook_names,
             self._latents,
             self._position_counts,
             self._token_counts,
-            positions.view(n_latents, n_layers, n_pos),
+            self._at_positions.dense(n_latents * n_layers, n_pos).view(
+                n_latents, n_layers, n_pos
+            ),
             torch.stack([row // n_layers, row % n_layers, token_id]),
-            self._totals,
+            self._at_ids.totals,
+            self._squares_at_positions.dense(n_latents, n_pos),
+            self._squares_at_ids.indices(),
+            self._squares_at_ids.totals,
+            between,
         )
+
+
+class _SparseSums:
+    """Sums at pairs of a row and a column, of which few are met."""
+
+    def __init__(self) -> None:
+        self._keys = torch.zeros(0, dtype=torch.int64)
+        self.totals = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, row: Tensor, column: Tensor, value: Tensor) -> None:
+        # Columns are positions or token ids, of which none is as large as 2^32.
+        keys = torch.cat([self._keys, row * 2**32 + column])
+        self._keys, where = keys.unique(return_inverse=True)
+        totals = torch.zeros(len(self._keys), dtype=torch.float64)
+        self.totals = totals.index_add_(0, where, torch.cat([self.totals, value]))
+
+    def indices(self) -> Int[Tensor, "2 pair"]:
+        """Rows and columns, in order."""
+        return torch.stack([self._keys // 2**32, self._keys % 2**32])
+
+    def dense(self, n_rows: int, n_columns: int) -> Float[Tensor, "row column"]:
+        dense = torch.zeros(n_rows, n_columns, dtype=torch.float64)
+        dense[tuple(self.indices())] = self.totals
+        return dense
 
 
 def token_classes(
@@ -256,3 +326,23 @@ def _add_counts(
     more = values.bincount(minlength=len(counts))
     more[: len(counts)] += counts
     return more
+
+
+def _share_by_chance(
+    totals: Float[Tensor, " class"], squares: Float[Tensor, " class"]
+) -> float:
+    """The share of the variance between tokens that classes get if tokens are shuffled.
+
+    With a weight w for each token, `Var(mean of a class) = s^2 sum w^2 / (sum w)^2` for
+    independent tokens of variance s^2, so that the expected variance between classes
+    is `s^2 (sum_c sq_c / W_c - sq / W) / W`, and that between tokens
+    `s^2 (1 - sq / W^2)`.
+
+    Args:
+        totals: W_c, the sum of the weights of each class.
+        squares: sq_c, the sum of their squares.
+    """
+    total, square = totals.sum(), squares.sum()
+    classes = ((squares / totals).sum() - square / total) / total
+    tokens = 1 - square / total.square()
+    return (classes / tokens).item() if tokens > 0 else 0.0

@@ -9,7 +9,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from saes import random_sae
 
-from sae_lens_multilayer.analysis import TokenClasses, TokenClassSums, token_classes
+from sae_lens_multilayer.analysis import (
+    TokenClasses,
+    TokenClassSums,
+    VarianceSums,
+    token_classes,
+)
 
 N_PROMPTS, N_POS, LAYERS, D_SAE = 6, 4, 3, 4
 P = [f"p_layer_{layer}" for layer in range(LAYERS)]
@@ -73,7 +78,8 @@ def test_explained_is_the_share_of_the_variance_between_classes(seed):
     mean = (act * layers).sum() / act.sum()
     variance = (act * (layers - mean) ** 2).sum() / act.sum()
     assume(act.any() and variance > 0)
-    found = run(prompts, kept, acts, [2], 2).explained(2)
+    result = run(prompts, kept, acts, [2], 2)
+    found = result.explained(2).explained
     for kind, classes in [
         ("position", torch.arange(N_POS).expand_as(prompts)),
         ("token", prompts),
@@ -87,6 +93,37 @@ def test_explained_is_the_share_of_the_variance_between_classes(seed):
         assert found[kind] == pytest.approx((between / variance).item(), abs=1e-9)
         assert -1e-12 <= found[kind] <= 1 + 1e-12
     assert found["frequency"] <= found["token"] + 1e-12
+
+
+def test_by_chance_is_what_shuffled_tokens_give():
+    # 60 tokens of 12 ids, 5 each; activations and layers that do not depend on them.
+    generator = torch.Generator().manual_seed(0)
+    acts = random_sparse(1, 60, LAYERS, 1)
+    ids = torch.arange(12).repeat_interleave(5)
+    results = [
+        accumulate(
+            TokenClassSums(sae_of(acts), [0]),
+            [batch_of(acts, ids[torch.randperm(60, generator=generator)].unsqueeze(0))],
+        ).explained(0)
+        for _ in range(100)
+    ]
+    mean = pd.DataFrame([result.loc["token"] for result in results]).mean()
+    assert mean.explained == pytest.approx(mean.by_chance, rel=0.05)
+    # Each position is there once, so chance explains all that tokens can.
+    of_positions = results[0].loc["position"]
+    assert of_positions.explained == pytest.approx(of_positions.by_chance)
+    assert of_positions.explained > 2 * mean.explained
+
+
+@given(seeds, st.integers(1, N_PROMPTS))
+def test_between_tokens_is_that_of_the_variances(seed, size):
+    prompts, kept, acts = random_case(seed)
+    assume(acts.any())
+    found = run(prompts, kept, acts, [3, 1], size).between_tokens
+    whole = accumulate(VarianceSums(sae_of(acts[0])), [batch_of(acts.flatten(0, 1))])
+    torch.testing.assert_close(
+        found, whole.between_tokens[[3, 1]], rtol=0, atol=1e-9, equal_nan=True
+    )
 
 
 def test_bins_hold_about_as_many_tokens():
