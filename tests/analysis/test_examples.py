@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import D_VOCAB, N_CTX
 from dense import accumulate, batch_of, random_sparse, sae_of, seeds
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from saes import random_sae
 
@@ -71,6 +71,7 @@ def to_rows(found):
     return json.loads(found.to_dataframe().to_json(orient="records"))
 
 
+@settings(max_examples=50)
 @given(
     seeds,
     st.integers(1, N_PROMPTS),

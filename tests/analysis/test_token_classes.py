@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import D_VOCAB, N_CTX
 from dense import accumulate, batch_of, random_sparse, sae_of, seeds
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from saes import random_sae
 
@@ -51,6 +51,7 @@ def check(table, classes, kept, act):
         assert row.mean_layer == pytest.approx(mean.item())
 
 
+@settings(max_examples=25)
 @given(seeds, st.integers(1, N_PROMPTS))
 def test_every_class_is_brute_force(seed, size):
     prompts, kept, acts = random_case(seed)
