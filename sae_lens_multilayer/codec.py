@@ -155,7 +155,8 @@ def _single_hook_names(saes: Sequence[SAE[Any]]) -> list[str]:
     names = [sae.cfg.metadata.hook_name for sae in saes]
     if not names or None in names or len(set(names)) != len(names):
         raise ValueError(
-            "Each of several SAEs must name its own hook in `cfg.metadata.hook_name`; "
-            f"got {names}."
+            "Each of several SAEs must name its own hook in `cfg.metadata.hook_name`, "
+            "and an SAE of several hooks is given by itself, not in a list; got "
+            f"{names}."
         )
     return names

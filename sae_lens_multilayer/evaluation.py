@@ -365,4 +365,9 @@ def _find_hooks(
         return list(range(len(hook_names)))
     if isinstance(chosen, (int, str)):
         chosen = [chosen]
+    if not chosen:
+        raise ValueError(
+            '`together` must name at least one hook, or be "all" or None; got an empty '
+            "list."
+        )
     return sorted({hooks.find_hook(hook_names, hook) for hook in chosen})

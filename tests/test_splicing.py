@@ -446,6 +446,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="`n_prompts` must be at least 1; got 0"):
             evaluate(random_sae(), model, store, n_prompts=0)
 
+    def test_together_with_no_hook(self, model, tokens):
+        with pytest.raises(ValueError, match="`together` must name at least one hook"):
+            evaluate(random_sae(), model, tokens, together=[])
+
+    def test_an_sae_of_several_hooks_in_a_list(self, model, tokens):
+        with pytest.raises(ValueError, match="given by itself, not in a list"):
+            evaluate([random_sae()], model, tokens)
+
     def test_two_saes_for_one_hook(self, model, tokens):
         view = random_sae().view(0)
         with pytest.raises(ValueError, match="must name its own hook"):
