@@ -45,9 +45,12 @@ def main() -> None:
     """Time both runs in turn and print tokens per second."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="six layers, few tokens")
+    parser.add_argument("--tokens", type=int, help="of text, in each run")
+    parser.add_argument("--rounds", type=int, help="runs of each that are timed")
     args = parser.parse_args()
     layers = [0, 6, 12, 18, 24, 29] if args.small else list(range(30))
-    n_tokens, rounds = (2_048, 2) if args.small else (4_096, 3)
+    n_tokens = args.tokens or (2_048 if args.small else 4_096)
+    rounds = args.rounds or (2 if args.small else 3)
     model: Any = load_smollm2()
     d_sae = 16 * model.cfg.d_model
     print_versions("torch", "sae-lens", "transformer-lens")
