@@ -29,7 +29,7 @@ from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunnerConfig,
 )
 
-from benchmarks._common import peak_rss_mib, print_versions, ratio, time_in_turns
+from benchmarks._common import print_versions, ratio, time_in_turns
 from examples.smollm2 import english_text, load_smollm2
 from sae_lens_multilayer import (
     MultiLayerActivationsStore,
@@ -63,7 +63,7 @@ def main() -> None:
     seconds = time_in_turns(turns, rounds)
     for name, times in seconds.items():
         rate = n_tokens / statistics.median(times)
-        print(f"{name:26}{rate:8.0f} tokens/s {peak_rss_mib(turns[name]):8.0f} MiB")
+        print(f"{name:26}{rate:8.0f} tokens/s")
     speed_up = ratio(seconds["MultiSAETrainingRunner"], seconds["this package"])
     print(f"this package is {speed_up:.1f} times faster")
 
