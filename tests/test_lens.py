@@ -29,13 +29,8 @@ from sae_lens_multilayer import lens_fit
 from sae_lens_multilayer.hooks import ModelShape, model_hook_names
 from sae_lens_multilayer.lens import LayerLens
 from sae_lens_multilayer.lens_config import LensConfig, translator_of
-from sae_lens_multilayer.lens_fit import (
-    ModelUnembed,
-    fit_tuned_lens,
-    lens_kl,
-    new_tuned_lens,
-    unembedding_hash,
-)
+from sae_lens_multilayer.lens_fit import fit_tuned_lens, lens_kl, new_tuned_lens
+from sae_lens_multilayer.unembedding import ModelUnembed, unembedding_hash
 
 FOLDER = str(PAPER_DATA / "model")
 BLOCKS, D_IN = 5, 64
