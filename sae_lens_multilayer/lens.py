@@ -1,5 +1,6 @@
 """One affine translator per layer and its exact inverse, as a module and as hooks."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,31 +33,55 @@ class _Factors:
     def __init__(self) -> None:
         self._of = WeakTensorKeyDictionary()
 
-    def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        version = 0 if weight.is_inference() else weight._version
+    def of(self, weight: Tensor, what: str) -> tuple[Tensor, Tensor]:
         held = self._of.get(weight)
-        if held is None or held[0] != version:
+        # W itself is kept: its version does not count writes through `.data`, and in
+        # inference mode it has none.
+        if held is None or not _are_same(held[0], weight):
             # Made in inference mode they could not be used by autograd later.
             with torch.inference_mode(False), torch.no_grad():
-                held = version, *_factorize(weight)
+                held = weight.clone(), *_factorize(weight, what)
             self._of[weight] = held
         return held[1], held[2]
 
 
-def _factorize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
+
+
+def _factorize(weight: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """LU factors of I + W, once they are known to be good.
+
+    Args:
+        what: The translator, for the message.
+
+    Raises:
+        ValueError: If the condition number is above `MAX_CONDITION_NUMBER`.
+    """
     # float64, whatever the lens has: the error is the condition number times epsilon.
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    lu, pivots, _ = torch.linalg.lu_factor_ex(_plus_identity(weight.to(dtype)))
-    if not (lu.isfinite().all() and lu.diagonal().all()):
-        raise ValueError(
-            "A translator of the lens has no inverse: I + W is singular or not finite. "
-            "Was the lens loaded?"
-        )
+    identity = torch.eye(len(weight), dtype=dtype, device=weight.device)
+    matrix = identity + weight.to(dtype)
+    lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    inverse = torch.linalg.lu_solve(lu, pivots, identity)
+    # A bound from above spares most matrices the singular values, which take longer.
+    if not matrix.norm() * inverse.norm() <= MAX_CONDITION_NUMBER:
+        _check_condition(matrix, weight.dtype, what)
     return lu, pivots
 
 
-def _plus_identity(weight: Tensor) -> Tensor:
-    return weight + torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+def _check_condition(matrix: Tensor, dtype: torch.dtype, what: str) -> None:
+    condition = math.nan
+    if matrix.isfinite().all():
+        values = torch.linalg.svdvals(matrix.cpu().double())
+        condition = (values[0] / values[-1]).item()
+    if not condition <= MAX_CONDITION_NUMBER:
+        raise ValueError(
+            f"{what} cannot be inverted well: cond(I + W) = {condition:.3g} in "
+            f"{dtype}, and at most {MAX_CONDITION_NUMBER:.0e} is allowed. Leave out "
+            "this hook, fit another lens, or use a wider dtype if rounding to this one "
+            "has done it."
+        )
 
 
 _factors = _Factors()
@@ -68,8 +93,9 @@ class _Translator(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, what: str) -> None:
         super().__init__()
+        self._what = what
         # Buffers: nothing trains them.
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
@@ -84,12 +110,16 @@ class _Translator(nn.Module):
         return z.to(x.dtype)
 
     def invert(self, z: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        lu, pivots = _factors.of(self.weight)
+        lu, pivots = _factors.of(self.weight, self._what)
         rows = (z.to(lu.dtype) - self.bias.to(lu.dtype)).reshape(-1, z.shape[-1])
         # Solves x (I + W)^T = z - b.
         with torch.autocast(z.device.type, enabled=False):
             x = torch.linalg.lu_solve(lu, pivots, rows, left=False, adjoint=True)
         return x.reshape(z.shape).to(z.dtype)
+
+    def check(self) -> None:
+        """Raise ValueError if it cannot be inverted well."""
+        _factorize(self.weight, self._what)
 
 
 class LayerLens(nn.Module):
@@ -173,9 +203,10 @@ class LayerLens(nn.Module):
             if f"{translator}.{name}" in tensors
         }
         lens.check_tensors(own)
-        for i, translator in used.items():
-            _check_condition(own[f"{i}.weight"], translator, config.hook_names[i])
         lens.load_state_dict(own, assign=True)
+        for translator in lens.children():
+            assert isinstance(translator, _Translator)
+            translator.check()
         return lens
 
     @property
@@ -206,6 +237,9 @@ class LayerLens(nn.Module):
 
         Args:
             hook: As in `transform`.
+
+        Raises:
+            ValueError: As `transform`, or if I + W has a condition number above 1e6.
         """
         return self._each(_Translator.invert, z, hook)
 
@@ -249,17 +283,6 @@ class LayerLens(nn.Module):
         """
         check_tensors(tensors, {k: v.shape for k, v in self.state_dict().items()})
 
-    def check_shape(self, shape: hooks.ModelShape, model_name: str) -> None:
-        """Raise ValueError if the lens is of another width or depth than the model."""
-        own = (self.config.n_layers, self.config.d_in)
-        if own != (shape.n_layers, shape.d_model):
-            raise ValueError(
-                f"The lens of {self.config.base_model_name!r} is for {own[0]} blocks "
-                f"of width {own[1]}; {model_name!r} has {shape.n_layers} of width "
-                f"{shape.d_model}. Use the lens of this model or fit one with "
-                "`fit_tuned_lens`."
-            )
-
     def check_model(self, model: Any, stacklevel: int = 2) -> None:
         """Check that the lens was made for this model.
 
@@ -270,7 +293,7 @@ class LayerLens(nn.Module):
             ValueError: If it is of another width or depth.
         """
         name = name_of_model(model)
-        self.check_shape(hooks.shape_of_model(model), name)
+        self.config.check_shape(hooks.shape_of_model(model), name)
         stated = self.config.unembed_hash
         if stated is None:
             return
@@ -297,7 +320,9 @@ class LayerLens(nn.Module):
         return [translator_of(n, c.n_layers, c.alignment) for n in c.hook_names]
 
     def _set(self, i: int, weight: Tensor, bias: Tensor) -> None:
-        self.add_module(str(i), _Translator(weight, bias))
+        number, name = self._translator_numbers()[i], self.config.hook_names[i]
+        what = f"Translator {number} of the lens, for {name!r},"
+        self.add_module(str(i), _Translator(weight, bias, what))
 
     def _translator(self, hook: int | str) -> _Translator | None:
         translator = self._modules.get(str(self._position(hook)))
@@ -336,15 +361,3 @@ class LayerLens(nn.Module):
             )
         parts = [self._each(change, x[..., i, :], i) for i in range(n_hooks)]
         return torch.stack(parts, dim=-2)
-
-
-def _check_condition(weight: Tensor, translator: int, hook_name: str) -> None:
-    values = torch.linalg.svdvals(_plus_identity(weight.cpu().double()))
-    condition = (values[0] / values[-1]).item()
-    if not condition <= MAX_CONDITION_NUMBER:
-        raise ValueError(
-            f"Translator {translator} of the lens, for {hook_name!r}, cannot be "
-            f"inverted well: cond(I + W) = {condition:.3g}, and at most "
-            f"{MAX_CONDITION_NUMBER:.0e} is allowed. Leave out this hook or fit "
-            "another lens."
-        )

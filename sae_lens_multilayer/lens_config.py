@@ -108,6 +108,16 @@ class LensConfig:
             unembed_hash=stated.unembed_hash,
         )
 
+    def check_shape(self, shape: hooks.ModelShape, model_name: str) -> None:
+        """Raise ValueError if the lens is of another width or depth than the model."""
+        if (self.n_layers, self.d_in) != (shape.n_layers, shape.d_model):
+            raise ValueError(
+                f"The lens of {self.base_model_name!r} is for {self.n_layers} blocks "
+                f"of width {self.d_in}; {model_name!r} has {shape.n_layers} of width "
+                f"{shape.d_model}. Use the lens of this model or fit one with "
+                "`fit_tuned_lens`."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
         return asdict(self)

@@ -232,7 +232,7 @@ def _lens(
     config = LensConfig.from_tuned_lens(stated, origin.hook_names, "reference")
     lens = LayerLens.from_translators(config, tensors)
     shape = hooks.ModelShape(origin.n_layers or stated.num_hidden_layers, d_in, None)
-    lens.check_shape(shape, str(origin.model_name))
+    lens.config.check_shape(shape, str(origin.model_name))
     return lens
 
 

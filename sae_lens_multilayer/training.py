@@ -147,7 +147,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         if shape is None:
             return
         if self._lens is not None:
-            self._lens.check_shape(shape, cfg.model_name)
+            self._lens.config.check_shape(shape, cfg.model_name)
         names = cfg.resolve_hook_names(shape.n_layers)
         hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
         hooks.check_width(names, cfg.sae.d_in, shape)

@@ -282,11 +282,34 @@ def test_the_inverse_follows_the_tensors():
     assert not torch.equal(z, lens.transform(x, 0))
 
 
-def test_a_lens_whose_tensors_cannot_be_inverted_says_so():
-    lens = LayerLens(LensConfig(POST[:1], BLOCKS, 2))
-    lens.load_state_dict({"0.weight": -torch.eye(2), "0.bias": torch.zeros(2)})
-    with pytest.raises(ValueError, match="I \\+ W is singular or not finite"):
-        lens.invert(torch.ones(2), 0)
+@pytest.mark.parametrize("in_inference_mode", [False, True])
+def test_the_inverse_follows_writes_that_no_version_counts(in_inference_mode):
+    with torch.inference_mode(in_inference_mode):
+        lens = random_lens(8, 0.1)
+        x = torch.randn(3, 8, dtype=float64)
+        lens.invert(x, 0)
+        for tensor in lens.buffers():
+            tensor.data.mul_(2)
+        assert (lens.invert(lens.transform(x, 0), 0) - x).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "number"),
+    [
+        (-1.0, torch.float32, "inf in torch.float32"),
+        (torch.nan, torch.float32, "nan in torch.float32"),
+        (1e-7 - 1, float64, r"1e\+07 in torch.float64"),
+        (-0.999, torch.bfloat16, "inf in torch.bfloat16.* a wider dtype"),
+    ],
+)
+def test_a_lens_that_cannot_be_inverted_says_so(value, dtype, number):
+    """However it came by its tensors: written to, loaded or converted."""
+    lens = LayerLens(LensConfig(POST[:1], BLOCKS, 2), dtype=float64)
+    weight = torch.tensor([[value, 0.0], [0.0, 0.0]], dtype=float64)
+    lens.load_state_dict({"0.weight": weight, "0.bias": torch.zeros(2)})
+    message = rf"Translator 1 .*'{POST[0]}', cannot .*cond\(I \+ W\) = {number}"
+    with pytest.raises(ValueError, match=message):
+        lens.to(dtype).invert(torch.ones(2), 0)
 
 
 # Layers, positions and parts
@@ -512,7 +535,7 @@ def test_a_lens_of_another_width_or_depth_is_an_error(tuned_lens, tokenizer):
         layer_lens(tuned_lens, model=model)
     lens = layer_lens(tuned_lens)
     with pytest.raises(ValueError, match=r"5 blocks .*; 'm' has 6 of width 64"):
-        lens.check_shape(ModelShape(6, 64, None), "m")
+        lens.config.check_shape(ModelShape(6, 64, None), "m")
 
 
 def test_another_unembedding_is_a_warning_that_names_both(folder, hf_model):
