@@ -1,5 +1,6 @@
 """What an SAE needs to work in the space of a tuned lens and to carry it along."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ class LensCarrier(SAE[Any]):
     lens: LayerLens | None
     """The lens, or None. Set it to put one on or to take it off; nothing is left of it
     then. The SAE has a lens of its own, in its dtype and on its device, which shares
-    the memory of the one given where these are the same."""
+    the memory of the one given where these are the same. `cfg` is replaced by one that
+    says so, and other SAEs made from it stay as they are."""
 
     def __init__(self, cfg: SAEConfig, use_error_term: bool = False) -> None:
         """Make the lens that `cfg` states, to load tensors into."""
@@ -49,13 +51,25 @@ class LensCarrier(SAE[Any]):
             value = self._own_lens(value)
         super().__setattr__(name, value)
 
+    @override
+    def __delattr__(self, name: str) -> None:
+        if name == "lens":
+            self.lens = None
+        else:
+            super().__delattr__(name)
+
     def _own_lens(self, lens: Any) -> LayerLens | None:
-        metadata = self.cfg.metadata
+        if lens is not None:
+            self._check_lens(lens)
+        stated = None if lens is None else lens.config.to_dict()
+        if stated != self.cfg.metadata.tuned_lens:
+            # Another SAE may have been made from the same object.
+            self.cfg = copy.deepcopy(self.cfg)
+            self.cfg.metadata.__dict__.pop("tuned_lens", None)
+            if stated is not None:
+                self.cfg.metadata.tuned_lens = stated
         if lens is None:
-            metadata.__dict__.pop("tuned_lens", None)
             return None
-        self._check_lens(lens)
-        metadata.tuned_lens = lens.config.to_dict()
         return lens.select(lens.hook_names).to(self.device, self.dtype)
 
     def _check_lens(self, lens: Any) -> None:

@@ -150,6 +150,27 @@ def test_a_lens_that_was_taken_off_leaves_nothing(tmp_path):
     ]
 
 
+def test_deleting_it_takes_it_off():
+    sae = sae_with_lens()
+    del sae.lens
+    assert sae.lens is None
+    assert "tuned_lens" not in sae.cfg.metadata
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_another_sae_with_the_same_settings_keeps_its_own(training, tmp_path):
+    plain = random_sae(training)
+    other = type(plain)(plain.cfg)
+    other.lens = random_lens()
+    third = type(plain)(other.cfg)
+    third.lens = None
+    for i, (sae, has_lens) in enumerate([(plain, 0), (other, 1), (third, 0)]):
+        assert ("tuned_lens" in sae.cfg.metadata) == has_lens
+        (sae.save_inference_model if training else sae.save_model)(tmp_path / str(i))
+        loaded: Any = SAE.load_from_disk(tmp_path / str(i))
+        assert (loaded.lens is not None) == has_lens
+
+
 def test_the_lens_given_is_not_changed():
     sae, lens = random_sae(), random_lens(dtype=torch.float64)
     before = copy.deepcopy(lens.state_dict())
