@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
+from sae_lens_multilayer.sae_config import check_size
 
 Alignment = Literal["tuned_lens", "reference"]
 
@@ -77,6 +78,8 @@ class LensConfig:
 
     def __post_init__(self) -> None:
         """Check what cannot be right for any model."""
+        check_size("n_layers", self.n_layers)
+        check_size("d_in", self.d_in)
         hooks.check_hook_choice("", self.hook_names, None)
         if self.alignment not in get_args(Alignment):
             raise ValueError(
@@ -127,7 +130,7 @@ class LensConfig:
         """Undo `to_dict`.
 
         Raises:
-            ValueError: If a key is unknown or missing.
+            ValueError: If a key is unknown or missing, or a value cannot be right.
         """
         known = [field.name for field in fields(cls)]
         required = {"hook_names", "n_layers", "d_in"}
@@ -136,4 +139,9 @@ class LensConfig:
                 f"The settings of a lens must be among {known}, with "
                 f"{sorted(required)}; got {sorted(values)}."
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"The saved settings of the lens, `tuned_lens`, are wrong: {error}"
+            ) from error

@@ -104,12 +104,17 @@ def check_whole_number(name: str, value: Any) -> None:
         )
 
 
+def check_size(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is a positive int."""
+    check_whole_number(name, value)
+    if value is None or value <= 0:
+        raise ValueError(f"`{name}` must be positive; got {value}.")
+
+
 def check_sizes(cfg: SAEConfig) -> None:
     """Raise ValueError unless `d_in` and `d_sae` are positive whole numbers."""
-    for name in ("d_in", "d_sae"):
-        check_whole_number(name, getattr(cfg, name))
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"`{name}` must be positive; got {getattr(cfg, name)}.")
+    check_size("d_in", cfg.d_in)
+    check_size("d_sae", cfg.d_sae)
 
 
 def _check_config(cfg: SAEConfig, k: int) -> None:

@@ -410,6 +410,11 @@ def test_settings_are_checked():
         ValueError, match=r"settings of a lens.*got \['d_in', 'width'\]"
     ):
         LensConfig.from_dict({"d_in": 4, "width": 4})
+    good = {**config.to_dict(), "alignment": "tuned_lens"}
+    assert LensConfig.from_dict(good).to_dict() == good
+    for name, value in [("n_layers", None), ("d_in", "16"), ("hook_names", None)]:
+        with pytest.raises(ValueError, match="`tuned_lens`, are wrong"):
+            LensConfig.from_dict({**good, name: value})
 
 
 # Where a lens comes from
@@ -442,6 +447,18 @@ def test_a_lens_that_is_nowhere_is_an_error(tmp_path):
         layer_lens(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "params.pt"])
+def test_half_a_lens_is_an_error_that_names_the_other_half(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"this is without {name};"):
+        layer_lens(folder)
+
+
+def test_a_folder_may_be_at_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert layer_lens("~/lens").config == layer_lens(folder).config
+
+
 def test_a_lens_without_biases_is_loaded(folder, resid_post):
     """tuned-lens itself fails to make one."""
     rewrite(folder, bias=False)
@@ -470,13 +487,39 @@ def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **changes) -
             "missing: \\['5.bias', '5.weight'\\].*another depth",
         ),
         ({"num_hidden_layers": 4}, "unknown: \\['4.bias', '4.weight'\\]"),
+        ({"d_model": "16"}, "config.json .*`d_model` must be a whole number.*'16'"),
+        ({"d_model": 64.0}, "config.json .*`d_model` must be a whole number.*64.0"),
+        ({"d_model": None}, "config.json .*`d_model` must be positive; got None"),
+        ({"num_hidden_layers": "2"}, "config.json .*`num_hidden_layers` must .*'2'"),
         ({"lens_type": "mlp"}, "`lens_type` must be 'linear_tuned_lens'; got 'mlp'"),
     ],
 )
 def test_files_that_do_not_fit_each_other_are_an_error(folder, changes, message):
     rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{folder}.*{message}"):
         layer_lens(folder, POST[:4])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.zeros(D_IN, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(D_IN).to_sparse(), "torch.sparse_coo"),
+        (torch.zeros(D_IN, dtype=torch.int64), "torch.int64"),
+    ],
+)
+def test_tensors_of_other_kinds_are_an_error(folder, tensor, found):
+    rewrite(folder, {"0.bias": tensor})
+    message = rf"{folder}.*'0\.bias' of the lens must be a dense tensor.*{found}"
+    with pytest.raises(ValueError, match=message):
+        layer_lens(folder)
+
+
+@pytest.mark.parametrize("content", [{"0.bias": 1.0}, {0: torch.ones(1)}, [1, 2]])
+def test_values_that_are_no_named_tensors_are_an_error(folder, content):
+    torch.save(content, folder / "params.pt")
+    with pytest.raises(ValueError, match=r"params\.pt must hold tensors only, by"):
+        layer_lens(folder)
 
 
 def test_a_nan_in_the_file_is_an_error_even_where_it_is_not_used(folder):
@@ -511,14 +554,14 @@ def test_a_pickle_of_anything_else_is_not_run(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04"])
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04", b"text\n"])
 def test_a_broken_file_is_an_error(folder, content):
     (folder / "params.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"params\.pt must hold tensors only"):
         layer_lens(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "[1]", "null"])
 def test_broken_settings_are_an_error(folder, content):
     (folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is not of a tuned lens"):
