@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from typing import Any
 from uuid import uuid4
 
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -60,13 +63,18 @@ def check_free(path: str | Path) -> None:
 
 
 def free_path(path: str | Path) -> Path:
-    """`path`, or the first of `path-1`, `path-2`, ... where nothing is overwritten."""
+    """`path`, or the first of `path-1`, `path-2`, ... where nothing is overwritten.
+
+    Another one is logged as a warning.
+    """
     for n in itertools.count():
         candidate = Path(path) if n == 0 else Path(f"{path}-{n}")
         try:
             check_free(candidate)
         except FileExistsError:
             continue
+        if n > 0:
+            logger.warning("%s is taken by now; saving to %s", path, candidate)
         return candidate
     raise AssertionError("unreachable: the count has no end")
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,22 @@ from tuned_lens.nn.lenses import TunedLensConfig
 from tuned_lens.nn.unembed import Unembed
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.checkpoints import check_free, complete_or_absent
+from sae_lens_multilayer.checkpoints import (
+    check_writable,
+    complete_or_absent,
+    free_path,
+)
+from sae_lens_multilayer.forward import check_model
+from sae_lens_multilayer.lens_config import LensConfig
+from sae_lens_multilayer.prompts import check_prompts
+from sae_lens_multilayer.sae_config import check_size
 from sae_lens_multilayer.unembedding import (
     ModelUnembed,
     final_norm_of_hf_model,
     name_of_model,
 )
+
+Optimizer = Literal["sgd", "adam"]
 
 _RECIPE_TOKENS_PER_STEP = 2**18
 _MOMENTUM = 0.9
@@ -47,6 +57,7 @@ def new_tuned_lens(model: Any) -> TunedLens:
     return lens.to(lens.unembed.unembedding.weight.device)
 
 
+@torch.inference_mode(False)
 def fit_tuned_lens(
     model: Any,
     tokens: Int[Tensor, "prompt pos"],
@@ -54,7 +65,7 @@ def fit_tuned_lens(
     n_steps: int = 250,
     batch_size_prompts: int | None = None,
     forward_batch_size_prompts: int = 8,
-    optimizer: Literal["sgd", "adam"] = "sgd",
+    optimizer: Optimizer = "sgd",
     lr: float | None = None,
     weight_decay: float = 1e-3,
     max_grad_norm: float = 1.0,
@@ -72,7 +83,7 @@ def fit_tuned_lens(
 
     Args:
         model: A HookedTransformer, a TransformerBridge or the host's HookedProxyLM
-            around a Hugging Face model.
+            around a Hugging Face model, without SAEs attached.
         tokens: Prompts to train on, no longer than the context; shuffled, and used
             again when all were.
         n_steps: Optimiser steps.
@@ -86,7 +97,8 @@ def fit_tuned_lens(
             tuned-lens, SGD's is multiplied by 1 - momentum.
         weight_decay: Pulls W and b towards 0, the identity.
         max_grad_norm: Bound on the norm of the gradient of all layers together.
-        output_path: Folder to save to, in tuned-lens' format. It must be new or empty.
+        output_path: Folder to save to, in tuned-lens' format. It must be new or empty;
+            if something has appeared there at the end, it is saved beside it.
         progress: Show a progress bar.
 
     Returns:
@@ -94,22 +106,21 @@ def fit_tuned_lens(
         from `output_path`.
 
     Raises:
-        ValueError: If `tokens` or a number cannot be trained with, or the logits are
-            not the unembedding of the final norm of the last residual stream.
-        FloatingPointError: If the loss is not finite.
+        ValueError: If `tokens` or a setting cannot be trained with, the model has SAEs
+            attached or was made in inference mode, or its logits are not the
+            unembedding of the final norm of the last residual stream.
+        OSError: If `output_path` cannot be written.
+        FloatingPointError: If the loss or the lens is not finite.
 
     References:
         Belrose et al. (2023), arXiv:2303.08112, and tuned-lens' `train_loop.py`.
     """
-    _check_tokens(model, tokens)
-    if min(n_steps, forward_batch_size_prompts, batch_size_prompts or 1) < 1:
-        raise ValueError(
-            "`n_steps` and batch sizes must be at least 1; got "
-            f"n_steps={n_steps}, batch_size_prompts={batch_size_prompts}, "
-            f"forward_batch_size_prompts={forward_batch_size_prompts}."
-        )
+    tokens = _check_input(model, tokens, forward_batch_size_prompts)
+    _check_settings(n_steps, batch_size_prompts, lr, weight_decay, max_grad_norm)
     if output_path is not None:
-        check_free(output_path)
+        output_path = Path(output_path).expanduser()
+        check_writable(output_path, "output_path")
+    _check_differentiable(model)
     lens = new_tuned_lens(model)
     dtype = lens.unembed.unembedding.weight.dtype
     lens.layer_translators.to(torch.promote_types(dtype, torch.float32))
@@ -130,8 +141,9 @@ def fit_tuned_lens(
             steps.zero_grad()
             schedule.step()
     lens.layer_translators.to(dtype).requires_grad_(False)
+    _check_translators(lens)
     if output_path is not None:
-        with complete_or_absent(output_path) as folder:
+        with complete_or_absent(free_path(output_path)) as folder:
             lens.save(folder)
     return lens
 
@@ -149,9 +161,14 @@ def lens_kl(
 
     Args:
         lens: None for the logit lens: no translators.
+
+    Raises:
+        ValueError: If the lens is of another width or depth, the model has SAEs
+            attached, or `tokens` are not what it can run.
     """
-    _check_tokens(model, tokens)
+    tokens = _check_input(model, tokens, forward_batch_size_prompts)
     lens = lens or new_tuned_lens(model)
+    _check_lens(lens, model)
     total = torch.zeros(len(lens), dtype=torch.float64)
     with torch.no_grad():
         for part in tokens.split(forward_batch_size_prompts):
@@ -161,23 +178,58 @@ def lens_kl(
     return total / tokens.numel()
 
 
-def _check_tokens(model: Any, tokens: Tensor) -> None:
-    if tokens.ndim != 2 or tokens.numel() == 0:
+def _check_input(
+    model: Any, tokens: object, forward_batch_size_prompts: int
+) -> Int[Tensor, "prompt pos"]:
+    hooks.shape_of_model(model)  # a model of another kind is an error
+    check_model(model, [], None)
+    check_size("forward_batch_size_prompts", forward_batch_size_prompts)
+    return check_prompts(model, name_of_model(model), tokens)
+
+
+def _check_settings(
+    n_steps: object,
+    batch_size_prompts: object,
+    lr: float | None,
+    weight_decay: float,
+    max_grad_norm: float,
+) -> None:
+    check_size("n_steps", n_steps)
+    if batch_size_prompts is not None:
+        check_size("batch_size_prompts", batch_size_prompts)
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"`lr` must be positive and finite; got {lr}.")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"`weight_decay` must be 0 or more; got {weight_decay}.")
+    if not max_grad_norm > 0:
+        raise ValueError(f"`max_grad_norm` must be positive; got {max_grad_norm}.")
+
+
+def _check_differentiable(model: Any) -> None:
+    if next(model.parameters()).is_inference():
         raise ValueError(
-            "`tokens` must have the shape [prompt, pos] and hold at least one; got "
-            f"shape {tuple(tokens.shape)}."
+            "The model must be one that gradients can pass through; this one was made "
+            "in `torch.inference_mode()`. Load it outside of that."
         )
-    hooks.check_context_size(tokens.shape[1], hooks.shape_of_model(model), "the model")
+
+
+def _check_lens(lens: TunedLens, model: Any) -> None:
+    config = LensConfig.from_tuned_lens(lens.config, ["blocks.0.hook_resid_pre"])
+    config.check_shape(hooks.shape_of_model(model), name_of_model(model))
 
 
 def _optimizer(
-    name: Literal["sgd", "adam"],
+    name: str,
     params: list[nn.Parameter],
     lr: float | None,
     weight_decay: float,
     n_steps: int,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     optimizer: torch.optim.Optimizer
+    if name not in get_args(Optimizer):
+        raise ValueError(
+            f"`optimizer` must be one of {get_args(Optimizer)}; got {name!r}."
+        )
     if name == "sgd":
         warmup_steps = 0
         optimizer = torch.optim.SGD(
@@ -301,3 +353,12 @@ def _check_finite(losses: Float[Tensor, " n_layers"]) -> None:
             f"The KL of translator {layer} is {losses[layer].item()}. Use a lower "
             "`lr`, and look for NaN in the model's activations."
         )
+
+
+def _check_translators(lens: TunedLens) -> None:
+    for name, tensor in lens.layer_translators.state_dict().items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(
+                f"{name!r} of the fitted lens is not finite in {tensor.dtype}. Use a "
+                "lower `lr` or `weight_decay`."
+            )

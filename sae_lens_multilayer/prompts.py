@@ -1,4 +1,4 @@
-"""The prompts that an SAE is measured on."""
+"""The prompts that an SAE or a lens is measured on."""
 
 import tempfile
 import warnings
@@ -36,7 +36,7 @@ def take_prompts(
     _check_numbers(tokens, n_prompts, batch_size_prompts)
     if isinstance(tokens, ActivationsStore):
         tokens = _take_from_store(tokens, n_prompts)
-    return _check_prompts(model, model_name, tokens)
+    return check_prompts(model, model_name, tokens)
 
 
 class PromptBatches:
@@ -75,7 +75,7 @@ class PromptBatches:
             self._source: Tensor | ActivationsStore = tokens
             self._n_prompts = n_prompts or tokens.store_batch_size_prompts
         else:
-            self._source = _check_prompts(model, model_name, tokens)
+            self._source = check_prompts(model, model_name, tokens)
             self._n_prompts = len(self._source)
         self._repeatable = repeatable
         self._file: IO[bytes] | None = None
@@ -104,7 +104,7 @@ class PromptBatches:
             rows, ended = next_rows(store, n_wanted)
             if rows is None:
                 break
-            batch = _check_prompts(self._model, self._model_name, rows).cpu()
+            batch = check_prompts(self._model, self._model_name, rows).cpu()
             n_read += len(batch)
             if self._file is not None:
                 np.save(self._file, batch.numpy())
@@ -165,9 +165,15 @@ def _check_numbers(
         )
 
 
-def _check_prompts(
+def check_prompts(
     model: Any, model_name: str, tokens: object
 ) -> Int[Tensor, "prompt pos"]:
+    """The prompts as int64, once they are known to be what the model can run.
+
+    Raises:
+        ValueError: If they are no prompts, a token id is not in the vocabulary, or they
+            are longer than the context.
+    """
     prompts = _check_tokens(tokens)
     hooks.check_token_ids(model, prompts)
     shape = hooks.shape_of_model(model)

@@ -327,8 +327,6 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         new folder beside it.
         """
         path = free_path(output_path)
-        if path != Path(output_path):
-            logger.warning("%s is taken by now; saving to %s", output_path, path)
         with complete_or_absent(path) as partial:
             sae.save_inference_model(partial)
             if log_feature_sparsity is not None:

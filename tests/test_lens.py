@@ -5,6 +5,7 @@ Fitting is checked against what it promises: KL to the model's output on held-ou
 
 import copy
 import functools
+import inspect
 import json
 import re
 import shutil
@@ -17,8 +18,10 @@ import torch
 from conftest import PAPER_DATA, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.load_model import load_model
+from saes import random_sae
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -845,14 +848,125 @@ def test_the_progress_bar_can_be_had_and_left_out(model, capsys, monkeypatch):
     assert captured.out == ""
 
 
+BAD_SETTINGS = {
+    "optimizer": ("SGD", r"`optimizer` must be one of \('sgd', 'adam'\); got 'SGD'"),
+    "max_grad_norm": (-1.0, r"`max_grad_norm` must be positive; got -1\.0"),
+    "weight_decay": (torch.nan, "`weight_decay` must be 0 or more; got nan"),
+    "lr": (-1.0, r"`lr` must be positive and finite; got -1\.0"),
+    "n_steps": (1.5, "`n_steps` must be a whole number"),
+    "batch_size_prompts": (0, "`batch_size_prompts` must be positive; got 0"),
+    "forward_batch_size_prompts": (0, "`forward_batch_size_prompts` must be positive"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_a_setting_that_cannot_be_fitted_with_is_an_error(model, name):
+    value, message = BAD_SETTINGS[name]
+    fit = inspect.unwrap(fit_tuned_lens)  # the tests' type checks would stop a call
+    with pytest.raises(ValueError, match=message):
+        fit(model, torch.randint(1, 512, (2, 8)), **{name: value})
+
+
+@pytest.mark.parametrize("function", [fit_tuned_lens, lens_kl])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([[1, -1]]), r"in \[0, 512\).*from -1 to 1"),
+        (torch.tensor([[1, 512]]), r"in \[0, 512\).*from 1 to 512"),
+        (torch.ones(1, 2), r"integers of shape.*got torch\.float32 of shape \(1, 2\)"),
+        ([[1, 2]], "integers of shape.*got list"),
+        (torch.ones(2, dtype=torch.int64), r"\[prompt, pos\]; got torch\.int64"),
+    ],
+)
+def test_tokens_are_those_that_the_model_can_run(model, function, tokens, message):
+    function = inspect.unwrap(function)
+    with pytest.raises(ValueError, match=message):
+        function(model, tokens)
+
+
+@pytest.mark.parametrize("function", [fit_tuned_lens, lens_kl])
+def test_a_model_with_saes_attached_is_an_error(tokenizer, function):
+    model: Any = tiny_model(tokenizer, HookedSAETransformer)
+    model.add_sae(random_sae().view(0))
+    with pytest.raises(ValueError, match="must have no SAEs attached"):
+        function(model, torch.randint(1, 512, (2, 8)))
+
+
+def test_kl_needs_batches_and_a_lens_of_the_model(model, tokenizer, tuned_lens):
+    tokens = torch.randint(1, 512, (2, 8))
+    deep = new_tuned_lens(tiny_model(tokenizer, n_layers=3))
+    with pytest.raises(ValueError, match="for 3 blocks of width 16; 'custom' has 2"):
+        lens_kl(model, tokens, deep)
+    with pytest.raises(ValueError, match="for 5 blocks of width 64; 'custom' has 2"):
+        lens_kl(model, tokens, tuned_lens)
+    with pytest.raises(ValueError, match="`forward_batch_size_prompts` must be posi"):
+        lens_kl(model, tokens, forward_batch_size_prompts=0)
+
+
+def test_inference_mode_changes_nothing(model, tokenizer):
+    tokens = torch.randint(1, 512, (2, 8))
+    expected = fit_tuned_lens(model, tokens, n_steps=2, progress=False)
+    with torch.inference_mode():
+        lens = fit_tuned_lens(model, tokens.clone(), n_steps=2, progress=False)
+        made_here = tiny_model(tokenizer)
+    for a, b in zip(lens.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="gradients can pass through"):
+        fit_tuned_lens(made_here, tokens)
+
+
+def test_a_lens_that_is_not_finite_is_not_saved(tokenizer, tmp_path):
+    """The loss, taken before each step, does not see the last one."""
+    model = tiny_model(tokenizer, dtype=torch.float16)
+    message = r"'0\.weight' of the fitted lens is not finite in torch\.float16"
+    with pytest.raises(FloatingPointError, match=message):
+        fit_tuned_lens(
+            model,
+            torch.randint(1, 512, (2, 8)),
+            n_steps=1,
+            lr=1e12,
+            output_path=tmp_path / "lens",
+            progress=False,
+        )
+    assert not (tmp_path / "lens").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_first(model, tmp_path, monkeypatch):
+    def train(*args):
+        raise AssertionError("It was trained.")
+
+    monkeypatch.setattr(lens_fit, "_backward", train)
+    (tmp_path / "file").touch()
+    tokens = torch.randint(1, 512, (2, 8))
+    for path in (tmp_path / "file" / "lens", "/proc/1/lens"):
+        with pytest.raises(OSError, match="`output_path` must be a path that can be"):
+            fit_tuned_lens(model, tokens, output_path=path)
+
+
+def test_what_appeared_meanwhile_is_not_overwritten(
+    model, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    step = lens_fit._backward
+
+    def appear(*args):
+        (tmp_path / "lens" / "notes").mkdir(parents=True)
+        return step(*args)
+
+    monkeypatch.setattr(lens_fit, "_backward", appear)
+    tokens = torch.randint(1, 512, (2, 8))
+    fit_tuned_lens(model, tokens, n_steps=1, output_path="~/lens", progress=False)
+    assert "lens is taken by now; saving to" in caplog.text
+    assert (tmp_path / "lens-1" / "params.pt").is_file()
+    assert [path.name for path in (tmp_path / "lens").iterdir()] == ["notes"]
+
+
 def test_bad_input_to_a_fit_is_an_error(model, tmp_path):
     tokens = torch.randint(1, 512, (2, 8))
-    with pytest.raises(ValueError, match=r"hold at least one; got shape \(0, 8\)"):
+    with pytest.raises(ValueError, match=r"hold at least one .*got shape \(0, 8\)"):
         fit_tuned_lens(model, tokens[:0])
     with pytest.raises(ValueError, match=r"must be at most 16 tokens.*got 17"):
         fit_tuned_lens(model, torch.ones(1, 17, dtype=torch.int64))
-    with pytest.raises(ValueError, match="must be at least 1; got n_steps=0"):
-        fit_tuned_lens(model, tokens, n_steps=0)
     (tmp_path / "notes").touch()
     with pytest.raises(FileExistsError, match="must be a new or an empty folder"):
         fit_tuned_lens(model, tokens, output_path=tmp_path)
