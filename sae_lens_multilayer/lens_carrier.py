@@ -148,14 +148,18 @@ def saved_lens(folder: Path) -> LayerLens | None:
     """The lens of a saved SAE, or None.
 
     Raises:
-        ValueError: If its tensors are not those of its settings, or not finite.
+        ValueError: If its settings are wrong, or its tensors are not theirs or not
+            finite.
     """
     cfg: dict[str, Any] = json.loads((folder / SAE_CFG_FILENAME).read_text())
     stated = cfg.get("metadata", {}).get("tuned_lens")
     if stated is None:
         return None
-    lens = LayerLens(LensConfig.from_dict(stated), device="meta")
     tensors = _lens_tensors(load_file(folder / SAE_WEIGHTS_FILENAME))
-    lens.check_tensors(tensors)
+    try:
+        lens = LayerLens(LensConfig.from_dict(stated), device="meta")
+        lens.check_tensors(tensors)
+    except ValueError as error:
+        raise ValueError(f"The lens of the SAE in {folder}: {error}") from error
     lens.load_state_dict(tensors, assign=True)
     return lens

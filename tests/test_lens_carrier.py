@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_lens_multilayer import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.lens import LayerLens
+from sae_lens_multilayer.lens_carrier import saved_lens
 from sae_lens_multilayer.topk import reference
 
 N = len(HOOK_NAMES)
@@ -264,6 +265,18 @@ def test_a_checkpoint_with_a_nan_or_without_a_tensor_is_an_error(tmp_path):
     save_file(tensors, tmp_path / SAE_WEIGHTS_FILENAME)
     with pytest.raises(ValueError, match=r"missing: \['1\.bias'\]"):
         SAE.load_from_disk(tmp_path)
+
+
+def test_settings_that_are_wrong_are_an_error(tmp_path):
+    sae_with_lens().save_model(tmp_path)
+    saved = json.loads((tmp_path / SAE_CFG_FILENAME).read_text())
+    saved["metadata"]["tuned_lens"]["n_layers"] = None
+    (tmp_path / SAE_CFG_FILENAME).write_text(json.dumps(saved))
+    message = "`tuned_lens`, are wrong: `n_layers` must be positive; got None"
+    with pytest.raises(ValueError, match=message):
+        SAE.load_from_disk(tmp_path)
+    with pytest.raises(ValueError, match=f"The lens of the SAE in {tmp_path}: .*wrong"):
+        saved_lens(tmp_path)
 
 
 # Views
