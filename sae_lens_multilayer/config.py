@@ -115,7 +115,8 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     for the lens of the checkpoint in a run that starts from one."""
     lens_alignment: Alignment = "tuned_lens"
     """Which translator a block's output uses: "tuned_lens", the one that was trained on
-    it; "reference", the block's own, as in the paper's code."""
+    it; "reference", the block's own, as in the paper's code. A run that starts from an
+    SAE with a lens must have that of its lens."""
     lr: float = 1e-4
     adam_eps: float = 6.25e-10
     """Epsilon of Adam."""
@@ -263,15 +264,16 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         """Raise ValueError if a lens is not of this run's width, hooks or alignment."""
         if lens.d_in != self.sae.d_in:
             raise ValueError(
-                f"`tuned_lens` must be of the SAE's width, d_in = {self.sae.d_in}; the "
+                f"The lens must be of the SAE's width, d_in = {self.sae.d_in}; the "
                 f"lens of {lens.base_model_name!r} is {lens.d_in} wide. Use the lens "
                 "of this model or fit one with `fit_tuned_lens`."
             )
         hook_names = self.resolve_hook_names(lens.n_layers)
         if lens.hook_names != hook_names:
             raise ValueError(
-                f"`tuned_lens` must be of this run's hooks, {hook_names}; got a lens "
-                f"of {lens.hook_names}. Build it for these, or give the TunedLens."
+                f"The lens must be of this run's hooks, {hook_names}; got a lens of "
+                f"{lens.hook_names}. Build it for these, give the TunedLens, or train "
+                "on its hooks."
             )
         if lens.alignment != self.lens_alignment:
             raise ValueError(

@@ -1,6 +1,5 @@
 """The tuned lens of a training run: its config's, or its first checkpoint's."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,14 @@ def lens_of_run(cfg: MultiLayerConfig[Any]) -> LayerLens | None:
     A run that starts from a checkpoint has the lens of that checkpoint.
 
     Raises:
-        ValueError: If the lens cannot be read or does not fit the run, or the
-            checkpoint has another one than `tuned_lens` names.
+        ValueError: If the lens cannot be read or does not fit the run (its alignment
+            too), or the checkpoint has another one than `tuned_lens` names.
     """
     start = cfg.resume_from_checkpoint or cfg.from_pretrained_path
     found = None if start is None else saved_lens(Path(start))
     if cfg.tuned_lens is None:
+        if found is not None:
+            cfg.check_lens(found.config)
         return found
     if isinstance(cfg.tuned_lens, dict):
         if found is None or found.config != LensConfig.from_dict(cfg.tuned_lens):
@@ -74,22 +75,15 @@ def check_same_lens(lens: LayerLens, found: LayerLens | None, what: str) -> None
     )
 
 
-def check_lens_fits(sae: SAE[Any], model: Any, hook_names: Sequence[str]) -> None:
-    """Check that an SAE's lens, if it has one, is of a run's model and hooks.
+def check_lens_of_model(sae: SAE[Any], model: Any) -> None:
+    """Check that an SAE's lens, if it has one, was made for a run's model.
 
     Raises:
-        ValueError: If it is not. One that was made for another unembedding is a
-            warning.
+        ValueError: As `LayerLens.check_model`, which may also warn.
     """
     lens = lens_of(sae)
-    if lens is None:
-        return
-    lens.check_model(model, stacklevel=5)
-    if lens.hook_names != list(hook_names):
-        raise ValueError(
-            f"The SAE's lens must be of this run's hooks, {list(hook_names)}; it is of "
-            f"{lens.hook_names}. Train on those hooks."
-        )
+    if lens is not None:
+        lens.check_model(model, stacklevel=5)
 
 
 def _same_tensors(lens: LayerLens, found: LayerLens) -> bool:

@@ -44,7 +44,11 @@ from sae_lens_multilayer.checkpoints import (
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.lens_carrier import LensCarrier, lens_of
-from sae_lens_multilayer.run_lens import check_lens_fits, check_same_lens, lens_of_run
+from sae_lens_multilayer.run_lens import (
+    check_lens_of_model,
+    check_same_lens,
+    lens_of_run,
+)
 from sae_lens_multilayer.trainer import MultiLayerTrainer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +108,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._starts_anew = override_sae is None and cfg.from_pretrained_path is None
         self.sae = override_sae if override_sae is not None else self._make_sae()
         self._check_normalization(self.sae)
-        check_lens_fits(self.sae, self.model, store.hook_names)
+        check_lens_of_model(self.sae, self.model)
         self.sae.to(cfg.device)
         self.evaluator = MultiLayerEvaluator(  # type: ignore[assignment]
             self.model,
@@ -194,8 +198,11 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 f"has {found}."
             )
         self._check_normalization(sae)
+        lens = lens_of(sae)
         if self._lens is not None:
-            check_same_lens(self._lens, lens_of(sae), "`override_sae`")
+            check_same_lens(self._lens, lens, "`override_sae`")
+        elif lens is not None:
+            self.cfg.check_lens(lens.config)
 
     def _check_normalization(self, sae: TrainingSAE[Any]) -> None:
         found = sae.cfg.normalize_activations

@@ -396,5 +396,21 @@ class TestCheckpoints:
         self, start, make_config, checkpoint
     ):
         config = make_config(from_pretrained_path=checkpoint, layers=[0])
-        with pytest.raises(ValueError, match="The SAE's lens must be of this run's"):
+        with pytest.raises(ValueError, match="must be of this run's hooks"):
             start(config)
+
+    @pytest.mark.parametrize("way", ["resume_from_checkpoint", "from_pretrained_path"])
+    def test_another_alignment_than_the_checkpoints_is_an_error(
+        self, start, make_config, checkpoint, way
+    ):
+        config = make_config(lens_alignment="reference", **{way: checkpoint})
+        with pytest.raises(ValueError, match="that of the lens, 'tuned_lens'; got 're"):
+            start(config)
+
+    def test_another_alignment_than_the_given_saes_is_an_error(
+        self, start, make_config, checkpoint
+    ):
+        given: Any = TrainingSAE.load_from_disk(checkpoint)
+        config = make_config(lens_alignment="reference")
+        with pytest.raises(ValueError, match="that of the lens, 'tuned_lens'; got 're"):
+            start(config, override_sae=given)
