@@ -25,6 +25,20 @@ class CopyableLayerNorm(SAE[Any]):
         """Whether each vector is given mean 0 and standard deviation 1."""
         return self.cfg.normalize_activations == "layer_norm"
 
+    def check_can_fold(self, what: str) -> None:
+        """Raise ValueError if the SAE standardises its inputs.
+
+        SAELens would fold all the same and then take the inputs for raw ones.
+
+        Args:
+            what: The method that folds something of the inputs into the weights.
+        """
+        if self.standardizes:
+            raise ValueError(
+                f"`{what}` needs an SAE with normalize_activations='none'; this one "
+                "standardises each vector, which cannot be folded into its weights."
+            )
+
     def _standardize(self, x: Tensor) -> Tensor:
         u, self.ln_mu, self.ln_std = standardize(x)
         return u

@@ -129,10 +129,9 @@ def own_or_mlsae_disk_loader(
     device: str = "cpu",
     cfg_overrides: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`mlsae_disk_loader` for the published files, SAELens' own loader for its own."""
-    is_published = (Path(path) / _CONFIG).is_file()
+    """SAELens' own loader for its own folders, else `mlsae_disk_loader`."""
     is_own = (Path(path) / SAE_CFG_FILENAME).is_file()
-    load = mlsae_disk_loader if is_published and not is_own else sae_lens_disk_loader
+    load = sae_lens_disk_loader if is_own else mlsae_disk_loader
     return load(path, device, cfg_overrides)
 
 

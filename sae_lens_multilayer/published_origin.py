@@ -78,8 +78,10 @@ def find_origin(
     if n_layers is None:
         problem = (
             f"Nothing says on which model the MLSAE at {place} was trained, so it "
-            "knows no hooks and has no views. Give the folder the repository's name, "
-            "or name the model: converter=partial(mlsae_disk_loader, model_name=...)."
+            "knows no hooks, has no views, and a tuned lens that it may have been "
+            "trained with is not applied. Give the folder the repository's name, or "
+            "name the model: converter=partial(mlsae_disk_loader, model_name=..., "
+            "tuned_lens=...)."
         )
         if has_lens:
             raise ValueError(problem)
@@ -100,6 +102,14 @@ def _model(
     """The model's name, number of blocks and width, as far as they are known."""
     known = next(filter(None, map(published_model, stated)), None)
     if known is not None:
+        if n_layers_stored not in (None, known.n_layers):
+            logger.warning(
+                "%s has %d blocks, and the transformer or lens of the MLSAE has %d, "
+                "whose hooks it is given: one of them is of another model.",
+                known.name,
+                known.n_layers,
+                n_layers_stored,
+            )
         return known.name, n_layers_stored or known.n_layers, known.d_in
     if not stated:
         return None, n_layers_stored, None

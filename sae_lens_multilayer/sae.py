@@ -168,7 +168,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
             ValueError: If the SAE standardises its inputs, which have no scale then,
                 or a lens stands before it.
         """
-        self._check_can_fold("fold_activation_norm_scaling_factor")
+        self.check_can_fold("fold_activation_norm_scaling_factor")
         super().fold_activation_norm_scaling_factor(scaling_factor)
 
     @override
@@ -180,15 +180,13 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
         Raises:
             ValueError: If the SAE standardises its inputs or has a lens.
         """
-        self._check_can_fold("fold_activation_whitening")
+        self.check_can_fold("fold_activation_whitening")
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
 
-    def _check_can_fold(self, what: str) -> None:
-        if self.standardizes:
-            raise ValueError(
-                f"`{what}` needs an SAE with normalize_activations='none'; this one "
-                "standardises each vector, which cannot be folded into its weights."
-            )
+    @override
+    def check_can_fold(self, what: str) -> None:
+        """Raise ValueError if the SAE standardises its inputs or has a lens."""
+        super().check_can_fold(what)
         if self.lens is not None:
             raise ValueError(
                 f"`{what}` needs an SAE that takes raw vectors; the weights of this "

@@ -157,11 +157,13 @@ class _HookView(CopyableLayerNorm):
 
     @override
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self.check_can_fold("fold_activation_norm_scaling_factor")
         self._own_memory()
         super().fold_activation_norm_scaling_factor(scaling_factor)
 
     @override
     def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        self.check_can_fold("fold_activation_whitening")
         self._own_memory()
         super().fold_activation_whitening(*args, **kwargs)
 

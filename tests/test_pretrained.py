@@ -107,13 +107,16 @@ def test_a_buffer_beside_the_weights_is_left_out(offline_hub, paper):
     assert_reconstructs(sae, paper["x"], paper["x_hat"])
 
 
-def test_a_checkpoint_with_the_transformer_has_the_hooks_of_that(offline_hub, paper):
+def test_a_checkpoint_with_the_transformer_has_the_hooks_of_that(
+    offline_hub, paper, caplog
+):
     put(offline_hub, f"{REPOSITORY}-tfm", transformer_files())
 
     sae = SAE.from_pretrained(RELEASE, f"{SAE_ID}-tfm")
     view = SAE.from_pretrained(RELEASE, f"{SAE_ID}-tfm/{HOOK_NAMES[2]}")
 
     assert sae.cfg.metadata.hook_names == HOOK_NAMES[:5]
+    assert "has 6 blocks, and the transformer or lens of the MLSAE has 5" in caplog.text
     assert sae.cfg.metadata.context_size == 64
     assert_reconstructs(sae, paper["x"], paper["x_hat"])
     assert_reconstructs(view, paper["x"][2], paper["x_hat"][2])
@@ -400,6 +403,13 @@ def test_our_class_takes_the_published_files_and_saelens_own(tmp_path, paper):
     assert_reconstructs(published, paper["x"], paper["x_hat"])
     assert saved.W_dec.dtype == torch.float64
     assert saved.cfg.metadata.hook_names == HOOK_NAMES
+
+
+def test_our_class_says_what_a_folder_lacks(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "model.safetensors"):
+        with pytest.raises(FileNotFoundError, match="must be a folder with the publis"):
+            MultiLayerSAE.load_from_disk(folder)
 
 
 def test_a_folder_that_does_not_say_its_model_loads_without_hooks(

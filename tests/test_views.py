@@ -215,8 +215,18 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("norm", ["layer_norm", "none"])
+NEEDS_RAW_INPUTS = {"fold_activation_norm_scaling_factor", "fold_activation_whitening"}
+
+
+@pytest.mark.parametrize(
+    ("change", "norm"),
+    [
+        (change, norm)
+        for change in CHANGES
+        for norm in ("layer_norm", "none")
+        if norm == "none" or change not in NEEDS_RAW_INPUTS
+    ],
+)
 def test_nothing_done_to_a_view_changes_its_siblings_or_the_whole(change, norm):
     metadata = SAEMetadata(hook_names=HOOK_NAMES, exclude_special_tokens=[0])
     sae = random_sae(normalize_activations=norm, metadata=metadata)
@@ -300,6 +310,18 @@ def test_folding_other_norms_of_a_topk_view_is_an_error():
 
     with pytest.raises(ValueError, match="one is off by 1"):
         sae.view(0).fold_W_dec_norm()
+
+
+@pytest.mark.parametrize("method", sorted(NEEDS_RAW_INPUTS))
+def test_a_standardising_view_refuses_to_fold_a_scale(method):
+    each = random_sae().view(0)
+    before = each.W_enc.clone()
+
+    with pytest.raises(ValueError, match=f"`{method}` needs an SAE with normalize_act"):
+        CHANGES[method](each)
+
+    assert torch.equal(each.W_enc, before)
+    assert each.cfg.normalize_activations == "layer_norm"
 
 
 def test_folding_a_scale_into_a_view_gives_the_same_map_of_unscaled_inputs():
@@ -424,7 +446,6 @@ def test_views_of_stock_architectures_do_not_change_each_other(stock_saes):
             first, second = views(whole)
             before, weights, out = state(whole), state(second), second(x)
             first.fold_and_get_W_dec_norm()
-            first.fold_activation_norm_scaling_factor(2.0)
             first.to(torch.bfloat16)
             assert all(torch.equal(t, before[n]) for n, t in whole.state_dict().items())
             assert all(
