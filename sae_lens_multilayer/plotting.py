@@ -1,6 +1,6 @@
 """Draws results; the drawing library is loaded when something is drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,8 @@ from sae_lens_multilayer.analysis.distributions import LayerDistributions, Promp
 from sae_lens_multilayer.analysis.geometry import DecoderSimilarity
 from sae_lens_multilayer.analysis.redundancy import Redundancy
 from sae_lens_multilayer.analysis.residual import ResidualStream
-from sae_lens_multilayer.analysis.token_classes import TokenClasses
+from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.analysis.token_classes import ClassKind, TokenClasses
 from sae_lens_multilayer.analysis.transfer import Comparison, TransferMatrix
 from sae_lens_multilayer.analysis.variances import Variances
 from sae_lens_multilayer.hooks import layer_labels
@@ -232,7 +233,7 @@ def plot_redundancy(redundancy: Redundancy) -> "Figure":
 def plot_token_classes(
     classes: TokenClasses,
     latent: int,
-    kind: Literal["position", "frequency", "token"],
+    kind: ClassKind,
     *,
     n_most: int = 30,
     token_texts: Sequence[str] | None = None,
@@ -328,6 +329,19 @@ def plot_comparison(comparison: Comparison) -> "Figure":
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
+
+
+PLOTS: "dict[type[Result], Callable[[Any], Figure]]" = {
+    LayerDistributions: plot_layer_distributions,
+    Variances: plot_variances,
+    ActiveLayers: plot_active_layers,
+    ResidualStream: plot_residual_stream,
+    DecoderSimilarity: plot_decoder_similarity,
+    Redundancy: plot_redundancy,
+    TransferMatrix: plot_transfer_matrix,
+    Comparison: plot_comparison,
+}
+"""The function that draws a result, where one picture shows it as a whole."""
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:

@@ -44,6 +44,7 @@ from sae_lens_multilayer.analysis.stream import (
     TokenStream,
     analyze,
 )
+from sae_lens_multilayer.analysis.suite import Suite, save_results
 from sae_lens_multilayer.analysis.token_classes import (
     TokenClasses,
     TokenClassSums,
@@ -73,6 +74,7 @@ __all__ = [
     "Redundancy",
     "ResidualStream",
     "ResidualSums",
+    "Suite",
     "TokenBatch",
     "TokenClassSums",
     "TokenClasses",
@@ -90,6 +92,7 @@ __all__ = [
     "prompt_acts",
     "redundancy",
     "residual_stream",
+    "save_results",
     "token_classes",
     "token_embeddings",
     "token_similarity",

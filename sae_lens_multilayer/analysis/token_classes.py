@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -19,7 +19,7 @@ from sae_lens_multilayer.analysis.variances import variance_over_layers
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.views import hook_names_of
 
-_KINDS = ("position", "frequency", "token")
+ClassKind = Literal["position", "frequency", "token"]
 
 
 @dataclass
@@ -130,7 +130,7 @@ class TokenClasses(Result):
         """All classes of all latents: `latent`, `kind` and `class`, then as above."""
         parts: list[pd.DataFrame] = []
         for latent in self.latents.tolist():
-            for kind in _KINDS:
+            for kind in get_args(ClassKind):
                 table: pd.DataFrame = getattr(self, f"by_{kind}")(latent)
                 table = table.rename_axis("class").reset_index()
                 table.insert(0, "latent", latent)

@@ -1,20 +1,14 @@
-"""The command line: arguments -> one library function; the only place that prints.
-
-A command is a function of its own arguments, with its own parser, in `COMMANDS`. The
-first line of its docstring is its line of help.
-"""
+"""The published SAEs: list them, and run SAELens' own evaluations on them."""
 
 import argparse
 import re
 import sys
-from collections.abc import Callable
 
 from sae_lens.evals import get_saes_from_regex, process_args, run_evals_cli
 
+from sae_lens_multilayer.cli.parsing import PROG, help_of
 from sae_lens_multilayer.releases import multi_layer_ids
 from sae_lens_multilayer.releases import releases as published_releases
-
-_PROG = "sae-lens-multilayer"
 
 
 def evals(arguments: list[str]) -> None:
@@ -29,7 +23,7 @@ def evals(arguments: list[str]) -> None:
     if wholes:
         release, sae_id = min(wholes)
         sys.exit(
-            f"{_PROG} evals: SAELens evaluates SAEs of one hook, and the patterns "
+            f"{PROG} evals: SAELens evaluates SAEs of one hook, and the patterns "
             f"choose {len(wholes)} of all hooks, as {sae_id!r} of {release!r}. Choose "
             f"hooks: '{sae_id}/.*' for all of one, '.*/blocks.*' for those of all."
         )
@@ -39,7 +33,7 @@ def evals(arguments: list[str]) -> None:
 def releases(arguments: list[str]) -> None:
     """List the published SAEs that `SAE.from_pretrained` knows."""
     parser = argparse.ArgumentParser(
-        prog=f"{_PROG} releases", description=_help_of(releases)
+        prog=f"{PROG} releases", description=help_of(releases)
     )
     parser.add_argument(
         "pattern",
@@ -58,35 +52,3 @@ def releases(arguments: list[str]) -> None:
     if table.empty:
         sys.exit(f"{parser.prog}: no published SAE matches {options.pattern!r}.")
     print(table.to_csv(index=False) if options.csv else table.to_string(index=False))
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "evals": evals,
-    "releases": releases,
-}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command that the arguments name.
-
-    Args:
-        arguments: None: those of the process.
-    """
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{_help_of(f)}" for name, f in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
-        prog=_PROG,
-        description="Multi-layer sparse autoencoders for SAELens.",
-        epilog="\n".join(["commands:", *lines]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=COMMANDS, metavar="command")
-    parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, help="see: command --help"
-    )
-    options = parser.parse_args(arguments)
-    COMMANDS[options.command](options.arguments)
-
-
-def _help_of(command: Callable[[list[str]], None]) -> str:
-    return str(command.__doc__).splitlines()[0]

@@ -1,0 +1,98 @@
+"""Run the analyses of an SAE."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from sae_lens_multilayer.analysis import Suite, TokenClasses, save_results
+from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.analysis.token_classes import ClassKind
+from sae_lens_multilayer.checkpoints import check_writable, complete_or_absent
+from sae_lens_multilayer.cli.inputs import (
+    Inputs,
+    ModelOptions,
+    SAEOptions,
+    TextOptions,
+    load_inputs,
+    load_sae,
+)
+from sae_lens_multilayer.cli.parsing import parse
+from sae_lens_multilayer.plotting import PLOTS, plot_token_classes, save_figure
+
+
+@dataclass
+class AnalysisOptions:
+    """How the analyses go over the tokens."""
+
+    exclude_positions: list[int] = field(default_factory=list)
+    """Positions in a prompt that are left out: 0 where the vectors of the first
+    position are many times longer than all others."""
+    latents: list[int] | None = None
+    """Latents whose token classes are looked at; None: the most active ones."""
+    n_examples: int = 8
+    """Examples to keep of each latent at each layer."""
+    single_layers: list[str] = field(default_factory=list)
+    """Folders of SAEs of single layers, for the transfer matrix."""
+
+
+@dataclass
+class Options:
+    """What is analysed."""
+
+    sae: SAEOptions
+    model: ModelOptions
+    text: TextOptions
+    analysis: AnalysisOptions
+    analyses: list[str] = field(default_factory=lambda: ["all"])
+    """Their names, as the folders that are written; all: every one that the SAE
+    allows."""
+    output_path: str = "analyses"
+    """New folder for the results and pictures."""
+
+
+def analyze(arguments: list[str]) -> None:
+    """Run analyses of an SAE, and write results and pictures."""
+    options = parse(analyze, Options, arguments)
+    check_writable(options.output_path, "output_path")
+    inputs = load_inputs(options.sae, options.model, options.text)
+    names = None if options.analyses == ["all"] else options.analyses
+    results = suite_of(inputs, options.text, options.analysis).run(names)
+    with complete_or_absent(options.output_path) as folder:
+        save_results(results, folder, inputs.model.tokenizer)
+        for name, figure in _pictures(results, inputs).items():
+            save_figure(figure, folder / f"{name}.png")
+    for name, result in results.items():
+        print(f"Written: {Path(options.output_path) / name}, a {type(result).__name__}")
+
+
+def suite_of(inputs: Inputs, text: TextOptions, options: AnalysisOptions) -> Suite:
+    """The analyses as the options want them."""
+    device = str(inputs.sae.device)
+    return Suite(
+        inputs.sae,
+        inputs.model,
+        inputs.tokens,
+        latents=options.latents,
+        n_examples=options.n_examples,
+        single_layers=[
+            load_sae(SAEOptions(folder), device) for folder in options.single_layers
+        ],
+        batch_size_prompts=text.batch_size_prompts,
+        exclude_tokens=inputs.exclude_tokens,
+        exclude_positions=options.exclude_positions,
+    )
+
+
+def _pictures(results: dict[str, Result], inputs: Inputs) -> dict[str, Any]:
+    """The figure of each result that has one, by the name of its file."""
+    figures: dict[str, Any] = {}
+    for name, result in results.items():
+        if isinstance(result, TokenClasses):
+            for latent in result.latents.tolist():
+                for kind in get_args(ClassKind):
+                    figures[f"{name}_{latent}_{kind}"] = plot_token_classes(
+                        result, latent, kind, token_texts=inputs.token_texts
+                    )
+        elif type(result) in PLOTS:
+            figures[name] = PLOTS[type(result)](result)
+    return figures

@@ -1,0 +1,191 @@
+"""The SAE, the model and the text that a command works on."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from sae_lens import SAE, LoggingConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.util import get_special_token_ids
+from simple_parsing import field as option
+from torch import Tensor
+
+from sae_lens_multilayer import hooks
+from sae_lens_multilayer.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.prompts import take_prompts
+from sae_lens_multilayer.sae_config import MultiLayerTrainingSAEConfig
+from sae_lens_multilayer.training import load_any_model
+from sae_lens_multilayer.views import hook_names_of
+
+_OF_TRAINING: dict[str, Any] = {
+    "model_name": None,
+    "model_class_name": "HookedTransformer",
+    "dataset_path": None,
+    "context_size": None,
+    "prepend_bos": True,
+    "sequence_separator_token": "bos",
+}
+"""What is as the SAE was trained unless an option says otherwise, and what it is where
+the SAE does not say."""
+
+
+@dataclass
+class ModelOptions:
+    """The language model; what is left out is what the SAE was trained on."""
+
+    model_name: str | None = None
+    """Name of the model, or a folder."""
+    model_class_name: str | None = None
+    """HookedTransformer, TransformerBridge (a Hugging Face folder, with the hook names
+    of HookedTransformer) or AutoModelForCausalLM."""
+    device: str = "cpu"
+    """Where the SAE and the model go."""
+
+
+@dataclass
+class TextOptions:
+    """The text; what is left out is as the SAE was trained."""
+
+    dataset_path: str | None = None
+    """Name on the Hugging Face hub, or a file or folder, of text or tokens. Held-out
+    text, as the numbers are to be of text that was not trained on."""
+    n_tokens: int = 65_536
+    """Tokens of text, in whole prompts."""
+    context_size: int | None = None
+    """Tokens in a prompt."""
+    batch_size_prompts: int = 8
+    """Prompts in a forward pass of the model; no result depends on it."""
+    exclude_special_tokens: bool | None = None
+    """Leave out the tokenizer's special tokens."""
+
+
+@dataclass
+class SAEOptions:
+    """The SAE."""
+
+    sae: str = option(positional=True)
+    """Folder of a saved SAE, or the name of a release."""
+    sae_id: str | None = None
+    """Which SAE of a release."""
+
+
+@dataclass
+class Inputs:
+    """What the options stand for."""
+
+    sae: SAE[Any]
+    model: Any
+    tokens: Int[Tensor, "prompt pos"]
+    """Prompts, on the CPU."""
+    exclude_tokens: list[int] = field(default_factory=list)
+    """Token ids that are left out."""
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """The text of each token of the vocabulary."""
+        tokenizer = self.model.tokenizer
+        return tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+
+
+def load_inputs(
+    sae_options: SAEOptions, model_options: ModelOptions, text_options: TextOptions
+) -> Inputs:
+    """Load what a command works on.
+
+    Raises:
+        ValueError: If something does not fit together, or is not said anywhere.
+        OSError: If something is not there.
+    """
+    sae = load_sae(sae_options, model_options.device)
+    metadata = sae.cfg.metadata
+    cfg = run_of(metadata, model_options, text_options, hook_names=hook_names_of(sae))
+    model, tokens = load_model_and_tokens(cfg, text_options)
+    special = text_options.exclude_special_tokens
+    if special is None:
+        special = metadata.exclude_special_tokens or False
+    if special is True:
+        special = get_special_token_ids(model.tokenizer)
+    return Inputs(sae, model, tokens, list(special or []))
+
+
+def load_sae(options: SAEOptions, device: str) -> SAE[Any]:
+    """Load an SAE from a folder or a release.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    if options.sae_id is not None:
+        return SAE.from_pretrained(options.sae, options.sae_id, device=device)
+    if not Path(options.sae).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"{options.sae} must be the folder of a saved SAE; it is not there. For a "
+            "published one, name its release and give --sae_id."
+        )
+    return SAE.load_from_disk(Path(options.sae).expanduser(), device=device)
+
+
+def load_model_and_tokens(
+    cfg: MultiLayerConfig[Any], options: TextOptions
+) -> tuple[Any, Int[Tensor, "prompt pos"]]:
+    """A run's model, and the prompts of its text as its store makes them, on the CPU.
+
+    Raises:
+        ValueError: If the text is too short, or as the store.
+    """
+    if options.n_tokens < 1:
+        raise ValueError(f"`n_tokens` must be at least 1; got {options.n_tokens}.")
+    model = load_any_model(cfg)
+    # The store checks that it fits the SAE; here is none, or one that is checked later.
+    width = hooks.shape_of_model(model).d_model
+    cfg.sae = MultiLayerTrainingSAEConfig(d_in=width, d_sae=width, k=1)
+    store = MultiLayerActivationsStore.from_config(model, cfg)
+    n_prompts = -(-options.n_tokens // cfg.context_size)
+    tokens = take_prompts(
+        model, cfg.model_name, store, n_prompts, options.batch_size_prompts
+    )
+    return model, tokens.cpu()
+
+
+def run_of(
+    metadata: SAEMetadata,
+    model_options: ModelOptions,
+    text_options: TextOptions,
+    **changes: Any,
+) -> MultiLayerConfig[Any]:
+    """A run whose model and text are those of the options, or else of an SAE.
+
+    Args:
+        metadata: The SAE's.
+        changes: Other fields of the run: its hooks.
+
+    Raises:
+        ValueError: If something is said by neither.
+    """
+    named = vars(model_options) | vars(text_options)
+    settings: dict[str, Any] = {}
+    for name, default in _OF_TRAINING.items():
+        value = named.get(name)
+        value = metadata[name] if value is None else value
+        settings[name] = default if value is None else value
+        if settings[name] is None:
+            raise ValueError(f"It is not known which `{name}` to use: give --{name}.")
+    # Of another class or name, the model takes other arguments.
+    is_same = (settings["model_class_name"], settings["model_name"]) == (
+        metadata.model_class_name,
+        metadata.model_name,
+    )
+    return MultiLayerConfig(
+        model_from_pretrained_kwargs=(
+            metadata.model_from_pretrained_kwargs if is_same else None
+        ),
+        device=model_options.device,
+        store_batch_size_prompts=1,
+        n_batches_in_buffer=1,
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+        **settings,
+        **changes,
+    )

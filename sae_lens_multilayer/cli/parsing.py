@@ -1,0 +1,57 @@
+"""Dataclasses -> options, and what all commands share of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from simple_parsing import ArgumentParser
+
+from sae_lens_multilayer.checkpoints import check_writable
+
+PROG = "sae-lens-multilayer"
+
+T = TypeVar("T")
+
+
+def help_of(command: Callable[[list[str]], None]) -> str:
+    """The line of help of a command."""
+    return str(command.__doc__).splitlines()[0]
+
+
+def parse(
+    command: Callable[[list[str]], None], options: type[T], arguments: list[str]
+) -> T:
+    """Fill a dataclass of options from a command's arguments."""
+    parser = ArgumentParser(
+        prog=f"{PROG} {command.__name__}", description=help_of(command)
+    )
+    dataclass: Any = options
+    parser.add_arguments(dataclass, dest="options")
+    parsed: Any = parser.parse_args(arguments)
+    return parsed.options
+
+
+def new_file(path: str | None, suffix: str) -> Path | None:
+    """The path of a file that will be written, where nothing is yet.
+
+    Raises:
+        FileExistsError: If something is there.
+        ValueError: If it has another ending.
+    """
+    if path is None:
+        return None
+    if Path(path).suffix != suffix:
+        raise ValueError(f"`output_path` must end in {suffix}; got {path}.")
+    if Path(path).exists():
+        raise FileExistsError(f"{path} is there already; nothing is overwritten.")
+    check_writable(path, "output_path")
+    return Path(path).expanduser()
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+    print(f"Written: {path}")

@@ -1,0 +1,109 @@
+"""Settings of runs from JSON and YAML files."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sae_lens import LoggingConfig, TrainingSAEConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.sae_config import ARCHITECTURE
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML takes `1e-4` for a text, as it lacks the point."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_settings_file(path: str | Path) -> Any:
+    """What a JSON or YAML file says, such as a run's `runner_cfg.json`.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is neither.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be a JSON or YAML file; it is not there.")
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise ValueError(
+            f"{path} must be a JSON or YAML file, and end in .json, .yaml or .yml."
+        )
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        return yaml.load(path.read_text(), _Loader)  # a SafeLoader
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
+    """A run's config from plain values, which may leave out what has a default.
+
+    Args:
+        settings: Fields of `MultiLayerConfig`; `sae` and `logger` hold those of their
+            own configs, and `sae["architecture"]` is "multilayer" if left out.
+
+    Raises:
+        ValueError: If a field is unknown, the SAE has no sizes, or as
+            `MultiLayerConfig`.
+    """
+    sae = {"architecture": ARCHITECTURE, **mapping(settings, "sae")}
+    logger = mapping(settings, "logger")
+    known_of_sae = [f.name for f in fields(sae_config_class(sae["architecture"]))]
+    check_known(settings, [field.name for field in fields(MultiLayerConfig)])
+    check_known(sae, ["architecture", *known_of_sae])
+    check_known(logger, [field.name for field in fields(LoggingConfig)])
+    missing = [name for name in ("d_in", "d_sae") if name not in sae]
+    if missing:
+        raise ValueError(
+            f"The SAE needs `d_in`, the width of the model, and `d_sae`; {missing} "
+            "must still be given."
+        )
+    return MultiLayerConfig.from_dict({**settings, "sae": sae, "logger": logger})
+
+
+def check_known(given: Sequence[str] | dict[str, Any], known: Sequence[str]) -> None:
+    """Raise ValueError if there is a name that is not known, with the nearest ones."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known) or sorted(known)
+            raise ValueError(f"There is no setting {name!r}. Known: {near}.")
+
+
+def sae_config_class(architecture: str) -> type[TrainingSAEConfig]:
+    """The training config of an architecture.
+
+    Raises:
+        ValueError: If there is none; lists the known ones.
+    """
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"`architecture` must be one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}; "
+            f"got {architecture!r}."
+        )
+    return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+
+
+def mapping(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """The names and values under a name; none where it is left out.
+
+    Raises:
+        ValueError: If something else is there.
+    """
+    value: Any = settings.get(name, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must hold names and values; got {value!r}.")
+    return value

@@ -1,0 +1,186 @@
+"""The commands that train, evaluate and analyse, on the tiny model."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import D_MODEL, N_CTX
+from sae_lens import SAE
+from saes import random_sae
+from tuned_lens import TunedLens
+
+from sae_lens_multilayer import cli, evaluate, training
+from sae_lens_multilayer.analysis import LayerDistributions, TokenClasses
+from sae_lens_multilayer.cli import inputs
+from sae_lens_multilayer.cli.train import parse_config
+from sae_lens_multilayer.config_files import read_settings_file
+from sae_lens_multilayer.lens_fit import ModelUnembed
+
+SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
+
+
+@pytest.fixture
+def offline(model, token_dataset, tmp_path, monkeypatch):
+    """The tiny model under any name, its SAE and its text in files."""
+    for module in (training, inputs):
+        monkeypatch.setattr(module, "load_any_model", lambda cfg: model)
+    monkeypatch.setattr(
+        training.MultiLayerSAETrainingRunner, "_check_named_model", lambda self: None
+    )
+    token_dataset.to_parquet(tmp_path / "text.parquet")
+    random_sae().save_model(tmp_path / "sae")
+    monkeypatch.chdir(tmp_path)
+    return ["--dataset_path", "text.parquet", "--n_tokens", "64"]
+
+
+def test_train_takes_options_and_a_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-3\nlayers: [0, 2]\nsae: {d_in: 16, d_sae: 64, k: 4}\n")
+
+    cfg = parse_config(["--config", str(file), "--k", "8", "--layers", "1", "3"])
+
+    assert (cfg.lr, cfg.layers, cfg.sae.k, cfg.sae.d_sae) == (1e-3, [1, 3], 8, 64)
+
+
+def test_train_takes_a_saved_runner_config(make_config, tmp_path):
+    before = make_config(seed=3)
+    file = tmp_path / "runner_cfg.json"
+    file.write_text(json.dumps(before.to_dict()))
+
+    assert parse_config(["--config", str(file)]).to_dict() == before.to_dict()
+    changed = parse_config(["--config", str(file), "--lr", "0.5", "--device", "meta"])
+    assert (changed.lr, changed.lr_end) == (0.5, 0.05)
+    assert (changed.device, changed.llm_device) == ("meta", "meta")
+    assert changed.seed == 3
+
+
+def test_every_architecture_has_its_own_options():
+    cfg = parse_config(["--architecture", "standard", "--l1_coefficient", "3", *SIZES])
+
+    assert (cfg.sae.architecture(), cfg.sae.l1_coefficient) == ("standard", 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{d_im: 3}", r"no setting 'd_im'.*"),
+        ("{sae: {d_in: 16, d_sae: 64, kk: 3}}", r"no setting 'kk'. Known: \['k'"),
+        ("{sae: {d_in: 16}}", r"needs .*\['d_sae'\] must still be given"),
+        ("{sae: {architecture: foo}}", "`architecture` must be one of .*got 'foo'"),
+        ("{sae: 3}", "`sae` must hold names and values; got 3"),
+        ("[1]", "run.yaml must hold names and values"),
+        ("{", "run.yaml cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_an_error(settings, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(settings)
+    with pytest.raises(ValueError, match=message):
+        parse_config(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_only_settings_files_are_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="it is not there"):
+        read_settings_file(tmp_path / "run.yaml")
+    (tmp_path / "run.py").write_text("")
+    with pytest.raises(ValueError, match=r"end in \.json, \.yaml or \.yml"):
+        read_settings_file(tmp_path / "run.py")
+
+
+def test_train_saves_an_sae(offline, tmp_path):
+    cli.main(
+        [
+            *("train", *SIZES, "--k", "4", "--k_aux", "8", "--model_name", "tiny"),
+            *("--dataset_path", "text.parquet", "--context_size", str(N_CTX)),
+            *("--training_tokens", "128", "--train_batch_size_tokens", "64"),
+            *("--store_batch_size_prompts", "2", "--n_batches_in_buffer", "4"),
+            *("--log_to_wandb", "False", "--output_path", "out"),
+            *("--checkpoint_path", "checkpoints"),
+        ]
+    )
+
+    sae = SAE.load_from_disk("out")
+    assert (sae.cfg.d_sae, sae.cfg.metadata.model_name) == (64, "tiny")
+
+
+def test_evaluate_gives_what_the_function_gives(
+    offline, model, token_dataset, tmp_path, capsys
+):
+    cli.main(["evaluate", "sae", *offline, "--together", "--output_path", "new/e.csv"])
+
+    tokens = torch.tensor(token_dataset["input_ids"][:4])
+    expected = evaluate(random_sae_on_disk(), model, tokens).to_dataframe()
+    table = pd.read_csv("new/e.csv", index_col=0)
+    pd.testing.assert_frame_equal(table, expected, rtol=1e-6)
+    assert "All layers replaced at once" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"evaluate: new/e\.csv is there already"):
+        cli.main(["evaluate", "sae", *offline, "--output_path", "new/e.csv"])
+
+
+def random_sae_on_disk():
+    return SAE.load_from_disk("sae")
+
+
+def test_lens_saves_one_that_tuned_lens_loads(offline, model):
+    cli.main(
+        [
+            *("lens", *offline, "--model_name", "tiny", "--context_size", str(N_CTX)),
+            *("--n_steps", "2", "--output_path", "lens"),
+        ]
+    )
+
+    fitted = TunedLens.from_unembed_and_pretrained(ModelUnembed(model), "lens")
+    assert any(t.weight.abs().sum() > 0 for t in fitted.layer_translators)
+
+
+def test_analyze_writes_results_and_pictures(offline, tmp_path):
+    cli.main(["analyze", "sae", *offline, "--output_path", "new", "--latents", "5"])
+
+    dists = LayerDistributions.load("new/layer_distributions")
+    assert dists.n_tokens == 64
+    assert TokenClasses.load("new/token_classes").latents.tolist() == [5]
+    pictures = {path.stem for path in (tmp_path / "new").glob("*.png")}
+    assert {"layer_distributions", "residual_stream", "token_classes_5_token"} <= (
+        pictures
+    )
+    with pytest.raises(SystemExit, match=r"must be a new or an empty folder"):
+        cli.main(["analyze", "sae", *offline, "--output_path", "new"])
+
+
+def test_analyze_runs_some(offline, tmp_path):
+    cli.main(
+        [
+            *("analyze", "sae", *offline, "--analyses", "redundancy", "variances"),
+            *("--exclude_positions", "0"),
+        ]
+    )
+
+    found = {path.name for path in (tmp_path / "analyses").iterdir()}
+    assert found == {"redundancy", "redundancy.png", "variances", "variances.png"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["nowhere"], "nowhere must be the folder of a saved SAE"),
+        (["sae", "--n_tokens", "0"], "`n_tokens` must be at least 1"),
+        (["sae", "--n_tokens", "9999"], "`n_prompts` must be at most 64"),
+        (["sae", "--analyses", "foo"], r"must be among .*got \['foo'\]"),
+        (["sae", "--latents", "64"], r"in \[0, d_sae = 64\)"),
+        (["sae", "--exclude_positions", "99"], "`exclude_positions` must be in"),
+    ],
+)
+def test_wrong_input_is_one_line(changes, message, offline):
+    sae, *rest = changes
+    with pytest.raises(SystemExit, match=f"^sae-lens-multilayer analyze: .*{message}"):
+        cli.main(["analyze", sae, *offline, *rest])
+
+
+def test_what_is_not_known_must_be_given(offline):
+    with pytest.raises(SystemExit, match=r"which `dataset_path` to use: give --data"):
+        cli.main(["evaluate", "sae"])
+
+
+def test_a_traceback_can_be_asked_for():
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--traceback", "evaluate", "nowhere"])
