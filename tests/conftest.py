@@ -12,7 +12,12 @@ from sae_lens import LoggingConfig
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer
 
-from sae_lens_multilayer import MultiLayerConfig, MultiLayerTrainingSAEConfig
+from sae_lens_multilayer import (
+    MultiLayerConfig,
+    MultiLayerTrainingSAEConfig,
+    training,
+)
+from sae_lens_multilayer.cli import inputs
 
 PAPER_DATA = Path(__file__).parent / "data" / "paper"
 # Machines are shared, so no example is timed.
@@ -105,6 +110,22 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def offline(model, token_dataset, tmp_path, monkeypatch):
+    """The tiny model under any name, its SAE and its text in files."""
+    for module in (training, inputs):
+        monkeypatch.setattr(module, "load_any_model", lambda cfg: model)
+    monkeypatch.setattr(
+        training.MultiLayerSAETrainingRunner, "_check_named_model", lambda self: None
+    )
+    token_dataset.to_parquet(tmp_path / "text.parquet")
+    from saes import random_sae  # which takes sizes from here
+
+    random_sae().save_model(tmp_path / "sae")
+    monkeypatch.chdir(tmp_path)
+    return ["--dataset_path", "text.parquet", "--n_tokens", "64"]
 
 
 def tiny_sae_config(**changes) -> MultiLayerTrainingSAEConfig:

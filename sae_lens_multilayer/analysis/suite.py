@@ -27,7 +27,12 @@ from sae_lens_multilayer.analysis.max_activating import ExampleCollector
 from sae_lens_multilayer.analysis.redundancy import redundancy
 from sae_lens_multilayer.analysis.residual import residual_stream
 from sae_lens_multilayer.analysis.results import Result
-from sae_lens_multilayer.analysis.stream import Accumulator, PassOptions, analyze
+from sae_lens_multilayer.analysis.stream import (
+    Accumulator,
+    PassOptions,
+    TokenStream,
+    analyze,
+)
 from sae_lens_multilayer.analysis.token_classes import token_classes
 from sae_lens_multilayer.analysis.transfer import transfer_matrix
 from sae_lens_multilayer.analysis.variances import VarianceSums
@@ -238,8 +243,9 @@ def first_position_ratio(
         raise ValueError(
             "Positions can be compared in prompts of two or more; got one."
         )
-    first, rest = (
-        residual_stream(model, hook_names, tokens, exclude_positions=left_out).norm
-        for left_out in (list(range(1, tokens.shape[1])), [0])
-    )
+    sums = torch.zeros(2, len(hook_names), dtype=torch.float64)
+    for batch in TokenStream(model, hook_names, tokens):
+        norms = batch.x.norm(dim=-1).cpu().double()
+        sums.index_add_(0, (batch.position > 0).long(), norms)
+    first, rest = sums[0], sums[1] / (tokens.shape[1] - 1)
     return torch.nan_to_num(first / rest).max().item()

@@ -14,6 +14,7 @@ from sae_lens_multilayer.cli.evaluate import evaluate
 from sae_lens_multilayer.cli.lens import lens
 from sae_lens_multilayer.cli.parsing import PROG, help_of
 from sae_lens_multilayer.cli.published import evals, releases
+from sae_lens_multilayer.cli.report import report
 from sae_lens_multilayer.cli.train import train
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "lens": lens,
     "analyze": analyze,
+    "report": report,
     "evals": evals,
     "releases": releases,
 }

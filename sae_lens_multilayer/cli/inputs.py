@@ -89,6 +89,11 @@ class Inputs:
         tokenizer = self.model.tokenizer
         return tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
 
+    def text_of(self, token_id: int) -> str:
+        """The text of a token; its number where the tokenizer has none."""
+        known = token_id < len(self.token_texts)
+        return self.token_texts[token_id] if known else f"[{token_id}]"
+
 
 def load_inputs(
     sae_options: SAEOptions, model_options: ModelOptions, text_options: TextOptions

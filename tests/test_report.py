@@ -1,0 +1,210 @@
+"""The report, in a real browser where there is one."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import D_VOCAB, N_CTX
+from saes import HOOK_NAMES, random_sae
+
+from sae_lens_multilayer import evaluate
+from sae_lens_multilayer.analysis import Suite, TransferMatrix, layer_distributions
+from sae_lens_multilayer.analysis.suite import first_position_ratio, most_active
+from sae_lens_multilayer.report import ReportContent, report_html
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+NASTY = "</script><b>$&\n"
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, D_VOCAB, (5, N_CTX))
+
+
+@pytest.fixture
+def content(model, tokens) -> ReportContent:
+    sae = random_sae()
+    results = Suite(sae, model, tokens, n_examples=2).run()
+    fvu = torch.rand(2, 2).double()
+    results["transfer_matrix"] = TransferMatrix(HOOK_NAMES, HOOK_NAMES, 9, fvu)
+    return ReportContent(
+        title="A <title>",
+        facts={"SAE": "a & b"},
+        notes=["Position 0 is left out."],
+        evaluation=evaluate(sae, model, tokens).to_dataframe(),
+        results=results,
+        text_of=lambda i: f"w{i}{NASTY}",
+        prompt=layer_distributions(sae, model, tokens[:1]),
+        n_latents=5,
+    )
+
+
+def in_browser(page: str, script: str, folder: Path) -> dict:
+    """Open a page, run a script on it when it is drawn, and give what it returns."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("there is no Chromium here")
+    answer = (
+        "<script>const problems = [];"
+        "addEventListener('error', (e) => problems.push(e.message));</script>"
+    )
+    run = (
+        "<script>addEventListener('load', () => setTimeout(async () => {"
+        f"const value = await (async () => {{ {script} }})();"
+        "const box = document.createElement('pre'); box.id = 'answer';"
+        "box.textContent = JSON.stringify({value, problems});"
+        "document.body.replaceChildren(box); }, 500));</script>"
+    )
+    file = folder / "page.html"
+    page = page.replace("<head>", "<head>" + answer).replace("</body>", run + "</body>")
+    file.write_text(page, encoding="utf-8")
+    done = subprocess.run(
+        [
+            *(browser, "--headless", "--no-sandbox", "--disable-gpu"),
+            f"--user-data-dir={folder / 'profile'}",
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=20000"),
+            *("--window-size=1280,900", "--dump-dom", file.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    result = json.loads(html.unescape(found[1]))
+    assert result["problems"] == []
+    return result["value"]
+
+
+def latents_of(page: str) -> list[dict]:
+    data = re.search(r'id="latent-data">(.*?)</script>', page, re.DOTALL)
+    assert data
+    return json.loads(data[1])["latents"]
+
+
+def test_numbers_are_read_back_from_a_browser(content, tmp_path):
+    dists = content.results["layer_distributions"]
+    first, second = most_active(dists, 5)[:2].tolist()
+    script = f"""
+        const text = (id) => document.getElementById(id).textContent;
+        const box = document.getElementById("query");
+        const seen = {{listed: document.querySelectorAll("#list button").length}};
+        seen.first = document.querySelector("#latent h3").textContent;
+        document.querySelectorAll("#list button")[1].click();
+        seen.clicked = document.querySelector("#latent h3").textContent;
+        seen.probs = Array.from(document.getElementById("latent-layers").data[0].y);
+        const own = document.querySelector(".example .own");
+        seen.own = own.textContent;
+        seen.colour = own.style.backgroundColor;
+        seen.context = document.querySelector(".example code").textContent;
+        box.value = "{first}"; box.dispatchEvent(new Event("input"));
+        seen.number = document.querySelector("#list button").dataset.latent;
+        box.value = "no such token"; box.dispatchEvent(new Event("input"));
+        seen.none = text("found");
+        const query = own.textContent.split("<")[0].toUpperCase();
+        box.value = query; box.dispatchEvent(new Event("input"));
+        seen.token = Array.from(document.querySelectorAll("#list button"),
+            (b) => b.dataset.latent);
+        const cell = document.querySelector(
+            'tr[data-layer="1"] td[data-column="delta_ce"]');
+        seen.delta_ce = cell.textContent;
+        const figures = Array.from(document.querySelectorAll(".figure"));
+        for (const div of figures) {{
+            div.scrollIntoView();
+            for (let i = 0; i < 100 && !div.data; i++)
+                await new Promise((f) => setTimeout(f, 20));
+        }}
+        seen.drawn = figures.filter((div) => div.querySelector("svg")).length;
+        const map = figures.find((div) =>
+            div.dataset.figure === "layer_distributions");
+        seen.heat = Array.from(map.calcdata[0][0].z, (row) => Array.from(row));
+        seen.bar = map.querySelector(".cbtitle") .textContent;
+        seen.notes = document.querySelector(".notes").textContent;
+        seen.wide = document.documentElement.scrollWidth;
+        return seen;
+    """
+
+    seen = in_browser(report_html(content), script, tmp_path)
+
+    assert seen["listed"] == 5
+    assert (seen["first"], seen["clicked"]) == (f"Latent {first}", f"Latent {second}")
+    assert seen["probs"] == pytest.approx(dists.probs[:, second].tolist(), rel=1e-3)
+    examples = content.results["max_activating_examples"].of(second)
+    best = examples.acts.argmax()
+    own = int(examples.context_ids[best, examples.n_before])
+    assert seen["own"] == content.text_of(own).replace("\n", "↵")
+    assert seen["own"] in seen["context"]
+    assert seen["colour"].startswith("rgba(255, 140, 0")
+    assert seen["number"] == str(first)
+    assert seen["none"] == "0 of 5 latents"
+    assert str(second) in seen["token"]
+    expected = content.evaluation["delta_ce"].iloc[1]
+    assert seen["delta_ce"] == f"{expected:.4g}"
+    assert seen["drawn"] == report_html(content).count('class="figure"')
+    heat = dists.probs[:, dists.active_latents()]
+    assert torch.tensor(seen["heat"]).numpy() == pytest.approx(heat.float().numpy())
+    assert seen["bar"] == "P(layer | latent)"
+    assert "Position 0" in seen["notes"]
+    assert seen["wide"] <= 1280
+
+
+def test_the_page_needs_nothing_from_outside(content):
+    page = report_html(content)
+    head = page.split("<script>")[0]
+    assert "<h1>A &lt;title&gt;</h1>" in page
+    assert "a &amp; b" in page
+    assert not re.search(
+        r'(src|href)="(?!#|data:)',
+        re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL),
+    )
+    assert "@@" not in head
+    assert len(latents_of(page)) == 5
+
+
+def test_what_was_not_analysed_is_left_out(content):
+    content.results, content.prompt = {}, None
+    page = report_html(content)
+    assert '"latents":[]' in page
+    assert 'class="figure"' not in page
+
+
+def test_chosen_latents_can_always_be_looked_at(content):
+    dists = content.results["layer_distributions"]
+    last = most_active(dists, 1000)[-1].item()
+    content.more = [last]
+    data = re.search(
+        r'id="latent-data">(.*?)</script>', report_html(content), re.DOTALL
+    )
+    assert data
+    latents = json.loads(data[1])["latents"]
+    assert [latent["id"] for latent in latents][-1] == last
+    assert len(latents) == 6
+
+
+def test_first_positions_are_compared_by_length(model, tokens):
+    names = HOOK_NAMES
+    _, cache = model.run_with_cache(tokens)
+    norms = torch.stack([cache[name].norm(dim=-1).mean(0) for name in names])
+    expected = (norms[:, 0] / norms[:, 1:].mean(1)).max().item()
+    assert first_position_ratio(model, names, tokens) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="prompts of two or more"):
+        first_position_ratio(model, names, tokens[:, :1])
+
+
+def test_the_command_leaves_out_a_long_first_position(offline, model, capsys):
+    from sae_lens_multilayer import cli
+
+    with torch.no_grad():
+        model.W_pos[0] *= 1000
+    cli.main(["report", "sae", *offline, "--output_path", "r.html"])
+
+    page = Path("r.html").read_text()
+    assert "Position 0 of each prompt is left out" in page
+    assert "60 of 64" in page
+    with pytest.raises(SystemExit, match="is there already"):
+        cli.main(["report", "sae", *offline, "--output_path", "r.html"])
