@@ -16,8 +16,8 @@ from sae_lens_multilayer.cli.inputs import (
 )
 from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
 from sae_lens_multilayer.evaluation import evaluate
-from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.report import ReportContent, report_html
+from sae_lens_multilayer.report.figures import short_labels
 from sae_lens_multilayer.views import hook_names_of
 
 _SINK_RATIO = 4.0
@@ -76,7 +76,7 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
         exclude_tokens=inputs.exclude_tokens,
         exclude_positions=positions,
     )
-    labels = layer_labels(names)
+    labels = short_labels(names)
     model_name = Path(str(sae.cfg.metadata.model_name)).name
     k: Any = getattr(sae.cfg, "k", None)
     facts = {
@@ -85,7 +85,7 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
         "architecture": sae.cfg.architecture(),
         "latents": f"{sae.cfg.d_sae:,} ({sae.cfg.d_sae / sae.cfg.d_in:g} × d_in)",
         **({} if k is None else {"k": str(k)}),
-        "layers": f"{len(names)}: {labels[0]} to {labels[-1]}",
+        "layers": f"{len(names)}, from {labels[0]} to {labels[-1]}",
         "text": options.text.dataset_path or str(sae.cfg.metadata.dataset_path),
         "tokens": f"{metrics.reconstruction.n_tokens:,} of {tokens.numel():,}",
         "CE of the model": f"{metrics.ce_loss_clean:.4f} nats",

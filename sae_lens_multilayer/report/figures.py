@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _MOST_COLUMNS = 4_096
 """Latents that a heatmap shows; a browser has no more pixels for them."""
 _MOST_CLASSES = 30
+_VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
+_COLOURS = [[(i / 4) ** 2, colour] for i, colour in enumerate(_VIRIDIS)]
+"""Most latents are spread over many layers, and a few keep to one."""
 
 
 @dataclass
@@ -83,6 +86,7 @@ def _distributions(name: str, dists: LayerDistributions) -> list[Picture]:
         x="latents, by mean layer",
         y="layer",
         colour="P(layer | latent)",
+        faint=True,
     )
     figure.update_xaxes(showticklabels=False)
     title = f"Layers of each latent over {dists.n_tokens:,} tokens"
@@ -116,9 +120,9 @@ def _variances(name: str, variances: Variances) -> list[Picture]:
     for figure in (parts, ratios):
         figure.update_xaxes(type="log")
     caption = (
-        f"Of a latent's variance over layers, {summary.token_ratio:.1%} is there at a "
-        f"single token; latents have {summary.latent_ratio:.1%} of the variance of all "
-        "activation. The paper's code estimates both differently."
+        f"Of the variance over layers of all activation, {summary.latent_ratio:.1%} is "
+        f"within latents; of that, {summary.token_ratio:.1%} is there at a single "
+        "token. The estimates of the paper's code are others."
     )
     title = "Variance of the layer of an activation"
     return [
@@ -264,6 +268,7 @@ def _token_class(
         }[kind],
         y="layer",
         colour=f"P(layer | latent, {kind})",
+        most=None,
     )
     if kind != "position":
         figure.update_xaxes(type="category")
@@ -285,7 +290,13 @@ def _heatmap(
     x: str,
     y: str,
     colour: str,
+    most: int | None = 1,
+    faint: bool = False,
 ) -> "Figure":
+    """Rows from below; `most` is the top of the colours, None: the largest value.
+
+    With `faint`, small values are told apart more than large ones.
+    """
     import plotly.graph_objects as go
 
     heatmap = go.Heatmap(
@@ -293,8 +304,8 @@ def _heatmap(
         x=list(columns),
         y=list(rows),
         zmin=0,
-        zmax=1,
-        colorscale="Viridis",
+        zmax=most,
+        colorscale=_COLOURS if faint else "Viridis",
         colorbar={"title": {"text": colour, "side": "right"}, "thickness": 14},
         hovertemplate=(
             f"{x}: %{{x}}<br>{y}: %{{y}}<br>{colour}: %{{z:.4f}}<extra></extra>"
@@ -345,6 +356,7 @@ def _labelled(figure: "Figure", x: str, y: str) -> "Figure":
     return figure.update_layout(
         template="plotly_white",
         height=420,
-        margin={"l": 50, "r": 10, "t": 10, "b": 40},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        # The buttons of plotly stand in the margin above, and touch nothing there.
+        margin={"l": 50, "r": 10, "t": 36, "b": 40},
+        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
     )

@@ -82,7 +82,7 @@ function show(latent) {
     ...parts, ...latent.examples.map((e) => example(e)));
   const bars = { type: "bar", x: data.layers, y: latent.probs };
   Plotly.newPlot(chart, [bars], {
-    height: 240, margin: { l: 50, r: 10, t: 10, b: 40 },
+    height: 270, margin: { l: 50, r: 10, t: 36, b: 40 },
     xaxis: { title: { text: "layer" }, type: "category" },
     yaxis: { title: { text: "P(layer | latent)" }, rangemode: "tozero" },
   }, options);

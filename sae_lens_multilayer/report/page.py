@@ -14,8 +14,7 @@ from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import TokenSimilarity
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import most_active
-from sae_lens_multilayer.hooks import layer_labels
-from sae_lens_multilayer.report.figures import Picture, pictures_of
+from sae_lens_multilayer.report.figures import Picture, pictures_of, short_labels
 from sae_lens_multilayer.report.latents import latents_data
 
 _COLUMNS = {
@@ -125,10 +124,9 @@ def _table(table: pd.DataFrame) -> str:
     head = "".join(
         f'<th scope="col" title="{name}">{_COLUMNS[name]}</th>' for name in columns
     )
-    labels = layer_labels([str(name) for name in table.index])
+    labels = short_labels([str(name) for name in table.index])
     rows = [
-        (label.removeprefix("layer_"), row)
-        for label, (_, row) in zip(labels, table.iterrows(), strict=True)
+        (label, row) for label, (_, row) in zip(labels, table.iterrows(), strict=True)
     ]
     rows.append(("mean", table.mean()))
     body = "".join(
