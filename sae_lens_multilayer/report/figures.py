@@ -212,6 +212,7 @@ def _redundancy(name: str, redundancy: Redundancy) -> list[Picture]:
         y="fraction of pairs",
         as_fractions=True,
     )
+    figure.update_layout(showlegend=True)
     found = f"{len(redundancy.pairs):,} near-duplicates"
     if len(redundancy.pairs):
         found += f", {redundancy.disjoint_fraction:.1%} of them disjoint"
