@@ -9,16 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens.config import HfDataset
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
-from sae_lens.training.activations_store import ActivationsStore
-from safetensors.torch import load_file
 from torch import Tensor
+from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.buffer import ShuffleBuffer
+from sae_lens_multilayer.checkpoints import read_tensors
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.local_datasets import resolve_dataset
+from sae_lens_multilayer.place import Harvest, Place, still_waiting
 from sae_lens_multilayer.prompts import next_rows
+from sae_lens_multilayer.token_stream import ResumableTokens
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +29,15 @@ class NonFiniteActivationError(ValueError):
     """An activation of the model is NaN or infinite."""
 
 
-class MultiLayerActivationsStore(ActivationsStore):
+class MultiLayerActivationsStore(ResumableTokens):
     """SAELens' activations store for many hooks at once.
 
     The tokens come from the host's store. One forward pass, which stops after the last
     block needed, gives the vectors of all hooks; they go straight into the free slots
     of a buffer that is allocated once. `next(store)` gives `[token, layer, d_in]` in
     the order of `hook_names`; a token's layers stay together. Every token of an epoch
-    is served exactly once before any of the next.
+    is served exactly once before any of the next. A store goes on exactly from the
+    `Place` of another one.
     """
 
     hook_names: list[str]
@@ -43,8 +46,9 @@ class MultiLayerActivationsStore(ActivationsStore):
     _buffer: ShuffleBuffer | None = None
     _n_model_batches: int = 0
     _n_served: int = 0
-    _n_tokens_this_epoch: int | None = 0  # None: the start of the epoch was not seen
+    _n_tokens_this_epoch: int = 0
     _epoch_has_ended: bool = False  # the buffer holds the last tokens of an epoch
+    _harvests: list[Harvest]  # of which tokens wait in the buffer
 
     @override
     @classmethod
@@ -83,6 +87,7 @@ class MultiLayerActivationsStore(ActivationsStore):
         store.hook_name, store.hook_names = names[0], names
         store._own_hook_names = own_names
         store._generator = torch.Generator().manual_seed(cfg.seed)
+        store._harvests = []
         hooks.check_widths(store.measure_widths(), cfg.sae.d_in)
         return store
 
@@ -210,6 +215,7 @@ class MultiLayerActivationsStore(ActivationsStore):
             if self._epoch_has_ended:
                 self._end_epoch()
         buffer.shuffle()
+        self._harvests = still_waiting(self._harvests, buffer.waiting)
 
     def _has_enough(self, n_filled: int) -> bool:
         batch = self.train_batch_size_tokens
@@ -218,7 +224,7 @@ class MultiLayerActivationsStore(ActivationsStore):
 
     def _end_epoch(self) -> None:
         n_tokens, self._n_tokens_this_epoch = self._n_tokens_this_epoch, 0
-        if n_tokens is not None and n_tokens < self.train_batch_size_tokens:
+        if n_tokens < self.train_batch_size_tokens:
             raise ValueError(
                 "The dataset must hold at least one training batch of "
                 f"{self.train_batch_size_tokens} tokens, in whole contexts of "
@@ -234,24 +240,34 @@ class MultiLayerActivationsStore(ActivationsStore):
         """Write the vectors of a batch of prompts into free slots."""
         self._n_model_batches += 1
         hooks.check_token_ids(self.model, tokens)
-        keep = self._kept_tokens(tokens)
-        slots = buffer.free_slots(int(keep.sum()))
+        kept = self._kept_tokens(tokens)
+        self._write(tokens, kept, buffer.free_slots(len(kept)), buffer)
+        self._harvests.append(Harvest(buffer.n_committed, tokens.cpu()))
+        buffer.commit(len(kept))
+        self._n_tokens_this_epoch += len(kept)
+
+    def _write(
+        self,
+        tokens: Int[Tensor, "prompt pos"],
+        rows: Int[Tensor, " token"],
+        slots: Int[Tensor, " token"],
+        buffer: ShuffleBuffer,
+    ) -> None:
+        """Run the model and write the vectors of some of its tokens into slots."""
         for layer, (name, acts) in enumerate(
             self.get_multi_hook_activations(tokens).items()
         ):
-            rows = acts.flatten(0, 1).to(buffer.data.device)[keep]
-            rows = rows.to(buffer.data.dtype)
-            self._check_finite(rows, name)
-            buffer.data[:, layer].index_copy_(0, slots, rows)
-        buffer.commit(len(slots))
-        if self._n_tokens_this_epoch is not None:
-            self._n_tokens_this_epoch += len(slots)
+            flat = acts.flatten(0, 1).to(buffer.data.device)
+            vectors = flat[rows].to(buffer.data.dtype)
+            self._check_finite(vectors, name)
+            buffer.data[:, layer].index_copy_(0, slots, vectors)
 
-    def _kept_tokens(self, tokens: Tensor) -> Tensor:
+    def _kept_tokens(self, tokens: Tensor) -> Int[Tensor, " token"]:
+        """Which tokens of a batch of prompts are trained on, by their place in it."""
         flat = tokens[:, slice(*self.seqpos_slice)].flatten().to(self.device)
         if self.exclude_special_tokens is None:
-            return torch.ones_like(flat, dtype=torch.bool)
-        return ~torch.isin(flat, self.exclude_special_tokens)
+            return torch.arange(len(flat), device=flat.device)
+        return (~torch.isin(flat, self.exclude_special_tokens)).nonzero().flatten()
 
     def _check_finite(self, rows: Tensor, hook_name: str) -> None:
         if rows.numel() and not rows.abs().amax().isfinite():
@@ -264,21 +280,80 @@ class MultiLayerActivationsStore(ActivationsStore):
                 "and of the run, and this part of the data."
             )
 
+    @property
+    def place(self) -> Place:
+        """Where the store stands now; it does not change when the store goes on."""
+        buffer = self._ensure_buffer()
+        return Place(
+            n_dataset_processed=self.n_dataset_processed,
+            n_rows_this_epoch=self._n_rows_this_epoch,
+            n_tokens_this_epoch=self._n_tokens_this_epoch,
+            epoch_has_ended=self._epoch_has_ended,
+            n_model_batches=self._n_model_batches,
+            n_harvested=buffer.n_committed,
+            n_served=self._n_served,
+            random_state=self._generator.get_state(),
+            unread=self.unread,
+            waiting=buffer.waiting,
+            harvests=tuple(self._harvests),
+        )
+
     @override
     def state_dict(self) -> dict[str, Tensor]:
-        """The place in the dataset, and how many tokens were served."""
-        return {**super().state_dict(), "n_served": torch.tensor(self._n_served)}
+        """The place of the store, as tensors."""
+        return self.place.to_tensors()
 
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
-        """Go on in the dataset where a checkpoint was written.
+        """Go on exactly where a checkpoint was written.
 
-        The tokens that were waiting in the buffer then are left out.
+        The model runs again on the prompts whose tokens wait in the buffer.
+
+        Raises:
+            ValueError: If the checkpoint is not of such a store or its file is torn, or
+                if more tokens wait than the buffer of this run holds.
         """
-        super().load_from_checkpoint(checkpoint_path)
-        state = load_file(Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME)
-        self._n_served = int(state["n_served"])
-        self._n_tokens_this_epoch = None
+        path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
+        tensors = read_tensors(path)
+        try:
+            place = Place.from_tensors(tensors)
+        except KeyError as error:
+            raise ValueError(
+                f"{path} must hold the place of a multi-layer store; {error} is not in "
+                "it. Resume from a checkpoint of this version of the package."
+            ) from error
+        self._go_to(place)
+
+    def _go_to(self, place: Place) -> None:
+        self._generator.set_state(place.random_state)
+        self.n_dataset_processed = place.n_dataset_processed
+        self._n_tokens_this_epoch = place.n_tokens_this_epoch
+        self._epoch_has_ended = place.epoch_has_ended
+        self._n_served = place.n_served
+        self.go_to(place.n_rows_this_epoch, place.unread)
+        self._fill_again(place)
+        self._n_model_batches = place.n_model_batches
+
+    @torch.no_grad()
+    def _fill_again(self, place: Place) -> None:
+        """Rebuild the buffer from the forward passes whose tokens wait in it."""
+        buffer = self._ensure_buffer()
+        if len(place.waiting) > buffer.n_free:
+            raise ValueError(
+                f"The buffer must hold the {len(place.waiting)} tokens that waited in "
+                f"the checkpoint; it has {buffer.n_free} slots. Resume with the "
+                "checkpoint's `n_batches_in_buffer`, `store_batch_size_prompts` and "
+                "`train_batch_size_tokens`."
+            )
+        self._harvests = list(place.harvests)
+        slots = buffer.restore(place.waiting, place.n_harvested)
+        for harvest in tqdm(self._harvests, "Filling the buffer again", leave=False):
+            tokens = harvest.prompts.to(hooks.device_of_model(self.model))
+            kept = self._kept_tokens(tokens)
+            in_batch = place.waiting - harvest.first_token
+            here = ((in_batch >= 0) & (in_batch < len(kept))).to(slots.device)
+            rows = kept[in_batch.to(slots.device)[here]]
+            self._write(tokens, rows, slots[here], buffer)
 
 
 def one_vector_per_position(

@@ -11,8 +11,13 @@ class ShuffleBuffer:
     A refill writes into the slots that are free, and shuffling permutes slot numbers,
     so no activation is moved except into its slot and out of it.
 
+    Tokens are numbered in the order in which they came, so that the pool can be
+    described, and rebuilt, without the activations.
+
     Attributes:
         data: The slots, [slot, layer, d_in].
+        n_filled: Tokens that wait.
+        n_committed: Tokens that have come so far; the number of the next one.
     """
 
     def __init__(
@@ -35,9 +40,12 @@ class ShuffleBuffer:
             capacity, n_layers, d_in, dtype=dtype, device=device
         )
         self.n_filled = 0
+        self.n_committed = 0
         self._generator = generator
         # The first n_filled are full, in reverse order of serving; the others are free.
         self._slots: Int[Tensor, " slot"] = torch.arange(capacity)
+        # Of the tokens in the slots that are full. Never changed in place.
+        self._numbers: Int[Tensor, " token"] = torch.empty(0, dtype=torch.long)
 
     @property
     def n_free(self) -> int:
@@ -54,16 +62,43 @@ class ShuffleBuffer:
         """Count the next `n_tokens` free slots as filled."""
         assert 0 <= n_tokens <= self.n_free
         old, end = self.n_filled, self.n_filled + n_tokens
+        numbers = torch.arange(self.n_committed, self.n_committed + n_tokens)
+        parts = [self._numbers[:old], numbers]
         if self._generator is None:
-            newest_last_served = self._slots[old:end].flip(0)
-            self._slots[:end] = torch.cat([newest_last_served, self._slots[:old]])
-        self.n_filled = end
+            # The newest are served last.
+            newest = self._slots[old:end].flip(0)
+            self._slots[:end] = torch.cat([newest, self._slots[:old]])
+            parts = [numbers.flip(0), self._numbers[:old]]
+        self._numbers = torch.cat(parts)
+        self.n_filled, self.n_committed = end, self.n_committed + n_tokens
 
     def shuffle(self) -> None:
         """Put the filled slots into random order."""
         if self._generator is not None:
             order = torch.randperm(self.n_filled, generator=self._generator)
             self._slots[: self.n_filled] = self._slots[: self.n_filled][order]
+            self._numbers = self._numbers[order]
+
+    @property
+    def waiting(self) -> Int[Tensor, " token"]:
+        """The numbers of the tokens that wait, in reverse order of serving.
+
+        It does not change when the buffer does.
+        """
+        return self._numbers[: self.n_filled]
+
+    def restore(
+        self, waiting: Int[Tensor, " token"], n_committed: int
+    ) -> Int[Tensor, " token"]:
+        """Make an empty buffer one in which the tokens `waiting` wait in that order.
+
+        Returns:
+            The slot of each, into which the caller writes its vectors.
+        """
+        assert self.n_committed == 0
+        self._numbers = waiting
+        self.n_filled, self.n_committed = len(waiting), n_committed
+        return self._slots[: self.n_filled].to(self.data.device, copy=True)
 
     def draw(self, n_tokens: int) -> Float[Tensor, "token layer d_in"]:
         """Take tokens out of the pool, each once; a copy."""

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+PARTIAL_PREFIX = ".partial-"
+"""Begins the name of a folder that is not complete."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +39,7 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
     # A folder cannot be renamed onto a link, or onto "."
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".partial-{uuid4().hex[:8]}"
+    partial = path.parent / f"{PARTIAL_PREFIX}{uuid4().hex[:8]}"
     partial.mkdir()
     try:
         yield partial
@@ -123,16 +130,44 @@ def check_checkpoint(path: str | Path, wanted: dict[str, Any]) -> None:
                 f"{path} must be a checkpoint folder with {SAE_CFG_FILENAME} and "
                 f"{SAE_WEIGHTS_FILENAME}; {name} is not there."
             )
-    try:
-        cfg: dict[str, Any] = json.loads((path / SAE_CFG_FILENAME).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / SAE_CFG_FILENAME} must be JSON; {error}.") from error
+    cfg = read_json(path / SAE_CFG_FILENAME)
     found = {key: cfg.get(key) for key in wanted}
     if found != wanted:
         raise ValueError(
             f"The checkpoint at {path} must be of this run's SAE, {wanted}; it has "
             f"{found}."
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a checkpoint.
+
+    Raises:
+        ValueError: If it is torn; names the file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(_torn(path, "JSON", error)) from error
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Read the tensors in a file of a checkpoint.
+
+    Raises:
+        ValueError: If it is torn; names the file.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(_torn(path, "safetensors", error)) from error
+
+
+def _torn(path: Path, kind: str, error: Exception) -> str:
+    return (
+        f"{path} must be {kind}; {error}. The file is torn or was changed: use another "
+        "checkpoint."
+    )
 
 
 def _flush(path: Path) -> None:

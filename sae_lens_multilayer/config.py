@@ -31,6 +31,9 @@ T_TRAINING_SAE_CONFIG = TypeVar(
     "T_TRAINING_SAE_CONFIG", bound=TrainingSAEConfig, covariant=True
 )
 
+LATEST = "latest"
+"""As `resume_from_checkpoint`: the newest checkpoint of the run."""
+
 _PATHS = (
     "dataset_path",
     "output_path",
@@ -45,6 +48,7 @@ _WHOLE_NUMBERS = (
     "store_batch_size_prompts",
     "n_batches_in_buffer",
     "context_size",
+    "keep_last_n_checkpoints",
 )
 _POSITIVE = (
     *_WHOLE_NUMBERS,
@@ -71,6 +75,7 @@ class MultiLayerTrainerConfig(SAETrainerConfig):
     adam_eps: float = 6.25e-10
     max_grad_norm: float | None = None
     standardize_stock_inputs: bool = True
+    keep_last_n_checkpoints: int | None = None
 
 
 @dataclass
@@ -128,6 +133,13 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     vector of every layer counts the same in its losses, and the SAE is saved with
     `normalize_activations="layer_norm"`, which does the same at inference. False: raw
     vectors, with SAELens' own `normalize_activations`; large layers dominate."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint's folder, to go on exactly where it was written; or "latest": the
+    newest checkpoint of a run with these settings under `checkpoint_path`, in whose
+    folder the run goes on, or a new run if there is none."""
+    keep_last_n_checkpoints: int | None = None
+    """Checkpoints of this run that stay, the newest; older ones are deleted once a
+    newer one is complete. None: all. The final one neither counts nor goes."""
 
     def __post_init__(self) -> None:
         hooks.check_hook_choice(self.hook_name, self.hook_names, self.layers)
@@ -178,6 +190,10 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         if self.n_checkpoints < 0:
             raise ValueError(
                 f"`n_checkpoints` must not be negative; got {self.n_checkpoints}."
+            )
+        if self.resume_from_checkpoint == LATEST and self.checkpoint_path is None:
+            raise ValueError(
+                f"`checkpoint_path` must be given to resume from {LATEST!r}; got None."
             )
         str_to_dtype(self.dtype)
         micro, batch = self.micro_batch_size_tokens, self.train_batch_size_tokens
@@ -336,4 +352,5 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             adam_eps=self.adam_eps,
             max_grad_norm=self.max_grad_norm,
             standardize_stock_inputs=self.standardizes_stock_inputs,
+            keep_last_n_checkpoints=self.keep_last_n_checkpoints,
         )

@@ -1,18 +1,19 @@
 """The evaluation that runs during training, at SAELens' cadence."""
 
 import logging
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from sae_lens import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
-from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.types import DataProvider
+from torch import Tensor
 
 from sae_lens_multilayer.activations import MultiLayerActivationsStore
-from sae_lens_multilayer.evaluation import evaluate
+from sae_lens_multilayer.batches import RunBatches
+from sae_lens_multilayer.evaluation import SpliceMetrics, evaluate
 from sae_lens_multilayer.lens_carrier import lens_of
 
 logger = logging.getLogger(__name__)
@@ -49,23 +50,11 @@ class MultiLayerEvaluator:
                 "No evaluation: the SAE takes scaled activations until it is trained."
             )
             return {}
-        # The evaluation reads the store itself, which a prefetching thread must not.
-        prefetches = isinstance(data_provider, PrefetchingIterator)
-        with data_provider.paused() if prefetches else nullcontext():
-            tokens = torch.cat(
-                [
-                    self.store.get_batch_tokens(self.batch_size_prompts)
-                    for _ in range(self.n_batches)
-                ]
-            )
-            excluded = self.store.exclude_special_tokens
-            metrics = evaluate(
-                sae,
-                self.model,
-                tokens,
-                batch_size_prompts=self.batch_size_prompts,
-                exclude_tokens=() if excluded is None else excluded.tolist(),
-            )
+        if isinstance(data_provider, RunBatches) and data_provider.prompts is not None:
+            with data_provider.paused():
+                metrics = self._evaluate(sae, data_provider.prompts)
+        else:
+            metrics = self._evaluate(sae, self.draw_prompts())
         logged = _LOGGED_IN_TRAINING
         if lens_of(sae) is not None:
             # The batches' errors are in the space of the lens.
@@ -77,3 +66,24 @@ class MultiLayerEvaluator:
             for name, value in values.items()
             if name.split("/")[1] not in logged
         }
+
+    def draw_prompts(self) -> Int[Tensor, "prompt pos"]:
+        """Take the prompts of an evaluation from the store."""
+        return torch.cat(
+            [
+                self.store.get_batch_tokens(self.batch_size_prompts)
+                for _ in range(self.n_batches)
+            ]
+        )
+
+    def _evaluate(
+        self, sae: TrainingSAE[Any], tokens: Int[Tensor, "prompt pos"]
+    ) -> SpliceMetrics:
+        excluded = self.store.exclude_special_tokens
+        return evaluate(
+            sae,
+            self.model,
+            tokens,
+            batch_size_prompts=self.batch_size_prompts,
+            exclude_tokens=() if excluded is None else excluded.tolist(),
+        )

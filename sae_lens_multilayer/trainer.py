@@ -16,6 +16,7 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Adam
@@ -27,6 +28,7 @@ from sae_lens_multilayer.checkpoints import complete_or_absent
 from sae_lens_multilayer.config import MultiLayerTrainerConfig
 from sae_lens_multilayer.geometric_median import geometric_median
 from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.run_folder import keep_newest
 from sae_lens_multilayer.sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.steps import StepStats, StockStep, topk_gradients
 from sae_lens_multilayer.topk.reference import standardize
@@ -50,6 +52,10 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     """Tokens since a latent last fired on any layer, [d_sae]."""
     stop_requested: bool = False
     """Set from outside to end training after the step under way."""
+    has_open_batch: bool = False
+    """Whether a batch was asked for that is not trained on."""
+    is_whole: bool = True
+    """Whether weights, optimiser and counters are those after some number of steps."""
 
     def __init__(
         self,
@@ -131,23 +137,26 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         ) as progress:
             while self.n_training_samples < self.cfg.total_training_samples:
                 self._fit_batch(progress)
+        self.is_whole = False
         # The last sparsity window is not reset, so it has not been logged yet.
         if self.cfg.logger.log_to_wandb:
             self._log(self.full_sparsity_window_log())
         self._fold_scale()
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
-            self.save_checkpoint(checkpoint_name=f"final_{self.n_training_samples}")
+            self.save_or_report(f"final_{self.n_training_samples}")
         return self.sae
 
     def _fit_batch(self, progress: Any) -> None:
         self._log(self.maybe_reset_sparsity())
+        self.has_open_batch = True
         stats = self.step(next(self.data_provider))
-        if self._is_logging_step():
-            self._log(self.build_train_step_log_dict(stats, self.n_training_samples))
-        if self.cfg.logger.log_to_wandb:
-            self._run_and_log_evals()
-        self.n_training_steps += 1
+        self.has_open_batch = False
+        try:
+            self._log_step(stats)
+        finally:
+            # Whatever becomes of the log, the step is done.
+            self.n_training_steps += 1
         progress.update(stats.n_tokens)
         progress.set_postfix(
             loss=f"{stats.losses['overall_loss'].item():.4f}",
@@ -157,6 +166,18 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self._checkpoint_if_needed()
         if self.stop_requested:
             raise InterruptedException()
+
+    def is_evaluated_after(self, step: int) -> bool:
+        """Whether an evaluation follows the batch of a step, counted from 0."""
+        log = self.cfg.logger
+        every = log.wandb_log_frequency * log.eval_every_n_wandb_logs
+        return log.log_to_wandb and (step + 1) % every == 0
+
+    def _log_step(self, stats: StepStats) -> None:
+        if self._is_logging_step():
+            self._log(self.build_train_step_log_dict(stats, self.n_training_samples))
+        if self.cfg.logger.log_to_wandb:
+            self._run_and_log_evals()
 
     @override
     def maybe_reset_sparsity(self) -> dict[str, Any]:
@@ -199,8 +220,10 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 f"{self.n_training_steps} (token {self.n_training_samples}). The "
                 f"weights are those before this batch. {self._advice(stats)}"
             )
+        self.is_whole = False
         self._update_weights()
         self._count(stats)
+        self.is_whole = True
         return stats
 
     def _advice(self, stats: StepStats) -> str:
@@ -297,17 +320,27 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             "details/n_training_samples": n_training_samples,
         }
 
-    def _estimate_scale(self) -> None:
+    @property
+    def estimates_scale(self) -> bool:
+        """Whether `fit` takes batches first to estimate the scale of activations."""
+        scaler = self.activation_scaler
+        missing = {
+            "expected_average_only_in": scaler.scaling_factor,
+            "covariance_whitening": scaler.whitening,
+        }
         normalization = self.sae.cfg.normalize_activations
+        is_over = self.n_training_samples >= self.cfg.total_training_samples
+        return not is_over and missing.get(normalization, ...) is None
+
+    def _estimate_scale(self) -> None:
+        if not self.estimates_scale:
+            return
         scaler, n_batches = self.activation_scaler, self.cfg.n_batches_for_norm_estimate
         rows = (batch.flatten(0, 1) for batch in self.data_provider)
-        if (
-            normalization == "expected_average_only_in"
-            and scaler.scaling_factor is None
-        ):
-            scaler.estimate_scaling_factor(self.sae.cfg.d_in, rows, n_batches)
-        elif normalization == "covariance_whitening" and scaler.whitening is None:
+        if self.sae.cfg.normalize_activations == "covariance_whitening":
             scaler.estimate_whitening(self.sae.cfg.d_in, rows, n_batches)
+        else:
+            scaler.estimate_scaling_factor(self.sae.cfg.d_in, rows, n_batches)
 
     def _fold_scale(self) -> None:
         scaler = self.activation_scaler
@@ -321,6 +354,32 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 unwhitening_matrix=scaler.whitening.inverse_matrix,
             )
             scaler.whitening = None
+
+    @override
+    def _checkpoint_if_needed(self) -> None:
+        thresholds = self.checkpoint_thresholds
+        if thresholds and self.n_training_samples > thresholds[0]:
+            thresholds.pop(0)
+            self.save_or_report(str(self.n_training_samples))
+
+    def save_or_report(self, checkpoint_name: str) -> bool:
+        """Write a checkpoint; where that fails, as on a full disk, say so and go on.
+
+        Returns:
+            Whether it was written.
+        """
+        try:
+            self.save_checkpoint(checkpoint_name)
+        except (OSError, SafetensorError) as error:
+            logger.error(
+                "The checkpoint %s/%s could not be saved: %s. Earlier checkpoints are "
+                "as they were, and the run goes on. Is the disk full?",
+                self.cfg.checkpoint_path,
+                checkpoint_name,
+                error,
+            )
+            return False
+        return True
 
     @override
     def save_checkpoint(
@@ -345,6 +404,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.save_trainer_state(partial)
             if self.save_checkpoint_fn is not None:
                 self.save_checkpoint_fn(checkpoint_path=partial)
+        if self.cfg.keep_last_n_checkpoints is not None:
+            keep_newest(Path(base), self.cfg.keep_last_n_checkpoints)
         # What is on the disk stays there, whatever becomes of the upload.
         if self.cfg.logger.log_to_wandb:
             self.cfg.logger.log(

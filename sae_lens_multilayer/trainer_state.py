@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from sae_lens_multilayer.checkpoints import read_json, read_tensors
 
 if TYPE_CHECKING:
     from sae_lens_multilayer.trainer import MultiLayerTrainer
@@ -23,6 +25,7 @@ def save(trainer: "MultiLayerTrainer", folder: Path) -> None:
     """Write the state of a trainer into a checkpoint folder."""
     optimizer = trainer.optimizer.state_dict()
     tensors = {name: getattr(trainer, name) for name in _COUNTERS}
+    tensors |= _random_states()
     for index, state in optimizer["state"].items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
     save_file(
@@ -56,14 +59,16 @@ def load(trainer: "MultiLayerTrainer", folder: Path) -> None:
 
     Raises:
         FileNotFoundError: If the folder has no such state.
+        ValueError: If a file is torn.
     """
     check(folder)
-    tensors = load_file(folder / TENSORS_FILENAME, device=str(trainer.cfg.device))
-    values: dict[str, Any] = json.loads((folder / VALUES_FILENAME).read_text())
+    tensors = read_tensors(folder / TENSORS_FILENAME, trainer.cfg.device)
+    values = read_json(folder / VALUES_FILENAME)
     for name in _COUNTERS:
         setattr(trainer, name, tensors[name])
     for name in _NUMBERS:
         setattr(trainer, name, values[name])
+    _set_random_states(tensors)
     trainer.optimizer.load_state_dict(
         {
             "state": _optimizer_state(trainer, tensors),
@@ -74,6 +79,23 @@ def load(trainer: "MultiLayerTrainer", folder: Path) -> None:
     for name, state in values["coefficient_schedulers"].items():
         trainer.coefficient_schedulers[name].load_state_dict(state)
     trainer.activation_scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
+
+
+def _random_states() -> dict[str, Tensor]:
+    """Of torch, which an architecture may use; what this package draws is the store's
+    own."""
+    states = {"random.cpu": torch.get_rng_state()}
+    for index in range(torch.cuda.device_count()):
+        states[f"random.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    return states
+
+
+def _set_random_states(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["random.cpu"].cpu())
+    for index in range(torch.cuda.device_count()):
+        # A run may go on where there are more devices.
+        if f"random.cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"].cpu(), index)
 
 
 def _optimizer_state(

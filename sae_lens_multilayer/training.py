@@ -1,12 +1,12 @@
 """The runner: model, store, SAE, trainer and checkpoints put together."""
 
-import itertools
+import copy
 import json
 import logging
 import math
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ from sae_lens import (
 )
 from sae_lens.config import HfDataset
 from sae_lens.constants import (
+    ACTIVATIONS_STORE_STATE_FILENAME,
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
 )
 from sae_lens.load_model import load_model
-from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from sae_lens.util import temporary_seed
@@ -35,15 +34,23 @@ from typing_extensions import override
 
 from sae_lens_multilayer import hooks, trainer_state
 from sae_lens_multilayer.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.batches import RunBatches
 from sae_lens_multilayer.checkpoints import (
     check_checkpoint,
     check_writable,
     complete_or_absent,
     free_path,
+    read_json,
+    read_tensors,
 )
-from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config import LATEST, MultiLayerConfig
 from sae_lens_multilayer.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.lens_carrier import LensCarrier, lens_of
+from sae_lens_multilayer.run_folder import (
+    latest_checkpoint,
+    remove_leftovers,
+    settings_that_differ,
+)
 from sae_lens_multilayer.run_lens import (
     check_lens_of_model,
     check_same_lens,
@@ -62,6 +69,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     cfg: MultiLayerConfig[Any]
     activations_store: MultiLayerActivationsStore
+    evaluator: MultiLayerEvaluator  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -89,7 +97,8 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 f"LanguageModelSAETrainingRunner. Got {type(given).__name__}."
             )
         # Narrower than the host's, which are these in every run of ours.
-        self.cfg = cfg  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.cfg = resolve_latest(cfg)  # pyright: ignore[reportIncompatibleVariableOverride]
+        cfg = self.cfg
         self._check_places()
         self._lens = lens_of_run(cfg)
         if override_sae is not None:
@@ -110,7 +119,8 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._check_normalization(self.sae)
         check_lens_of_model(self.sae, self.model)
         self.sae.to(cfg.device)
-        self.evaluator = MultiLayerEvaluator(  # type: ignore[assignment]
+        # Not a subclass of the host's, but called as that is.
+        self.evaluator = MultiLayerEvaluator(  # pyright: ignore[reportIncompatibleVariableOverride]
             self.model,
             store,
             n_batches=cfg.n_eval_batches,
@@ -162,7 +172,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         if self.cfg.resume_from_checkpoint is None:
             return
         folder = Path(self.cfg.resume_from_checkpoint)
-        found = json.loads((folder / SAE_CFG_FILENAME).read_text())["metadata"]
+        found = read_json(folder / SAE_CFG_FILENAME)["metadata"]
         if found.get("hook_names") != hook_names:
             raise ValueError(
                 f"The checkpoint at {folder} must be of this run's hooks, "
@@ -223,14 +233,12 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._set_sae_metadata()
         folder = self.cfg.resume_from_checkpoint
         if folder is not None:
-            # Before a prefetching thread begins to read.
             self.activations_store.load_from_checkpoint(folder)
-        with self._wandb_run(), self._data_provider() as data_provider:
-            trainer = self._make_trainer(data_provider)
+        with self._wandb_run(), self._run_batches() as batches:
+            trainer = self._make_trainer(batches)
             if folder is not None:
-                logger.info("Resuming from %s", folder)
-                trainer.load_trainer_state(folder)
-                self.sae.load_weights_from_checkpoint(folder)
+                self._load(trainer, Path(folder))
+            batches.start(*self._needs(trainer))
             self._compile_sae_if_needed()
             sae = self.run_trainer_with_interruption_handling(trainer)
             if self.cfg.output_path is not None:
@@ -238,6 +246,20 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                     sae, self.cfg.output_path, trainer.log_feature_sparsity
                 )
             return sae
+
+    def _load(self, trainer: MultiLayerTrainer, folder: Path) -> None:
+        logger.info("Resuming from %s", folder)
+        differing = settings_that_differ(self.cfg, folder)
+        if differing:
+            logger.warning(
+                "The run goes on with other settings than it had in the checkpoint, so "
+                "it does not end as it would have: %s.",
+                ", ".join(differing),
+            )
+        trainer.load_trainer_state(folder)
+        weights = read_tensors(folder / SAE_WEIGHTS_FILENAME)
+        self.sae.process_state_dict_for_loading(weights)
+        self.sae.load_state_dict(weights)
 
     def _make_trainer(self, data_provider: DataProvider) -> MultiLayerTrainer:
         trainer_cfg = self.cfg.to_sae_trainer_config()
@@ -274,30 +296,29 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         wandb.finish()
 
     @contextmanager
-    def _data_provider(self) -> Generator[DataProvider]:
-        if not self.cfg.prefetch_llm_batches:
-            yield self.activations_store
-            return
-        # It reads ahead, but must not run the model for batches that nobody takes.
-        batches = itertools.islice(self.activations_store, self._n_batches())
-        prefetching = PrefetchingIterator(
-            batches, prefetch=int(self.cfg.prefetch_llm_batches)
+    def _run_batches(self) -> Generator[RunBatches]:
+        self._batches = RunBatches(
+            self.activations_store,
+            self.evaluator.draw_prompts,
+            prefetch=int(self.cfg.prefetch_llm_batches),
         )
         try:
-            yield prefetching
+            yield self._batches
         finally:
-            prefetching.close()
+            self._batches.close()
 
-    def _n_batches(self) -> int:
-        """Batches that a run from the start takes from the store."""
-        cfg = self.cfg
-        n_steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
-        normalization = self.sae.cfg.normalize_activations
-        is_estimated = normalization in (
-            "expected_average_only_in",
-            "covariance_whitening",
+    def _needs(self, trainer: MultiLayerTrainer) -> tuple[int, Callable[[int], bool]]:
+        """Batches that the run takes from here on, and which an evaluation follows."""
+        n_tokens = self.cfg.training_tokens - trainer.n_training_samples
+        n_steps = max(0, math.ceil(n_tokens / self.cfg.train_batch_size_tokens))
+        n_for_scale = self.cfg.n_batches_for_norm_estimate * trainer.estimates_scale
+        first_step = trainer.n_training_steps - n_for_scale
+        return (
+            n_for_scale + n_steps,
+            lambda index: (
+                index >= n_for_scale and trainer.is_evaluated_after(first_step + index)
+            ),
         )
-        return n_steps + cfg.n_batches_for_norm_estimate * is_estimated
 
     @override
     def run_trainer_with_interruption_handling(
@@ -305,21 +326,40 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     ) -> TrainingSAE[Any]:
         """Train; on SIGINT or SIGTERM end after the step under way and save it.
 
-        A second signal ends the process at once.
+        After an error the state that the last whole step left is saved too; a resumed
+        run then asks again for the batch that was not trained on. A second signal ends
+        the process at once.
         """
         assert isinstance(trainer, MultiLayerTrainer)
         with _signals_stop(trainer):
             try:
                 return trainer.fit()
-            except InterruptedException:
-                if self.cfg.checkpoint_path is not None:
-                    trainer.save_checkpoint(str(trainer.n_training_samples))
-                    logger.warning(
-                        "Interrupted; resume from %s/%d",
-                        self.cfg.checkpoint_path,
-                        trainer.n_training_samples,
-                    )
+            except Exception:
+                self._save_progress(trainer)
                 raise
+
+    def _save_progress(self, trainer: MultiLayerTrainer) -> None:
+        n_tokens = trainer.n_training_samples
+        if self.cfg.checkpoint_path is None or not trainer.is_whole or n_tokens == 0:
+            return
+        if trainer.has_open_batch:
+            self._batches.put_back()
+        if trainer.save_or_report(str(n_tokens)):
+            logger.warning(
+                "The run has ended early; resume from %s/%d",
+                self.cfg.checkpoint_path,
+                n_tokens,
+            )
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        """Write into a checkpoint where the data stands, and the run's config."""
+        if checkpoint_path is None:
+            return
+        state = self._batches.place.to_tensors()
+        save_file(state, checkpoint_path / ACTIVATIONS_STORE_STATE_FILENAME)
+        cfg = json.dumps(self.cfg.to_dict())
+        (checkpoint_path / RUNNER_CFG_FILENAME).write_text(cfg)
 
     @override
     def save_final_sae(
@@ -359,6 +399,20 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         metadata.hook_names = names
         # A template is no hook, and W&B takes no braces in the name made from it.
         metadata.hook_name = names[0] if len(names) == 1 else None
+
+
+def resolve_latest(cfg: MultiLayerConfig[Any]) -> MultiLayerConfig[Any]:
+    """Replace "latest" by the newest checkpoint, and go on in its run's folder."""
+    if cfg.resume_from_checkpoint != LATEST:
+        return cfg
+    found = latest_checkpoint(cfg)
+    cfg = copy.copy(cfg)
+    cfg.resume_from_checkpoint = None
+    if found is not None:
+        cfg.resume_from_checkpoint = str(found)
+        cfg.checkpoint_path = str(found.parent)
+        remove_leftovers(found.parent)
+    return cfg
 
 
 def _identity(cfg: TrainingSAEConfig) -> dict[str, Any]:

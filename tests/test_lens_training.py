@@ -250,10 +250,8 @@ class TestRuns:
         self, start, make_config, tuned_lens
     ):
         runner = start(make_config(tuned_lens=tuned_lens, lr=1e-12))
-        with runner._data_provider() as data:
-            trainer = runner._make_trainer(data)
-            batch = next(data)
-            trainer.step(batch)
+        batch = next(runner.activations_store)
+        runner._make_trainer(iter([])).step(batch)
         z = standardize(runner.sae.lens.transform(batch).flatten(0, 1))[0]
         torch.testing.assert_close(runner.sae.b_dec.data, geometric_median(z))
 

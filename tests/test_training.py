@@ -4,6 +4,7 @@ Authority: SAELens' runner for the cadence of checkpoints and logs; the same run
 other circumstances (prefetching, compiled, resumed); PCA for what training must beat.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -31,6 +32,8 @@ from conftest import (
 from datasets import Dataset
 from sae_lens import (
     SAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
@@ -39,6 +42,7 @@ from sae_lens import (
 )
 from sae_lens.training._interruption import InterruptedException, interrupt_callback
 from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,9 +54,11 @@ from sae_lens_multilayer import (
     NonFiniteActivationError,
     evaluate,
     reconstruction_metrics,
+    run_folder,
     training,
     views,
 )
+from sae_lens_multilayer import trainer as trainer_module
 from sae_lens_multilayer.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.trainer import MultiLayerTrainer
 
@@ -343,23 +349,51 @@ class TestCheckpoints:
             assert listing(folder) == CHECKPOINT_FILES
             assert isinstance(TrainingSAE.load_from_disk(folder), MultiLayerTrainingSAE)
 
-    def test_a_failure_while_saving_leaves_complete_checkpoints_only(
-        self, start, make_config, monkeypatch
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ENOSPC, "No space left on device"),
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ],
+    )
+    def test_a_full_disk_is_reported_and_the_run_goes_on(
+        self, start, make_config, monkeypatch, caplog, error
     ):
-        config = make_config(n_checkpoints=3)
+        config = make_config(n_checkpoints=3, keep_last_n_checkpoints=1)
         runner = start(config)
         saves = itertools.count()
-        save = runner.activations_store.save_to_checkpoint
+        save = runner.save_checkpoint
+
+        def fail_once(checkpoint_path):
+            if next(saves) == 1:
+                assert listing(config.checkpoint_path) > {"192"}  # and a partial one
+                raise error
+            save(checkpoint_path)
+
+        monkeypatch.setattr(runner, "save_checkpoint", fail_once)
+        keep = run_folder.keep_newest
+        seen = []
         monkeypatch.setattr(
-            runner.activations_store,
-            "save_to_checkpoint",
-            lambda path: fail() if next(saves) == 1 else save(path),
+            trainer_module,
+            "keep_newest",
+            lambda folder, n: (seen.append(listing(folder)), keep(folder, n)),
         )
-        with pytest.raises(OSError, match="disk is full"):
-            runner.run()
-        (name,) = listing(config.checkpoint_path)
-        assert listing(Path(config.checkpoint_path) / name) == CHECKPOINT_FILES
-        assert not Path(config.output_path).exists()
+        sae = runner.run()
+        assert seen == [{"192"}, {"192", "448"}]
+        assert listing(config.checkpoint_path) == {"448"}
+        assert listing(f"{config.checkpoint_path}/448") == CHECKPOINT_FILES
+        (message,) = [m for m in caplog.messages if "could not be saved" in m]
+        assert "No space left" in message
+        assert "320" in message
+        undisturbed = start(make_config(output_path=None, checkpoint_path=None))
+        assert same(sae, undisturbed.run())
+
+    def test_the_newest_are_kept(self, start, make_config):
+        config = make_config(
+            n_checkpoints=7, keep_last_n_checkpoints=2, save_final_checkpoint=True
+        )
+        start(config).run()
+        assert listing(config.checkpoint_path) == {"448", "512", "final_512"}
 
     @pytest.mark.parametrize("where", ["save_inference_model", "to_dict"])
     def test_final_sae_is_all_there_or_not_at_all(
@@ -432,102 +466,158 @@ class TestResuming:
         with pytest.raises(ValueError, match=message):
             start(config)
 
-    @pytest.mark.parametrize("prefetch", [False, True])
+    @pytest.mark.parametrize("prefetch", [0, 3])
     @pytest.mark.parametrize(
-        "sae_config",
-        [tiny_sae_config(), StandardTrainingSAEConfig(d_in=D_MODEL, d_sae=32)],
-        ids=["multilayer", "standard"],
+        ("sae_config", "changes"),
+        [
+            (
+                tiny_sae_config(dead_after_tokens=100, k=1),
+                {"exclude_special_tokens": [3]},
+            ),
+            (
+                StandardTrainingSAEConfig(
+                    d_in=D_MODEL, d_sae=32, normalize_activations="covariance_whitening"
+                ),
+                {"standardize_stock_inputs": False, "n_batches_for_norm_estimate": 2},
+            ),
+            (
+                BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=32, k=4),
+                {"dtype": "bfloat16"},
+            ),
+            (JumpReLUTrainingSAEConfig(d_in=D_MODEL, d_sae=32), {"lr_decay_steps": 20}),
+        ],
+        ids=["multilayer", "standard", "batchtopk", "jumprelu"],
     )
-    def test_goes_on_where_the_checkpoint_was_written(
-        self, start, make_config, tmp_path, steps, sae_config, prefetch
+    def test_ends_with_the_weights_of_a_run_without_a_break(
+        self,
+        start,
+        make_config,
+        tmp_path,
+        steps,
+        text_dataset,
+        sae_config,
+        changes,
+        prefetch,
     ):
-        first = make_config(
-            sae=sae_config, training_tokens=2048, n_checkpoints=1, lr=1e-2
-        )
-        start(first).run()
-        assert steps.n == 32
-        (name,) = listing(first.checkpoint_path)
-        assert name == "1088"
-        steps.n = 0
-        again = make_config(
-            sae=sae_config,
-            training_tokens=2048,
-            lr=1e-2,
-            n_checkpoints=3,
-            resume_from_checkpoint=f"{first.checkpoint_path}/{name}",
-            output_path=str(tmp_path / "again"),
-            prefetch_llm_batches=prefetch,
-        )
-        runner = start(again)
-        runner.run()
-        assert steps.n == 15
-        saved = load_file(
-            f"{first.checkpoint_path}/{name}/activations_store_state.safetensors"
-        )
-        n_rows = saved["n_dataset_processed"].item() + 15 * 64 // 16
-        assert runner.activations_store.n_dataset_processed >= n_rows - 1
-        assert listing(again.checkpoint_path) == {"1600"}
-        sparsities = [
-            SAE.load_from_disk(path).cfg.metadata.l0
-            for path in (first.output_path, again.output_path)
-        ]
-        np.testing.assert_allclose(*sparsities, rtol=0.5)
+        """Also in the next epochs, and with prompts taken out for evaluations."""
+        settings = {
+            "sae": sae_config,
+            "training_tokens": 3072,
+            "lr": 1e-2,
+            "prefetch_llm_batches": prefetch,
+            **changes,
+        }
+        data = text_dataset.to_iterable_dataset()
+        whole = make_config(**settings, n_checkpoints=2)
+        unbroken = start(whole, override_dataset=data).run()
+        names = listing(whole.checkpoint_path)
+        assert len(names) == 2
+        for name in names:
+            steps.n = 0
+            again = start(
+                make_config(
+                    **settings,
+                    resume_from_checkpoint=f"{whole.checkpoint_path}/{name}",
+                    output_path=None,
+                ),
+                override_dataset=data,
+            ).run()
+            assert steps.n == (3072 - int(name)) // 64
+            assert same(again, unbroken)
+            assert again.cfg.metadata.l0 == unbroken.cfg.metadata.l0
 
-    def test_result_is_as_good_as_without_a_break(
-        self, start, make_config, tmp_path, model, token_dataset
+    @pytest.mark.parametrize("prefetch", [0, 1, 4])
+    def test_evaluations_do_not_change_where_a_run_ends(
+        self, start, make_config, monkeypatch, prefetch
     ):
-        settings = {"training_tokens": 4096, "lr": 1e-2, "n_checkpoints": 1}
+        FakeWandb(monkeypatch)
+        settings = {
+            "training_tokens": 1024,
+            "n_eval_batches": 2,
+            "n_checkpoints": 3,
+            "output_path": None,
+            "logger": LoggingConfig(wandb_log_frequency=3, eval_every_n_wandb_logs=2),
+        }
         whole = make_config(**settings)
         unbroken = start(whole).run()
-        (name,) = listing(whole.checkpoint_path)
-        checkpoint = f"{whole.checkpoint_path}/{name}"
-        at_the_break = TrainingSAE.load_from_disk(checkpoint)
-        resumed = start(
-            make_config(
+        for name in listing(whole.checkpoint_path):
+            config = make_config(
                 **settings,
-                resume_from_checkpoint=checkpoint,
-                output_path=str(tmp_path / "again"),
+                prefetch_llm_batches=prefetch,
+                resume_from_checkpoint=f"{whole.checkpoint_path}/{name}",
             )
-        ).run()
-        tokens = torch.tensor(token_dataset.with_format(None)["input_ids"])
-        fvu = {
-            key: reconstruction_metrics(sae, model, tokens).fvu.mean().item()
-            for key, sae in [
-                ("unbroken", unbroken),
-                ("resumed", resumed),
-                ("break", at_the_break),
-            ]
-        }
-        assert fvu["resumed"] < fvu["break"]
-        assert fvu["resumed"] == pytest.approx(fvu["unbroken"], rel=0.1)
+            assert same(start(config).run(), unbroken)
 
-    def test_the_data_goes_on_after_what_was_harvested(
-        self, start, make_config, tmp_path, token_dataset, model
-    ):
-        first = make_config(
-            training_tokens=512,
-            n_checkpoints=1,
-            n_batches_in_buffer=1,
-            activations_mixing_fraction=0.0,
-        )
+    def test_other_settings_are_reported(self, start, make_config, caplog):
+        first = make_config(n_checkpoints=1, output_path=None)
         start(first).run()
-        (name,) = listing(first.checkpoint_path)
-        config = make_config(
-            activations_mixing_fraction=0.0, train_batch_size_tokens=16
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        again = make_config(
+            resume_from_checkpoint=str(folder), lr=1e-3, seed=7, output_path=None
         )
-        store = MultiLayerActivationsStore.from_config(model, config, token_dataset)
-        store.load_from_checkpoint(f"{first.checkpoint_path}/{name}")
-        # Everything before was trained on or waited in the buffer of 192 tokens.
-        n_trained = int(name) // 16
-        seen = next(store)
-        rows = torch.tensor(token_dataset.with_format(None)["input_ids"])
-        _, cache = model.run_with_cache(rows)
-        at = [
-            i
-            for i in range(64)
-            if torch.allclose(cache[RESID_POST[0]][i], seen[:, 0], atol=1e-6)
-        ]
-        assert n_trained <= at[0] <= n_trained + 12
+        start(again).run()
+        (message,) = [m for m in caplog.messages if "other settings" in m]
+        assert message.endswith(": lr, lr_end, seed.")
+
+    def test_a_smaller_buffer_than_the_checkpoints_is_an_error(
+        self, start, make_config
+    ):
+        settings = {"training_tokens": 2048, "output_path": None}
+        first = make_config(**settings, n_checkpoints=1, n_batches_in_buffer=60)
+        start(first).run()
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        config = make_config(**settings, resume_from_checkpoint=str(folder))
+        with pytest.raises(ValueError, match=r"must hold the \d+ tokens that waited"):
+            start(config).run()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "activations_store_state.safetensors",
+            "sae_weights.safetensors",
+            "trainer_state.safetensors",
+            "trainer_state.json",
+            "runner_cfg.json",
+            "cfg.json",
+        ],
+    )
+    def test_a_torn_file_is_named(self, start, make_config, name):
+        first = make_config(n_checkpoints=1, output_path=None)
+        start(first).run()
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        config = make_config(resume_from_checkpoint=str(folder), output_path=None)
+        with pytest.raises(ValueError, match=f"{name} must be .* use another"):
+            start(config).run()
+
+    @pytest.mark.parametrize("where", ["model", "step"])
+    def test_a_batch_that_failed_is_taken_again(
+        self, start, make_config, model, steps, where
+    ):
+        """Neither the steps before it nor the place in the data are lost."""
+        settings = {"n_batches_in_buffer": 1, "output_path": None}
+        config = make_config(**settings)
+        runner = start(config)
+        passes = itertools.count()
+
+        def spoil(module, args, output):
+            return output * (float("nan") if next(passes) == 5 else 1.0)
+
+        def fail():
+            raise FloatingPointError("The loss must be finite")
+
+        if where == "model":
+            model.blocks[0].hook_resid_post.register_forward_hook(spoil)
+        else:
+            steps.before[5] = fail
+        with pytest.raises((NonFiniteActivationError, FloatingPointError)):
+            runner.run()
+        (name,) = listing(config.checkpoint_path)
+        assert name == str(64 * steps.n)
+        folder = f"{config.checkpoint_path}/{name}"
+        resumed = start(make_config(**settings, resume_from_checkpoint=folder)).run()
+        assert same(resumed, start(make_config(**settings)).run())
 
     def test_a_finished_run_has_nothing_left_to_do(
         self, start, make_config, tmp_path, steps
@@ -667,6 +757,50 @@ class TestResuming:
         )
         start(config).run()
         assert listing(config.output_path)
+
+
+class TestLatest:
+    def test_goes_on_in_the_folder_of_the_newest_checkpoint_of_such_a_run(
+        self, start, make_config, tmp_path, steps
+    ):
+        settings = {"checkpoint_path": str(tmp_path / "runs"), "output_path": None}
+        first = make_config(**settings, n_checkpoints=3)
+        whole = start(first).run()
+        start(make_config(**settings, n_checkpoints=1, seed=5)).run()
+        leftover = Path(first.checkpoint_path) / ".partial-0123"
+        leftover.mkdir()
+        steps.n = 0
+        runner = start(make_config(**settings, resume_from_checkpoint="latest"))
+        assert runner.cfg.resume_from_checkpoint == f"{first.checkpoint_path}/448"
+        assert runner.cfg.checkpoint_path == first.checkpoint_path
+        assert not leftover.exists()
+        assert same(runner.run(), whole)
+        assert steps.n == 1
+
+    def test_starts_anew_where_there_is_none(self, start, make_config, steps, caplog):
+        caplog.set_level("INFO", "sae_lens_multilayer")
+        config = make_config(resume_from_checkpoint="latest", output_path=None)
+        start(config).run()
+        assert steps.n == 8
+        assert any("starting anew" in message for message in caplog.messages)
+
+    def test_a_named_run_has_a_folder_of_its_own(self, start, make_config, tmp_path):
+        def config(name, **changes):
+            logger = LoggingConfig(log_to_wandb=False, wandb_id=name)
+            path = str(tmp_path / "runs")
+            return make_config(
+                logger=logger, checkpoint_path=path, output_path=None, **changes
+            )
+
+        start(config("a", n_checkpoints=1)).run()
+        again = start(config("a", resume_from_checkpoint="latest"))
+        assert again.cfg.resume_from_checkpoint == str(tmp_path / "runs/a/320")
+        other = start(config("b", resume_from_checkpoint="latest"))
+        assert other.cfg.resume_from_checkpoint is None
+
+    def test_needs_a_place_to_look(self, make_config):
+        with pytest.raises(ValueError, match="`checkpoint_path` must be given"):
+            make_config(checkpoint_path=None, resume_from_checkpoint="latest")
 
 
 class TestEarlyErrors:

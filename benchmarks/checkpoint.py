@@ -1,0 +1,118 @@
+"""Claim: checkpoints cost under 2% of a run where they are 50 of their times apart.
+
+Trains an MLSAE on all layers of SmolLM2 for some steps, then saves checkpoints as a run
+does, flushed to the disk, and prints their seconds and sizes: of the weights and the
+optimiser, and of the place in the data beside the bytes of the buffer that it rebuilds.
+From these follow how far apart checkpoints must be to cost 2% of the time between them,
+and what share 20 of them have in a day. Before that, a run is resumed from one and must
+end with the bit-identical weights.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
+
+from benchmarks._common import announced, print_versions
+from examples.smollm2 import english_text, load_smollm2
+from sae_lens_multilayer import MultiLayerConfig, MultiLayerTrainingSAEConfig
+from sae_lens_multilayer.trainer import MultiLayerTrainer
+
+BATCH, CONTEXT = 256, 128
+
+
+def main() -> None:
+    """Check, time and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="six layers, R = 16")
+    args = parser.parse_args()
+    layers = [0, 6, 12, 18, 24, 29] if args.small else None
+    expansion, n_checkpoints = (16, 5) if args.small else (64, 9)
+    model: Any = load_smollm2()
+    print_versions("torch", "sae-lens", "safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "sae": MultiLayerTrainingSAEConfig(
+                d_in=model.cfg.d_model, d_sae=expansion * model.cfg.d_model, k=32
+            ),
+            "layers": layers,
+            "checkpoint_path": folder,
+            "n_checkpoints": n_checkpoints,
+            "training_tokens": (n_checkpoints + 1) * BATCH,
+        }
+        seconds = timed_saves()
+        whole = train(model, settings)
+        (run,) = Path(folder).iterdir()
+        checkpoints = sorted(run.iterdir(), key=lambda path: int(path.name))
+        sizes = {file.name: file.stat().st_size for file in checkpoints[-1].iterdir()}
+        with announced("a run resumed from the second checkpoint ends the same"):
+            check_equal(whole, model, settings, checkpoints[1])
+    report(seconds, sizes, (layers and len(layers)) or model.cfg.n_layers, whole)
+
+
+def train(model: Any, settings: dict[str, Any], **changes: Any) -> Any:
+    """A run that saves checkpoints."""
+    cfg = MultiLayerConfig(
+        context_size=CONTEXT,
+        train_batch_size_tokens=BATCH,
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=16,
+        logger=LoggingConfig(log_to_wandb=False),
+        output_path=None,
+        verbose=False,
+        **{**settings, **changes},
+    )
+    return LanguageModelSAETrainingRunner(
+        cfg, override_dataset=english_text("train"), override_model=model
+    ).run()
+
+
+def timed_saves() -> list[float]:
+    """The seconds that each checkpoint takes from here on, filled in as they come."""
+    seconds: list[float] = []
+    original = MultiLayerTrainer.save_checkpoint
+
+    def save(self: MultiLayerTrainer, *args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        original(self, *args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+
+    MultiLayerTrainer.save_checkpoint = save
+    return seconds
+
+
+def check_equal(
+    whole: Any, model: Any, settings: dict[str, Any], checkpoint: Path
+) -> None:
+    """A resumed run must end with the same bits."""
+    changes = {"resume_from_checkpoint": str(checkpoint), "n_checkpoints": 0}
+    again = train(model, settings, **changes)
+    pairs = zip(whole.parameters(), again.parameters(), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise AssertionError("the resumed run ended with other weights")
+
+
+def report(
+    seconds: list[float], sizes: dict[str, int], n_layers: int, sae: Any
+) -> None:
+    """Print what a checkpoint costs."""
+    place = sizes["activations_store_state.safetensors"]
+    buffer = 16 * CONTEXT * n_layers * sae.cfg.d_in * 4
+    median = statistics.median(seconds)
+    print(f"{n_layers} layers, d_sae {sae.cfg.d_sae:,}, {len(seconds)} checkpoints")
+    print(f"seconds: median {median:.2f}, {min(seconds):.2f} to {max(seconds):.2f}")
+    print(
+        f"size {sum(sizes.values()) / 2**20:.0f} MiB; of the place in the data ", end=""
+    )
+    print(f"{place / 2**20:.3f} MiB, for a buffer of {buffer / 2**20:.0f} MiB")
+    print(f"2% where they are {50 * median:.0f} s apart; ", end="")
+    print(f"20 in a day: {20 * median / 86_400:.4%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Training runs in processes of their own that may be killed at any moment.
+
+Reads lines `FOLDER SECONDS`; for each it forks a process (importing everything anew
+would take longer than the run) that trains, or goes on, and ends with FOLDER/output.
+Each step and each part of a checkpoint takes SECONDS longer, so that a kill is as
+likely in the one as in the other. Prints `started PID` once the process is about to
+train, and `ended STATUS` when it is no more.
+"""
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import N_CTX, PAPER_DATA, tiny_model, tiny_sae_config
+from datasets import Dataset
+from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
+from transformers import AutoTokenizer
+
+from sae_lens_multilayer import MultiLayerConfig, checkpoints
+from sae_lens_multilayer.trainer import MultiLayerTrainer
+
+
+def slow_down(owner: object, name: str, seconds: float) -> None:
+    original = getattr(owner, name)
+
+    def slower(*args, **kwargs):
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, slower)
+
+
+def documents() -> Dataset:
+    rng = np.random.default_rng(1)
+    words = [rng.integers(1, 512, n) for n in rng.integers(5, 40, 200)]
+    return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in w) for w in words]})
+
+
+def main(folder: Path, seconds: float, data: Dataset, tokenizer: Any) -> None:
+    slow_down(MultiLayerTrainer, "step", seconds)
+    slow_down(checkpoints, "_flush", seconds)
+    config = MultiLayerConfig(
+        sae=tiny_sae_config(dead_after_tokens=500),
+        model_name="tiny",
+        context_size=N_CTX,
+        training_tokens=3200,
+        train_batch_size_tokens=64,
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=16,
+        lr=1e-2,
+        logger=LoggingConfig(log_to_wandb=False),
+        prepend_bos=False,
+        verbose=False,
+        output_path=str(folder / "output"),
+        checkpoint_path=str(folder / "checkpoints"),
+        n_checkpoints=12,
+        keep_last_n_checkpoints=2,
+        resume_from_checkpoint="latest",
+    )
+    runner = LanguageModelSAETrainingRunner(
+        config, override_dataset=data, override_model=tiny_model(tokenizer)
+    )
+    print("started", os.getpid(), flush=True)
+    runner.run()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    inputs = documents(), AutoTokenizer.from_pretrained(PAPER_DATA / "model")
+    for line in sys.stdin:
+        path, seconds = line.rsplit(maxsplit=1)
+        child = os.fork()
+        if child == 0:
+            try:
+                main(Path(path), float(seconds), *inputs)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        print("ended", status, flush=True)

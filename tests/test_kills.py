@@ -1,0 +1,95 @@
+"""A run that is killed again and again ends as one that is left alone.
+
+Authority: the same run without a kill, bit for bit. `KILLS=200 pytest
+tests/test_kills.py -s` kills oftener.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("killed_run.py")
+N_KILLS = int(os.environ.get("KILLS", "5"))
+STEP_SECONDS = 0.01
+
+
+class Runs:
+    """Runs of `killed_run.py`, one after the other."""
+
+    def __init__(self) -> None:
+        root = SCRIPT.parents[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), "TQDM_DISABLE": "1"},
+        )
+
+    def start(self, folder: Path, seconds: float) -> int:
+        """Start the run, or go on with it; its process when it is about to train."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{folder} {seconds}\n")
+        self.process.stdin.flush()
+        return self._answer("started")
+
+    def wait(self) -> int:
+        """Wait until it has ended; how, as `os.waitpid` says it."""
+        return self._answer("ended")
+
+    def _answer(self, word: str) -> int:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith(word), line
+        return int(line.split()[1])
+
+
+@pytest.fixture
+def runs():
+    runs = Runs()
+    yield runs
+    runs.process.kill()
+    runs.process.communicate()
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    """The bytes of every tensor that a run has ended with."""
+    return {
+        name: tensor.numpy().tobytes()
+        for file in (folder / "output").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_kills_at_any_moment_do_not_change_where_a_run_ends(runs, tmp_path):
+    runs.start(tmp_path / "whole", 0)
+    assert runs.wait() == 0
+    expected = saved(tmp_path / "whole")
+    assert set(expected) >= {"W_enc", "W_dec", "b_dec", "sparsity"}
+    choose = random.Random(0)
+    n_kills = n_while_writing = n_runs = 0
+    while n_kills < N_KILLS:
+        folder = tmp_path / f"killed-{n_runs}"
+        process = runs.start(folder, STEP_SECONDS)
+        time.sleep(choose.uniform(0, 70 * STEP_SECONDS))
+        os.kill(process, signal.SIGKILL)
+        if runs.wait() == signal.SIGKILL:
+            n_kills += 1
+            n_while_writing += any(folder.glob("checkpoints/*/.partial-*"))
+        if (folder / "output").exists():
+            assert saved(folder) == expected
+            n_runs += 1
+    folder = tmp_path / f"killed-{n_runs}"
+    runs.start(folder, 0)
+    assert runs.wait() == 0
+    assert saved(folder) == expected
+    print(f"{n_kills} kills ({n_while_writing} while saving), {n_runs + 1} whole runs")

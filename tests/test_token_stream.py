@@ -1,0 +1,77 @@
+"""Authority: SAELens' own `concat_and_batch_sequences`, uninterrupted."""
+
+import logging
+
+import pytest
+import torch
+from conftest import N_CTX
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+
+from sae_lens_multilayer import MultiLayerActivationsStore
+from sae_lens_multilayer.token_stream import unread_after
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
+
+# Few different tokens, so that those put between documents often occur in them too.
+TOKEN = st.integers(0, 3)
+
+
+@settings(max_examples=300)
+@given(
+    documents=st.lists(st.lists(TOKEN, max_size=12), max_size=12),
+    # SAELens never ends where the token before a context fills it.
+    context=st.integers(2, 6),
+    begin=st.one_of(st.none(), TOKEN),
+    separator=st.one_of(st.none(), TOKEN),
+)
+def test_contexts_go_on_from_what_was_not_read(documents, context, begin, separator):
+    documents = [torch.tensor(d, dtype=torch.long) for d in documents]
+
+    def contexts(of):
+        return concat_and_batch_sequences(
+            of,
+            context_size=context,
+            begin_batch_token_id=begin,
+            sequence_separator_token_id=separator,
+        )
+
+    n_read, unread = 0, []
+
+    def reading():
+        nonlocal n_read
+        for document in documents:
+            n_read += 1
+            unread.append(document)
+            yield document
+
+    whole = [c.tolist() for c in contexts(iter(documents))]
+    for n_contexts, found in enumerate(contexts(reading()), start=1):
+        unread[:] = unread_after(found, unread)
+        assert len(unread) <= 1
+        rest = contexts(iter([*unread, *documents[n_read:]]))
+        assert [c.tolist() for c in rest] == whole[n_contexts:]
+
+
+def test_rows_without_a_text_are_left_out_and_reported(
+    model, make_config, text_dataset, caplog
+):
+    texts = text_dataset["text"][:40]
+    rows = [
+        row for i, text in enumerate(texts) for row in [text, None][: 1 + (i % 4 == 0)]
+    ]
+    data = Dataset.from_dict({"text": rows})
+    config = make_config()
+    store, clean = (
+        MultiLayerActivationsStore.from_config(model, config, d)
+        for d in (data, text_dataset.select(range(40)))
+    )
+    with caplog.at_level(logging.WARNING, "sae_lens_multilayer"):
+        for _ in range(10):
+            assert torch.equal(store.get_batch_tokens(1), clean.get_batch_tokens(1))
+    assert caplog.messages[0].startswith("Row 1 of the dataset is left out: its ")
+    assert "is None (1 such rows so far)" in caplog.messages[0]
+    assert len(caplog.messages) <= 5
+    assert store.get_batch_tokens(1).shape == (1, N_CTX)
