@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub.errors import OfflineModeIsEnabled
 from sae_lens.config import HfDataset
 
 logger = logging.getLogger(__name__)
@@ -13,7 +14,13 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 120.0, 120.0)
 """Waits before a row is asked for again. `datasets` and `huggingface_hub` have tried
 for some minutes themselves before an error arrives here."""
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    OfflineModeIsEnabled,
+)
 
 
 def read_rows(dataset: HfDataset, start: int) -> Iterator[dict[str, Any]]:

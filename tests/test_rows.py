@@ -8,7 +8,8 @@ from threading import Thread
 
 import pytest
 from datasets import Dataset, IterableDataset
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from sae_lens_multilayer import rows
@@ -26,8 +27,10 @@ def waits(monkeypatch) -> list[float]:
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
     """A server of row numbers; `answers` holds the status of its next answers."""
+    # The hub's client asks nobody while it is offline, not even this machine.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     answers: deque[int] = deque()
 
     class Handler(BaseHTTPRequestHandler):
@@ -112,6 +115,18 @@ def test_an_answer_that_will_not_change_is_an_error_at_once(server, waits, statu
     server.answers.append(status)
     with pytest.raises(RuntimeError, match=f"Row 0 of the dataset.*{status}"):
         next(read_rows(streamed(server), 0))
+    assert waits == []
+
+
+def test_offline_no_answer_is_waited_for(waits):
+    def read():
+        yield {"number": 0}
+        raise OfflineModeIsEnabled("offline mode is enabled")
+
+    found = read_rows(IterableDataset.from_generator(read), 0)
+    next(found)
+    with pytest.raises(RuntimeError, match=r"Row 1 of the dataset.*offline mode"):
+        next(found)
     assert waits == []
 
 
