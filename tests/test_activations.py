@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from sae_lens import LoggingConfig
 from sae_lens.training import activations_store as host_store
 from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_multilayer import (
@@ -292,6 +293,72 @@ class TestEpochs:
         assert served[:16].max() < 256
         assert (served < 128).nonzero().max() > 256
         assert served[:256].sort().values.ne(torch.arange(256)).any()
+
+
+class TestPlace:
+    @pytest.mark.parametrize("kind", ["text", "tokens", "stream"])
+    @pytest.mark.parametrize("mixing", [0.0, 0.5, 0.9])
+    def test_stores_that_take_turns_serve_what_one_would(
+        self, make_config, model, text_dataset, token_dataset, tmp_path, kind, mixing
+    ):
+        """Each batch by another store, which knows only the file of the one before."""
+        data = {
+            "text": text_dataset.select(range(30)),
+            "tokens": token_dataset.select(range(21)),
+            "stream": token_dataset.select(range(21)).to_iterable_dataset(),
+        }[kind]
+        config = make_config(
+            activations_mixing_fraction=mixing,
+            training_tokens=1500,
+            train_batch_size_tokens=50,
+            store_batch_size_prompts=3,
+            n_batches_in_buffer=11,
+            exclude_special_tokens=[3, 4, 5],
+        )
+        expected = serve(make_store(model, config, data), 30)
+        folder, served = tmp_path / "place", []
+        folder.mkdir()
+        for turn in range(30):
+            store = make_store(model, config, data)
+            if turn:
+                store.load_from_checkpoint(folder)
+            served.append(next(store))
+            store.save_to_checkpoint(folder)
+        assert torch.equal(torch.cat(served), expected)
+
+    def test_a_dataset_too_small_for_a_batch_is_found_out_after_a_turn_too(
+        self, make_config, model, token_dataset, tmp_path
+    ):
+        config = make_config(training_tokens=1024, n_batches_in_buffer=1)
+        store = make_store(model, config, token_dataset)
+        next(store)
+        store.save_to_checkpoint(tmp_path)
+        # The rest of the epoch is short, the epoch is not.
+        again = make_store(model, config, token_dataset)
+        again.load_from_checkpoint(tmp_path)
+        assert counted(serve(again, 15)) == counted(serve(store, 15))
+
+    def test_a_place_stays_where_it_was_when_the_store_goes_on(
+        self, make_config, model, token_dataset
+    ):
+        config = make_config(training_tokens=2048)
+        store = make_store(model, config, token_dataset)
+        next(store)
+        place = store.place
+        before = {name: t.clone() for name, t in place.to_tensors().items()}
+        serve(store, 20)
+        after = place.to_tensors()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    def test_a_file_of_another_kind_is_named(
+        self, make_config, model, token_dataset, tmp_path
+    ):
+        path = tmp_path / "activations_store_state.safetensors"
+        save_file({"n_dataset_processed": torch.tensor(3)}, path)
+        store = make_store(model, make_config(), token_dataset)
+        with pytest.raises(ValueError, match=f"{path.name} must hold the place"):
+            store.load_from_checkpoint(tmp_path)
 
 
 def embedding_model():

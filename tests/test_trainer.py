@@ -462,6 +462,15 @@ class TestState:
         assert first.n_training_samples == second.n_training_samples == 640
         assert first.get_coefficients() == second.get_coefficients()
 
+    def test_random_numbers_of_an_architecture_go_on(self, make_config, tmp_path):
+        trainer = make_trainer(make_config())
+        take_steps(trainer, 1)
+        trainer.save_checkpoint("here", tmp_path)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        trainer.load_trainer_state(tmp_path / "here")
+        assert torch.equal(torch.rand(3), expected)
+
     def test_the_files_of_a_state_need_no_pickle(self, make_config, tmp_path):
         trainer = make_trainer(make_config())
         take_steps(trainer, 2)
