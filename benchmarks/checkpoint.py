@@ -21,7 +21,7 @@ from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
 from benchmarks._common import announced, print_versions
 from examples.smollm2 import english_text, load_smollm2
 from sae_lens_multilayer import MultiLayerConfig, MultiLayerTrainingSAEConfig
-from sae_lens_multilayer.trainer import MultiLayerTrainer
+from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 BATCH, CONTEXT = 256, 128
 
@@ -52,7 +52,7 @@ def main() -> None:
         sizes = {file.name: file.stat().st_size for file in checkpoints[-1].iterdir()}
         with announced("a run resumed from the second checkpoint ends the same"):
             check_equal(whole, model, settings, checkpoints[1])
-    report(seconds, sizes, (layers and len(layers)) or model.cfg.n_layers, whole)
+    report(seconds, sizes, len(layers or range(model.cfg.n_layers)), whole)
 
 
 def train(model: Any, settings: dict[str, Any], **changes: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks._common import announced, peak_rss_mib, print_versions
 from examples.local_hub import local_hub, put
-from sae_lens_multilayer.releases import published_model
+from sae_lens_multilayer.published.releases import published_model
 
 _RELEASE, _SAE_ID = "mlsae-pythia-70m-deduped", "x64-k32-tfm"
 _CONFIG = b'{"k": 32, "expansion_factor": 64, "standardize": true}'

@@ -1,31 +1,31 @@
 """Multi-layer sparse autoencoders for SAELens: one SAE, tied across all layers."""
 
 from sae_lens_multilayer._registration import register
-from sae_lens_multilayer.activations import (
-    MultiLayerActivationsStore,
-    NonFiniteActivationError,
-)
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.evaluation import (
     SpliceMetrics,
     evaluate,
     reconstruction_metrics,
 )
-from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_config import LensConfig
-from sae_lens_multilayer.lens_fit import fit_tuned_lens, lens_kl, new_tuned_lens
+from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
+from sae_lens_multilayer.lens.layer_lens import LayerLens
 from sae_lens_multilayer.metrics import LayerMetrics
-from sae_lens_multilayer.pretrained import (
+from sae_lens_multilayer.published.pretrained import (
     mlsae_disk_loader,
     mlsae_huggingface_loader,
 )
-from sae_lens_multilayer.releases import releases
+from sae_lens_multilayer.published.releases import releases
 from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.sae_config import (
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
 )
-from sae_lens_multilayer.training import MultiLayerSAETrainingRunner
+from sae_lens_multilayer.store.activations import (
+    MultiLayerActivationsStore,
+    NonFiniteActivationError,
+)
+from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 from sae_lens_multilayer.views import view, views
 
 __version__ = "0.1.0.dev0"

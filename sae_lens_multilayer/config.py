@@ -16,9 +16,9 @@ from tuned_lens import TunedLens
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_config import Alignment, LensConfig
-from sae_lens_multilayer.lens_files import local_config
+from sae_lens_multilayer.lens.config import Alignment, LensConfig
+from sae_lens_multilayer.lens.files import local_config
+from sae_lens_multilayer.lens.layer_lens import LayerLens
 from sae_lens_multilayer.sae_config import (
     MultiLayerTrainingSAEConfig,
     check_sizes,

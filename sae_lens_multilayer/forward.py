@@ -8,8 +8,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.activations import one_vector_per_position
-from sae_lens_multilayer.lens_carrier import lens_of
+from sae_lens_multilayer.lens.carrier import lens_of
+from sae_lens_multilayer.store.activations import one_vector_per_position
 
 
 def check_model(model: Any, hook_names: Sequence[str], d_in: int | None) -> None:

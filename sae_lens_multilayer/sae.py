@@ -13,9 +13,9 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_multilayer.lens_carrier import LensCarrier
+from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.normalization import CopyableLayerNorm
-from sae_lens_multilayer.pretrained import own_or_mlsae_disk_loader
+from sae_lens_multilayer.published.pretrained import own_or_mlsae_disk_loader
 from sae_lens_multilayer.sae_config import (
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from sae_lens_multilayer import (
     MultiLayerConfig,
     MultiLayerTrainingSAEConfig,
-    training,
 )
 from sae_lens_multilayer.cli import inputs
+from sae_lens_multilayer.training import runner as runner_module
 
 PAPER_DATA = Path(__file__).parent / "data" / "paper"
 # Machines are shared, so no example is timed.
@@ -115,10 +115,12 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def offline(model, token_dataset, tmp_path, monkeypatch):
     """The tiny model under any name, its SAE and its text in files."""
-    for module in (training, inputs):
+    for module in (runner_module, inputs):
         monkeypatch.setattr(module, "load_any_model", lambda cfg: model)
     monkeypatch.setattr(
-        training.MultiLayerSAETrainingRunner, "_check_named_model", lambda self: None
+        runner_module.MultiLayerSAETrainingRunner,
+        "_check_named_model",
+        lambda self: None,
     )
     token_dataset.to_parquet(tmp_path / "text.parquet")
     from saes import random_sae  # which takes sizes from here

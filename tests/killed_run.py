@@ -22,7 +22,7 @@ from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
 from transformers import AutoTokenizer
 
 from sae_lens_multilayer import MultiLayerConfig, checkpoints
-from sae_lens_multilayer.trainer import MultiLayerTrainer
+from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 
 def slow_down(owner: object, name: str, seconds: float) -> None:

@@ -21,8 +21,8 @@ from sae_lens_multilayer import (
     MultiLayerTrainingSAE,
     MultiLayerTrainingSAEConfig,
 )
-from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_config import Alignment, LensConfig
+from sae_lens_multilayer.lens.config import Alignment, LensConfig
+from sae_lens_multilayer.lens.layer_lens import LayerLens
 
 HOOK_NAMES = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 

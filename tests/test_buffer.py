@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lens_multilayer.buffer import ShuffleBuffer
+from sae_lens_multilayer.store.buffer import ShuffleBuffer
 
 N_LAYERS, D_IN = 3, 2
 

@@ -13,7 +13,7 @@ from sae_lens_multilayer import cli, evaluate
 from sae_lens_multilayer.analysis import LayerDistributions, TokenClasses
 from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
-from sae_lens_multilayer.lens_fit import ModelUnembed
+from sae_lens_multilayer.lens.fit import ModelUnembed
 
 SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
 

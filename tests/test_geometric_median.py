@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sae_lens_multilayer import geometric_median as module
-from sae_lens_multilayer.geometric_median import geometric_median
+from sae_lens_multilayer.training import geometric_median as module
+from sae_lens_multilayer.training.geometric_median import geometric_median
 
 REFERENCE = load_file(PAPER_DATA / "geometric_median.safetensors")
 RESID_POST = load_file(PAPER_DATA / "activations.safetensors")["resid_post"]

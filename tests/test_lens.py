@@ -28,11 +28,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from tuned_lens import TunedLens
 from tuned_lens.nn.unembed import Unembed
 
-from sae_lens_multilayer import lens_fit
 from sae_lens_multilayer.hooks import ModelShape, model_hook_names
-from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_config import LensConfig, translator_of
-from sae_lens_multilayer.lens_fit import fit_tuned_lens, lens_kl, new_tuned_lens
+from sae_lens_multilayer.lens import fit as lens_fit
+from sae_lens_multilayer.lens.config import LensConfig, translator_of
+from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
+from sae_lens_multilayer.lens.layer_lens import LayerLens
 from sae_lens_multilayer.unembedding import ModelUnembed, unembedding_hash
 
 FOLDER = str(PAPER_DATA / "model")

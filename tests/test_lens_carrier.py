@@ -20,8 +20,8 @@ from saes import HOOK_NAMES, random_acts, random_lens, random_sae, run_fresh
 from safetensors.torch import load_file, save_file
 
 from sae_lens_multilayer import MultiLayerSAE, MultiLayerTrainingSAE
-from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_carrier import saved_lens
+from sae_lens_multilayer.lens.carrier import saved_lens
+from sae_lens_multilayer.lens.layer_lens import LayerLens
 from sae_lens_multilayer.topk import reference
 
 N = len(HOOK_NAMES)

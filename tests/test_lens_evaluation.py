@@ -24,7 +24,7 @@ from sae_lens_multilayer import (
     evaluate,
     reconstruction_metrics,
 )
-from sae_lens_multilayer.lens_config import LensConfig
+from sae_lens_multilayer.lens.config import LensConfig
 
 FOLDER = str(PAPER_DATA / "model")
 BLOCKS, D_IN = 5, 64

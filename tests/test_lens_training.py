@@ -24,12 +24,13 @@ from sae_lens import (
 from saes import HOOK_NAMES, random_lens
 from tuned_lens import TunedLens
 
-from sae_lens_multilayer import LayerLens, MultiLayerConfig, evaluate, training
-from sae_lens_multilayer.activations import MultiLayerActivationsStore
-from sae_lens_multilayer.geometric_median import geometric_median
-from sae_lens_multilayer.lens_config import LensConfig
-from sae_lens_multilayer.lens_fit import new_tuned_lens
+from sae_lens_multilayer import LayerLens, MultiLayerConfig, evaluate
+from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.lens.fit import new_tuned_lens
+from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.topk.reference import standardize
+from sae_lens_multilayer.training import runner as runner_module
+from sae_lens_multilayer.training.geometric_median import geometric_median
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -148,7 +149,7 @@ class TestEarlyErrors:
         def load(*args, **kwargs):
             raise AssertionError("A model was loaded.")
 
-        monkeypatch.setattr(training, "load_any_model", load)
+        monkeypatch.setattr(runner_module, "load_any_model", load)
 
         def check(message, lens, **changes):
             config = make_config(tuned_lens=lens, **changes)

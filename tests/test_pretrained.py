@@ -28,11 +28,10 @@ from safetensors.torch import load, load_file, save
 from examples.local_hub import put
 from sae_lens_multilayer import (
     MultiLayerSAE,
-    hub,
     mlsae_disk_loader,
-    mlsae_format,
     mlsae_huggingface_loader,
 )
+from sae_lens_multilayer.published import hub, mlsae_format
 
 RELEASE, SAE_ID = "mlsae-pythia-70m-deduped", "x64-k32"
 REPOSITORY = f"tim-lawson/{RELEASE}-{SAE_ID}"

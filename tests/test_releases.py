@@ -10,7 +10,11 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 import sae_lens_multilayer
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer._registration import register
-from sae_lens_multilayer.releases import PublishedName, multi_layer_ids, published_names
+from sae_lens_multilayer.published.releases import (
+    PublishedName,
+    multi_layer_ids,
+    published_names,
+)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sae_lens import (
 from torch import Tensor
 
 from sae_lens_multilayer import MultiLayerConfig
-from sae_lens_multilayer.trainer import MultiLayerTrainer
+from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 RESID_POST = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 D_SAE = 64

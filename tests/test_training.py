@@ -54,13 +54,13 @@ from sae_lens_multilayer import (
     NonFiniteActivationError,
     evaluate,
     reconstruction_metrics,
-    run_folder,
-    training,
     views,
 )
-from sae_lens_multilayer import trainer as trainer_module
-from sae_lens_multilayer.evaluator import MultiLayerEvaluator
-from sae_lens_multilayer.trainer import MultiLayerTrainer
+from sae_lens_multilayer.training import run_folder
+from sae_lens_multilayer.training import runner as runner_module
+from sae_lens_multilayer.training import trainer as trainer_module
+from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
+from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -81,10 +81,10 @@ CHECKPOINT_FILES = {
 def start(model, token_dataset):
     """Build the runner that SAELens' class becomes."""
 
-    def start(config, **overrides) -> training.MultiLayerSAETrainingRunner:
+    def start(config, **overrides) -> runner_module.MultiLayerSAETrainingRunner:
         settings = {"override_model": model, "override_dataset": token_dataset}
         runner = LanguageModelSAETrainingRunner(config, **{**settings, **overrides})
-        assert isinstance(runner, training.MultiLayerSAETrainingRunner)
+        assert isinstance(runner, runner_module.MultiLayerSAETrainingRunner)
         return runner
 
     return start
@@ -341,7 +341,7 @@ class TestCheckpoints:
         host = LanguageModelSAETrainingRunner(
             host_config, override_dataset=token_dataset, override_model=model
         )
-        assert not isinstance(host, training.MultiLayerSAETrainingRunner)
+        assert not isinstance(host, runner_module.MultiLayerSAETrainingRunner)
         host.run()
         assert listing(config.checkpoint_path) == listing(host_config.checkpoint_path)
         for name in listing(config.checkpoint_path):
@@ -704,7 +704,7 @@ class TestResuming:
             from sae_lens import LoggingConfig, LanguageModelSAETrainingRunner
             from transformers import AutoTokenizer
             from sae_lens_multilayer import MultiLayerConfig
-            from sae_lens_multilayer.trainer import MultiLayerTrainer
+            from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
             original = MultiLayerTrainer.step
             def step(self, batch):
@@ -813,7 +813,7 @@ class TestEarlyErrors:
             calls.append(args)
             raise AssertionError("A model was loaded.")
 
-        monkeypatch.setattr(training, "load_any_model", load)
+        monkeypatch.setattr(runner_module, "load_any_model", load)
         return calls
 
     def check(self, config, loads, error, match):

@@ -37,7 +37,7 @@ from sae_lens_multilayer.analysis.token_classes import token_classes
 from sae_lens_multilayer.analysis.transfer import transfer_matrix
 from sae_lens_multilayer.analysis.variances import VarianceSums
 from sae_lens_multilayer.checkpoints import check_free
-from sae_lens_multilayer.lens_carrier import lens_of
+from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.views import hook_names_of
 
 Analysis = Literal[

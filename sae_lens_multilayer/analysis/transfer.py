@@ -17,7 +17,7 @@ from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenSt
 from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.evaluation import evaluate
 from sae_lens_multilayer.hooks import layer_labels
-from sae_lens_multilayer.lens_carrier import lens_of
+from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.metrics import LayerMetrics
 from sae_lens_multilayer.prompts import take_prompts
 from sae_lens_multilayer.views import hook_names_of, view

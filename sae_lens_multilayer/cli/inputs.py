@@ -13,11 +13,11 @@ from simple_parsing import field as option
 from torch import Tensor
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.prompts import take_prompts
 from sae_lens_multilayer.sae_config import MultiLayerTrainingSAEConfig
-from sae_lens_multilayer.training import load_any_model
+from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.training.runner import load_any_model
 from sae_lens_multilayer.views import hook_names_of
 
 _OF_TRAINING: dict[str, Any] = {

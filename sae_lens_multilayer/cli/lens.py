@@ -14,7 +14,7 @@ from sae_lens_multilayer.cli.inputs import (
     run_of,
 )
 from sae_lens_multilayer.cli.parsing import parse
-from sae_lens_multilayer.lens_fit import fit_tuned_lens
+from sae_lens_multilayer.lens.fit import fit_tuned_lens
 
 
 @dataclass

@@ -7,8 +7,8 @@ import sys
 from sae_lens.evals import get_saes_from_regex, process_args, run_evals_cli
 
 from sae_lens_multilayer.cli.parsing import PROG, help_of
-from sae_lens_multilayer.releases import multi_layer_ids
-from sae_lens_multilayer.releases import releases as published_releases
+from sae_lens_multilayer.published.releases import multi_layer_ids
+from sae_lens_multilayer.published.releases import releases as published_releases
 
 
 def evals(arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ from sae_lens_multilayer.config_files import (
     sae_config_class,
 )
 from sae_lens_multilayer.sae_config import ARCHITECTURE
-from sae_lens_multilayer.training import MultiLayerSAETrainingRunner
+from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 _FOLLOWS = {"device": ("llm_device", "act_store_device"), "lr": ("lr_end",)}
 """Fields that a saved config took from another; they follow it if it is given."""

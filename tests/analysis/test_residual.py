@@ -18,8 +18,8 @@ from sae_lens_multilayer.analysis import (
     ResidualSums,
     residual_stream,
 )
-from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_config import LensConfig
+from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.lens.layer_lens import LayerLens
 
 
 def brute_force(x):

@@ -20,11 +20,11 @@ from torch import Tensor
 from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_carrier import LENS_PREFIX
-from sae_lens_multilayer.lens_config import LensConfig
-from sae_lens_multilayer.lens_files import read_tuned_lens
-from sae_lens_multilayer.published_origin import Origin, find_origin
+from sae_lens_multilayer.lens.carrier import LENS_PREFIX
+from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.lens.files import read_tuned_lens
+from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.published.origin import Origin, find_origin
 from sae_lens_multilayer.sae_config import ARCHITECTURE
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.buffer import ShuffleBuffer
 from sae_lens_multilayer.checkpoints import read_tensors
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.local_datasets import resolve_dataset
-from sae_lens_multilayer.place import Harvest, Place, still_waiting
 from sae_lens_multilayer.prompts import next_rows
-from sae_lens_multilayer.token_stream import ResumableTokens
+from sae_lens_multilayer.store.buffer import ShuffleBuffer
+from sae_lens_multilayer.store.local_datasets import resolve_dataset
+from sae_lens_multilayer.store.place import Harvest, Place, still_waiting
+from sae_lens_multilayer.store.token_stream import ResumableTokens
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from sae_lens_multilayer.checkpoints import (
     free_path,
 )
 from sae_lens_multilayer.forward import check_model
-from sae_lens_multilayer.lens_config import LensConfig
+from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.prompts import check_prompts
 from sae_lens_multilayer.sae_config import check_size
 from sae_lens_multilayer.unembedding import (

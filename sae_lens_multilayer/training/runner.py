@@ -32,9 +32,7 @@ from sae_lens.util import temporary_seed
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from sae_lens_multilayer import hooks, trainer_state
-from sae_lens_multilayer.activations import MultiLayerActivationsStore
-from sae_lens_multilayer.batches import RunBatches
+from sae_lens_multilayer import hooks
 from sae_lens_multilayer.checkpoints import (
     check_checkpoint,
     check_writable,
@@ -44,19 +42,22 @@ from sae_lens_multilayer.checkpoints import (
     read_tensors,
 )
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
-from sae_lens_multilayer.evaluator import MultiLayerEvaluator
-from sae_lens_multilayer.lens_carrier import LensCarrier, lens_of
-from sae_lens_multilayer.run_folder import (
+from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
+from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.store.batches import RunBatches
+from sae_lens_multilayer.training import trainer_state
+from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
+from sae_lens_multilayer.training.run_folder import (
     latest_checkpoint,
     remove_leftovers,
     settings_that_differ,
 )
-from sae_lens_multilayer.run_lens import (
+from sae_lens_multilayer.training.run_lens import (
     check_lens_of_model,
     check_same_lens,
     lens_of_run,
 )
-from sae_lens_multilayer.trainer import MultiLayerTrainer
+from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -23,16 +23,16 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from sae_lens_multilayer import trainer_state
 from sae_lens_multilayer.checkpoints import complete_or_absent
 from sae_lens_multilayer.config import MultiLayerTrainerConfig
-from sae_lens_multilayer.geometric_median import geometric_median
 from sae_lens_multilayer.hooks import layer_labels
-from sae_lens_multilayer.run_folder import keep_newest
 from sae_lens_multilayer.sae import MultiLayerTrainingSAE
-from sae_lens_multilayer.steps import StepStats, StockStep, topk_gradients
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
+from sae_lens_multilayer.training import trainer_state
+from sae_lens_multilayer.training.geometric_median import geometric_median
+from sae_lens_multilayer.training.run_folder import keep_newest
+from sae_lens_multilayer.training.steps import StepStats, StockStep, topk_gradients
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.lens import LayerLens
-from sae_lens_multilayer.lens_carrier import lens_of, saved_lens
-from sae_lens_multilayer.lens_config import LensConfig
-from sae_lens_multilayer.lens_files import read_tuned_lens
+from sae_lens_multilayer.lens.carrier import lens_of, saved_lens
+from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.lens.files import read_tuned_lens
+from sae_lens_multilayer.lens.layer_lens import LayerLens
 
 
 def lens_of_run(cfg: MultiLayerConfig[Any]) -> LayerLens | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_lens_multilayer.checkpoints import read_json, read_tensors
 
 if TYPE_CHECKING:
-    from sae_lens_multilayer.trainer import MultiLayerTrainer
+    from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 TENSORS_FILENAME = "trainer_state.safetensors"
 VALUES_FILENAME = "trainer_state.json"

@@ -243,7 +243,7 @@ def _row(name: PublishedName) -> dict[str, Any]:
 
 @functools.cache
 def _directory() -> tuple[str, list[PublishedModel], list[PublishedName]]:
-    text = files("sae_lens_multilayer").joinpath("releases.yaml").read_text("utf-8")
+    text = files(__package__ or "").joinpath("releases.yaml").read_text("utf-8")
     data = yaml.safe_load(text)
     entries: list[dict[str, Any]] = data["models"]
     models = [PublishedModel(e["name"], e["n_layers"], e["d_in"]) for e in entries]

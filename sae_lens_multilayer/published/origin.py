@@ -11,8 +11,12 @@ from transformer_lens.loading_from_pretrained import (
 )
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.lens_config import LensConfig
-from sae_lens_multilayer.releases import PublishedName, nearest, published_model
+from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.published.releases import (
+    PublishedName,
+    nearest,
+    published_model,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from sae_lens_multilayer.releases import nearest, owner, published_names
+from sae_lens_multilayer.published.releases import nearest, owner, published_names
 
 
 def download(repository: str, filename: str, force_download: bool = False) -> Path:

@@ -1,0 +1,1 @@
+"""The store of activations: reads tokens, harvests every layer, mixes and serves."""
