@@ -351,6 +351,32 @@ class TestPlace:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
+    def test_a_store_that_went_there_stands_there(
+        self, make_config, model, token_dataset, tmp_path
+    ):
+        config = make_config(training_tokens=2048)
+        store = make_store(model, config, token_dataset)
+        serve(store, 9)
+        store.save_to_checkpoint(tmp_path)
+        again = make_store(model, config, token_dataset)
+        again.load_from_checkpoint(tmp_path)
+        expected, found = store.state_dict(), again.state_dict()
+        assert expected["n_model_batches"] > 0
+        assert expected["n_dataset_processed"] > 0
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+    def test_prompts_are_forgotten_when_their_tokens_are_served(
+        self, make_config, model, token_dataset
+    ):
+        config = make_config(training_tokens=4096, activations_mixing_fraction=0.0)
+        store = make_store(model, config, token_dataset)
+        most = store.buffer_capacity_tokens // store.tokens_per_model_batch + 1
+        for _ in range(40):
+            next(store)
+            assert len(store.place.harvests) <= most
+        assert store.place.n_model_batches > 2 * most
+
     def test_a_file_of_another_kind_is_named(
         self, make_config, model, token_dataset, tmp_path
     ):
