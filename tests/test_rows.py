@@ -99,6 +99,13 @@ def test_a_server_that_fails_for_a_while_is_asked_again(server, waits, caplog):
     assert "503" in caplog.messages[0]
 
 
+def test_each_fault_is_waited_for_anew(server, waits):
+    for row in read_rows(streamed(server), 0):
+        if row["number"] in (4, 8):
+            server.answers.extend([503, 503])
+    assert waits == [2.0, 4.0, 2.0, 4.0]
+
+
 def test_a_server_that_stays_away_is_an_error_that_names_the_row(server, waits):
     dataset = streamed(server)
     rows_read = read_rows(dataset, 3)

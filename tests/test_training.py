@@ -536,11 +536,13 @@ class TestResuming:
             "n_eval_batches": 2,
             "n_checkpoints": 3,
             "output_path": None,
-            "logger": LoggingConfig(wandb_log_frequency=3, eval_every_n_wandb_logs=2),
+            "logger": LoggingConfig(wandb_log_frequency=5, eval_every_n_wandb_logs=1),
         }
         whole = make_config(**settings)
         unbroken = start(whole).run()
-        for name in listing(whole.checkpoint_path):
+        names = listing(whole.checkpoint_path)
+        assert str(5 * 64) in names  # saved right after an evaluation
+        for name in names:
             config = make_config(
                 **settings,
                 prefetch_llm_batches=prefetch,

@@ -58,7 +58,6 @@ class RunBatches(Iterator[Batch]):
                 for more.
             evaluates_after: Whether an evaluation follows a batch, by its index.
         """
-        self.place = self._place_before = self._store.place
         self._source = self._read(n_batches, evaluates_after)
         if self._prefetch:
             self._source = PrefetchingIterator(self._source, self._prefetch)
