@@ -16,6 +16,7 @@ from typing_extensions import override
 from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.normalization import CopyableLayerNorm
 from sae_lens_multilayer.published.pretrained import own_or_mlsae_disk_loader
+from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae_config import (
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
@@ -254,6 +255,7 @@ class MultiLayerTrainingSAE(
         x: Float[Tensor, "token layer d_in"],
         dead_latents: Bool[Tensor, " d_sae"] | None,
         micro_batch_size: int,
+        ranks: Ranks = ALONE,
     ) -> TopKStep:
         """Add the gradients of the loss on a whole training batch to the parameters'.
 
@@ -262,6 +264,7 @@ class MultiLayerTrainingSAE(
                 lens' space, as are the sums, and nothing is differentiated through it.
             dead_latents: Latents that the auxiliary loss trains.
             micro_batch_size: Tokens whose vectors at one layer are encoded at a time.
+            ranks: Each holds as many other tokens of the batch.
 
         Returns:
             The losses and the sums for metrics of this batch.
@@ -284,6 +287,7 @@ class MultiLayerTrainingSAE(
             standardize_inputs=self.standardizes,
             certified=self.cfg.certified_topk,
             transform=None if self.lens is None else self.lens.transform,
+            ranks=ranks,
         )
 
     @override

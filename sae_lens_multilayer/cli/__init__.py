@@ -6,6 +6,7 @@ first line of its docstring is its line of help.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from sae_lens_multilayer.cli.parsing import PROG, help_of
 from sae_lens_multilayer.cli.published import evals, releases
 from sae_lens_multilayer.cli.report import report
 from sae_lens_multilayer.cli.train import train
+from sae_lens_multilayer.ranks import RankError
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
@@ -51,10 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("sae_lens_multilayer").setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"  # of what torchrun has started
+    level = logging.INFO if is_first else logging.WARNING
+    logging.getLogger("sae_lens_multilayer").setLevel(level)
     try:
         COMMANDS[options.command](options.arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RankError) as error:
         # What the library says of wrong input; the way it took there is of no help.
         if options.traceback:
             raise

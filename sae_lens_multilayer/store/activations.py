@@ -17,6 +17,7 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.checkpoints import read_tensors
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.prompts import next_rows
+from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.buffer import ShuffleBuffer
 from sae_lens_multilayer.store.local_datasets import resolve_dataset
 from sae_lens_multilayer.store.place import Harvest, Place, still_waiting
@@ -57,13 +58,15 @@ class MultiLayerActivationsStore(ResumableTokens):
         model: Any,
         cfg: MultiLayerConfig[Any],
         override_dataset: HfDataset | None = None,
+        ranks: Ranks = ALONE,
     ) -> "MultiLayerActivationsStore":
-        """Make the store of a training run.
+        """Make the store of a training run, or of one rank of it.
 
         Args:
             model: A loaded model of any kind the host can hook.
             cfg: The run's configuration.
             override_dataset: A dataset to read instead of `cfg.dataset_path`.
+            ranks: Each reads rows of its own.
 
         Raises:
             ValueError: If a hook does not exist or the hooks differ in width, if the
@@ -86,7 +89,9 @@ class MultiLayerActivationsStore(ResumableTokens):
         assert isinstance(store, cls)
         store.hook_name, store.hook_names = names[0], names
         store._own_hook_names = own_names
-        store._generator = torch.Generator().manual_seed(cfg.seed)
+        store._generator = torch.Generator().manual_seed(cfg.seed + ranks.index)
+        assert store.dataset is not None
+        store.dataset = ranks.own_rows(store.dataset)
         store._harvests = []
         hooks.check_widths(store.measure_widths(), cfg.sae.d_in)
         return store

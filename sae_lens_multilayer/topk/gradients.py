@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lens_multilayer.ranks import Ranks
 from sae_lens_multilayer.topk.products import DenseActs, SparseActs, as_matrix
 from sae_lens_multilayer.topk.select import DeadLatents, Selection
 from sae_lens_multilayer.topk.tile import Tile, sum_dtype, sum_of_squares
@@ -118,9 +119,10 @@ class AuxK:
     gradients are kept apart, for the dead latents alone, and not divided by it.
     """
 
-    def __init__(self, dead: DeadLatents, coefficient: float) -> None:
+    def __init__(self, dead: DeadLatents, coefficient: float, ranks: Ranks) -> None:
         self.dead = dead
         self.coefficient = coefficient
+        self.ranks = ranks
         self.losses: list[Tensor] = []
         self._start_layer()
 
@@ -152,8 +154,9 @@ class AuxK:
 
     def finish_layer(self, total: LatentGradients, n_layers: int) -> None:
         """Add the layer's gradients to the total, and its loss to the losses."""
+        self.ranks.sum_(self.sums)
         total_e, squares, squared_error = self.sums
-        n = self.n_entries
+        n = self.n_entries * self.ranks.count
         variance = (squares - total_e.square() / n) / (n - 1)
         self.losses.append(squared_error / n / variance)
         scale = 2 * self.coefficient / (n_layers * n * variance)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.topk.gradients import AuxK, LatentGradients
 from sae_lens_multilayer.topk.products import SparseActs
 from sae_lens_multilayer.topk.select import (
@@ -71,6 +72,7 @@ def training_step(
     standardize_inputs: bool = True,
     certified: bool | None = None,
     transform: Transform | None = None,
+    ranks: Ranks = ALONE,
 ) -> TopKStep:
     """Add the gradients of `reference.training_loss` to `.grad` of the parameters.
 
@@ -87,6 +89,8 @@ def training_step(
             all in the dtype of the parameters. None is True where that is faster; see
             `select.is_certified_faster`.
         transform: Applied to each tile before all else, such as a tuned lens.
+        ranks: Each holds as many other tokens of the batch; losses, gradients and
+            statistics are those of all, and `.grad` before it is added up too.
     """
     dtype = compute_dtype(W_enc)
     dead = _find_dead(W_enc, W_dec, dead_latents, k_aux)
@@ -103,14 +107,16 @@ def training_step(
         W_dec.to(dtype).contiguous(),
         b_dec.to(dtype),
         _start_gradients(W_enc, W_dec),
-        None if dead is None else AuxK(dead, aux_coefficient),
+        None if dead is None else AuxK(dead, aux_coefficient, ranks),
         standardize_inputs,
-        z.shape[1],
+        ranks,
     )
-    for layer in range(z.shape[1]):
-        batch.add_layer(
+    batch.add_layers(
+        [
             partial(_tiles, z[:, layer], layer, micro_batch_size, dtype, transform)
-        )
+            for layer in range(z.shape[1])
+        ]
+    )
     batch.write_gradients(W_enc, W_dec, b_dec)
     return batch.result(aux_coefficient)
 
@@ -126,7 +132,7 @@ class _Batch:
         gradients: LatentGradients,
         aux: AuxK | None,
         standardize_inputs: bool,
-        n_layers: int,
+        ranks: Ranks,
     ) -> None:
         self.encoder = encoder
         self.W_dec = W_dec
@@ -134,26 +140,33 @@ class _Batch:
         self.gradients = gradients
         self.aux = aux
         self.standardize_inputs = standardize_inputs
-        self.n_layers = n_layers
+        self.ranks = ranks
         self.b_dec_gradient = torch.zeros_like(b_dec)
         self.max_acts = W_dec.new_zeros(len(W_dec))
         self.fire_counts = torch.zeros_like(self.max_acts, dtype=torch.int64)
         self.sums: list[Tensor] = []
         self.moments: list[LayerMoments] = []
 
-    def add_layer(self, tiles: Callable[[], Iterable[Tensor]]) -> None:
-        """Add one layer, given a function that starts over its tiles."""
-        moments = layer_moments(tiles())
-        weight = 2 / (self.n_layers * moments.n_entries * moments.variance)
+    def add_layers(self, layers: list[Callable[[], Iterable[Tensor]]]) -> None:
+        """Add all layers, given functions that start over their tiles."""
+        own = [layer_moments(tiles()) for tiles in layers]
+        self.moments = _over_ranks(own, self.ranks)
+        for tiles, moments in zip(layers, self.moments, strict=True):
+            self._add_layer(tiles, moments)
+
+    def _add_layer(
+        self, tiles: Callable[[], Iterable[Tensor]], moments: LayerMoments
+    ) -> None:
+        n_layers = len(self.moments)
+        weight = 2 / (n_layers * moments.n_entries * moments.variance)
         sums = torch.zeros_like(moments.variance).expand(3).clone()
         for z in tiles():
             tile = make_tile(z, self.b_dec, self.standardize_inputs)
             selection = self.encoder(tile.v)
             sums += self._add_tile(tile, selection, weight)
         if self.aux is not None:
-            self.aux.finish_layer(self.gradients, self.n_layers)
+            self.aux.finish_layer(self.gradients, n_layers)
         self.sums.append(sums)
-        self.moments.append(moments)
 
     def _add_tile(
         self, tile: Tile, selection: Selection, weight: Float[Tensor, ""]
@@ -179,11 +192,13 @@ class _Batch:
         )
 
     def write_gradients(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
-        """Add to `.grad` what is not there yet."""
+        """Add over ranks, and add to `.grad` what is not there yet."""
         self.gradients.finish()
         h_gradient = self.gradients.h
         through_encoder = self.encoder.W_enc_rows.T @ h_gradient
-        _grad(b_dec).add_(self.b_dec_gradient - through_encoder)
+        b_dec_gradient = self.b_dec_gradient - through_encoder
+        self.ranks.sum_(b_dec_gradient, self.gradients.W_enc_rows, self.gradients.W_dec)
+        _grad(b_dec).add_(b_dec_gradient)
         if W_enc.dtype != self.W_dec.dtype:
             _grad(W_enc).add_(self.gradients.W_enc_rows.T)
             _grad(W_dec).add_(self.gradients.W_dec)
@@ -191,6 +206,8 @@ class _Batch:
     def result(self, aux_coefficient: float) -> TopKStep:
         """The losses and statistics of all layers."""
         sums = torch.stack(self.sums, dim=1)
+        self.ranks.sum_(sums, self.fire_counts)
+        self.ranks.max_(self.max_acts)
         variance = torch.stack([m.variance for m in self.moments])
         n_entries = self.moments[0].n_entries
         mse_loss = (sums[0] / (n_entries * variance)).mean()
@@ -209,6 +226,21 @@ class _Batch:
             max_acts=self.max_acts,
             fire_counts=self.fire_counts,
         )
+
+
+def _over_ranks(layers: list[LayerMoments], ranks: Ranks) -> list[LayerMoments]:
+    """The moments of each layer over all ranks' tokens, in one exchange."""
+    if ranks.is_alone:
+        return layers
+    stacked = LayerMoments(
+        layers[0].n_tokens,
+        torch.stack([layer.mean for layer in layers]),
+        torch.stack([layer.sum_sq_deviation for layer in layers]),
+    ).over_ranks(ranks)
+    return [
+        LayerMoments(stacked.n_tokens, mean, squares)
+        for mean, squares in zip(stacked.mean, stacked.sum_sq_deviation, strict=True)
+    ]
 
 
 def _tiles(

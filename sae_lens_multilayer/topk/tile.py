@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lens_multilayer.ranks import Ranks
 from sae_lens_multilayer.topk.reference import STANDARDIZE_EPS
 
 _CHUNK_ELEMENTS = 2**17
@@ -68,34 +71,59 @@ def row_chunks(rows: Float[Tensor, "row d_in"]) -> tuple[Tensor, ...]:
 
 @dataclass
 class LayerMoments:
-    """Spread of the vectors of one layer over a whole batch."""
+    """Spread of the vectors of a layer, or of each of several, over some tokens.
 
-    n_entries: int
-    """Tokens times dimensions."""
-    variance: Float[Tensor, ""]
-    """Unbiased variance of all entries about one scalar mean."""
-    sum_sq_deviation: Float[Tensor, ""]
+    `a + b` is that over the tokens of both. Squares are taken about the mean of each
+    part and combined with the distance between the means (Chan et al. 1979), which
+    loses nothing where the mean is large.
+    """
+
+    n_tokens: int
+    mean: Float[Tensor, "*layer d_in"]
+    sum_sq_deviation: Float[Tensor, "*layer"]
     """Sum of squares about the mean vector."""
+
+    def __add__(self, other: "LayerMoments") -> "LayerMoments":
+        n_tokens = self.n_tokens + other.n_tokens
+        share = other.n_tokens / n_tokens
+        step = other.mean - self.mean
+        between = step.square().sum(-1) * (other.n_tokens * (1 - share))
+        return LayerMoments(
+            n_tokens,
+            self.mean + step * share,
+            self.sum_sq_deviation + other.sum_sq_deviation + between,
+        )
+
+    @property
+    def n_entries(self) -> int:
+        """Tokens times dimensions."""
+        return self.n_tokens * self.mean.shape[-1]
+
+    @property
+    def variance(self) -> Float[Tensor, "*layer"]:
+        """Unbiased variance of all entries about one scalar mean."""
+        means = self.mean - self.mean.mean(-1, keepdim=True)
+        squares = self.sum_sq_deviation + self.n_tokens * means.square().sum(-1)
+        return squares / (self.n_entries - 1)
+
+    def over_ranks(self, ranks: Ranks) -> "LayerMoments":
+        """The moments of all ranks' tokens, of which each has as many."""
+        if ranks.is_alone:
+            return self
+        both = torch.cat([self.mean, self.sum_sq_deviation.unsqueeze(-1)], dim=-1)
+        parts = [
+            LayerMoments(self.n_tokens, part[..., :-1], part[..., -1])
+            for part in ranks.gather(both)
+        ]
+        return reduce(add, parts)
 
 
 def layer_moments(tiles: Iterable[Float[Tensor, "_ d_in"]]) -> LayerMoments:
-    """Moments of a layer from one look at each tile.
+    """Moments of a layer from one look at each tile."""
+    return reduce(add, map(_tile_moments, tiles))
 
-    Squares are taken about each tile's own mean and combined with the distance between
-    the means (Chan et al. 1979), which loses nothing where the mean is large.
-    """
-    n_tokens = 0
-    mean = squares = torch.zeros(())
-    for z in tiles:
-        tile_mean = z.mean(dim=0)
-        tile_squares = sum_of_squares(z - tile_mean)
-        tile_mean = tile_mean.to(tile_squares.dtype)
-        n_tokens += len(z)
-        share = len(z) / n_tokens
-        step = tile_mean - mean.to(tile_mean)
-        mean = mean.to(tile_mean) + step * share
-        between = step.square().sum() * (len(z) * (1 - share))
-        squares = squares.to(tile_squares) + tile_squares + between
-    n_entries = n_tokens * mean.numel()
-    about_scalar = squares + n_tokens * (mean - mean.mean()).square().sum()
-    return LayerMoments(n_entries, about_scalar / (n_entries - 1), squares)
+
+def _tile_moments(z: Float[Tensor, "_ d_in"]) -> LayerMoments:
+    mean = z.mean(dim=0)
+    squares = sum_of_squares(z - mean)
+    return LayerMoments(len(z), mean.to(squares.dtype), squares)

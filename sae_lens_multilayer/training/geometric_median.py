@@ -4,12 +4,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lens_multilayer.ranks import ALONE, Ranks
+
 _ROWS_AT_A_TIME = 8192
 
 
 @torch.no_grad()
 def geometric_median(
-    points: Float[Tensor, "act d_in"], max_iter: int = 100, tol: float = 1e-5
+    points: Float[Tensor, "act d_in"],
+    max_iter: int = 100,
+    tol: float = 1e-5,
+    ranks: Ranks = ALONE,
 ) -> Float[Tensor, " d_in"]:
     """Geometric median by Weiszfeld's algorithm, from the mean.
 
@@ -20,6 +25,7 @@ def geometric_median(
     Args:
         max_iter: Most steps.
         tol: Step length (in the points' unit) below which it stops.
+        ranks: Each holds as many other points.
 
     Raises:
         ValueError: If there is no point.
@@ -32,15 +38,16 @@ def geometric_median(
     if len(points) == 0:
         raise ValueError("The geometric median needs at least one vector; got none.")
     median = points.mean(0)
+    ranks.mean_(median)
     for _ in range(max_iter):
-        previous, median = median, _step(points, median)
+        previous, median = median, _step(points, median, ranks)
         if (median - previous).norm() < tol:
             break
     return median
 
 
 def _step(
-    points: Float[Tensor, "act d_in"], median: Float[Tensor, " d_in"]
+    points: Float[Tensor, "act d_in"], median: Float[Tensor, " d_in"], ranks: Ranks
 ) -> Float[Tensor, " d_in"]:
     total, weight = torch.zeros_like(median), torch.zeros_like(median[0])
     n_here = torch.zeros_like(median[0])
@@ -51,6 +58,7 @@ def _step(
         total += inverse @ rows
         weight += inverse.sum()
         n_here += here.sum()
+    ranks.sum_(total, weight, n_here)
     if n_here == 0:
         return total / weight
     # The points elsewhere pull with this force; those here hold with one unit each.

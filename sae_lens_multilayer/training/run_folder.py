@@ -61,10 +61,15 @@ def settings_that_differ(cfg: MultiLayerConfig[Any], checkpoint: Path) -> list[s
     Raises:
         ValueError: If the checkpoint's config is torn.
     """
-    wanted = _settings(json.loads(json.dumps(cfg.to_dict())))
+    wanted = comparable_settings(cfg)
     found = _settings(read_json(checkpoint / RUNNER_CFG_FILENAME))
     names = sorted(wanted.keys() | found.keys())
     return [name for name in names if wanted.get(name) != found.get(name)]
+
+
+def comparable_settings(cfg: MultiLayerConfig[Any]) -> dict[str, Any]:
+    """The settings of a run that have an effect, as they come back from a file."""
+    return _settings(json.loads(json.dumps(cfg.to_dict())))
 
 
 def _settings(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 from sae_lens.load_model import load_model
+from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from sae_lens.util import temporary_seed
@@ -43,6 +44,7 @@ from sae_lens_multilayer.checkpoints import (
 )
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
+from sae_lens_multilayer.ranks import AgreedError
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.store.batches import RunBatches
 from sae_lens_multilayer.training import trainer_state
@@ -57,9 +59,21 @@ from sae_lens_multilayer.training.run_lens import (
     check_same_lens,
     lens_of_run,
 )
+from sae_lens_multilayer.training.run_ranks import (
+    check_number_of_ranks,
+    folder_of_rank,
+    join_ranks,
+    load_random_states,
+    share_of_rank,
+    state_of_rank,
+    write_states,
+)
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 logger = logging.getLogger(__name__)
+
+_KNOWN_TO_ALL_RANKS = (AgreedError, InterruptedException, FloatingPointError)
+"""Errors that all ranks raise at one place; a loss is the same on all."""
 
 
 class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
@@ -71,6 +85,8 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     cfg: MultiLayerConfig[Any]
     activations_store: MultiLayerActivationsStore
     evaluator: MultiLayerEvaluator  # type: ignore[assignment]
+    _states: Sequence[bytes] = ()
+    """What differs between ranks and goes into the next checkpoint, by rank."""
 
     def __init__(
         self,
@@ -97,10 +113,12 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 "`cfg` must be a MultiLayerConfig; for other configs use SAELens' "
                 f"LanguageModelSAETrainingRunner. Got {type(given).__name__}."
             )
+        self.ranks, cfg = join_ranks(cfg)
+        cfg = self._agree_on_folders(cfg)
         # Narrower than the host's, which are these in every run of ours.
-        self.cfg = resolve_latest(cfg)  # pyright: ignore[reportIncompatibleVariableOverride]
-        cfg = self.cfg
-        self._check_places()
+        self.cfg = cfg  # pyright: ignore[reportIncompatibleVariableOverride]
+        with self.ranks.together():
+            self._check_places()
         self._lens = lens_of_run(cfg)
         if override_sae is not None:
             self._check_given_sae(override_sae)
@@ -111,7 +129,10 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         )
         self._compile_llm_if_needed()
         store = MultiLayerActivationsStore.from_config(
-            self.model, cfg, override_dataset=override_dataset
+            self.model,
+            share_of_rank(cfg, self.ranks),
+            override_dataset=override_dataset,
+            ranks=self.ranks,
         )
         self.activations_store = store  # pyright: ignore[reportIncompatibleVariableOverride]
         self._check_hooks_of_checkpoint(store.hook_names)
@@ -129,13 +150,20 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             or cfg.store_batch_size_prompts,
         )
 
+    def _agree_on_folders(self, cfg: MultiLayerConfig[Any]) -> MultiLayerConfig[Any]:
+        """Let all ranks have the first's checkpoint, and its run's folder."""
+        with self.ranks.together():
+            cfg = resolve_latest(cfg) if self.ranks.is_first else cfg
+        if not self.ranks.is_alone:
+            cfg.resume_from_checkpoint, cfg.checkpoint_path = self.ranks.of_first(
+                [cfg.resume_from_checkpoint, cfg.checkpoint_path]
+            )
+        return cfg
+
     def _check_places(self) -> None:
         """Find out before training what cannot be saved or resumed."""
-        if self.cfg.output_path is not None:
-            check_writable(self.cfg.output_path, "output_path")
-        if self.cfg.checkpoint_path is not None:
-            check_writable(Path(self.cfg.checkpoint_path) / "new", "checkpoint_path")
-        self._check_apart()
+        if self.ranks.is_first:
+            self._check_places_to_write()
         if self.cfg.from_pretrained_path is not None:
             check_checkpoint(self.cfg.from_pretrained_path, _identity(self.cfg.sae))
         if self.cfg.resume_from_checkpoint is not None:
@@ -144,6 +172,14 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             }
             check_checkpoint(self.cfg.resume_from_checkpoint, wanted)
             trainer_state.check(Path(self.cfg.resume_from_checkpoint))
+            check_number_of_ranks(Path(self.cfg.resume_from_checkpoint), self.ranks)
+
+    def _check_places_to_write(self) -> None:
+        if self.cfg.output_path is not None:
+            check_writable(self.cfg.output_path, "output_path")
+        if self.cfg.checkpoint_path is not None:
+            check_writable(Path(self.cfg.checkpoint_path) / "new", "checkpoint_path")
+        self._check_apart()
 
     def _check_apart(self) -> None:
         output, checkpoints = self.cfg.output_path, self.cfg.checkpoint_path
@@ -234,7 +270,8 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self._set_sae_metadata()
         folder = self.cfg.resume_from_checkpoint
         if folder is not None:
-            self.activations_store.load_from_checkpoint(folder)
+            own_folder = folder_of_rank(Path(folder), self.ranks)
+            self.activations_store.load_from_checkpoint(own_folder)
         with self._wandb_run(), self._run_batches() as batches:
             trainer = self._make_trainer(batches)
             if folder is not None:
@@ -242,22 +279,25 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             batches.start(*self._needs(trainer))
             self._compile_sae_if_needed()
             sae = self.run_trainer_with_interruption_handling(trainer)
-            if self.cfg.output_path is not None:
-                self.save_final_sae(
-                    sae, self.cfg.output_path, trainer.log_feature_sparsity
-                )
+            output_path = self.cfg.output_path
+            if output_path is not None:
+                with self.ranks.together():
+                    if self.ranks.is_first:
+                        sparsity = trainer.log_feature_sparsity
+                        self.save_final_sae(sae, output_path, sparsity)
             return sae
 
     def _load(self, trainer: MultiLayerTrainer, folder: Path) -> None:
         logger.info("Resuming from %s", folder)
         differing = settings_that_differ(self.cfg, folder)
-        if differing:
+        if differing and self.ranks.is_first:
             logger.warning(
                 "The run goes on with other settings than it had in the checkpoint, so "
                 "it does not end as it would have: %s.",
                 ", ".join(differing),
             )
         trainer.load_trainer_state(folder)
+        load_random_states(folder, self.ranks)
         weights = read_tensors(folder / SAE_WEIGHTS_FILENAME)
         self.sae.process_state_dict_for_loading(weights)
         self.sae.load_state_dict(weights)
@@ -272,6 +312,8 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             evaluator=self.evaluator,
             save_checkpoint_fn=self.save_checkpoint,
             initialize_b_dec=self._starts_anew,
+            ranks=self.ranks,
+            before_checkpoint=self._gather_states,
         )
 
     @contextmanager
@@ -329,14 +371,15 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
 
         After an error the state that the last whole step left is saved too; a resumed
         run then asks again for the batch that was not trained on. A second signal ends
-        the process at once.
+        the process at once. Of several ranks all save if all know of the error.
         """
         assert isinstance(trainer, MultiLayerTrainer)
         with _signals_stop(trainer):
             try:
                 return trainer.fit()
-            except Exception:
-                self._save_progress(trainer)
+            except Exception as error:
+                if self.ranks.is_alone or isinstance(error, _KNOWN_TO_ALL_RANKS):
+                    self._save_progress(trainer)
                 raise
 
     def _save_progress(self, trainer: MultiLayerTrainer) -> None:
@@ -352,6 +395,12 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 n_tokens,
             )
 
+    def _gather_states(self) -> None:
+        """Let the first rank know where the others stand."""
+        if not self.ranks.is_alone:
+            state = state_of_rank(self._batches.place.to_tensors())
+            self._states = self.ranks.gather_bytes(state)
+
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Write into a checkpoint where the data stands, and the run's config."""
@@ -359,6 +408,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             return
         state = self._batches.place.to_tensors()
         save_file(state, checkpoint_path / ACTIVATIONS_STORE_STATE_FILENAME)
+        write_states(self._states, checkpoint_path)
         cfg = json.dumps(self.cfg.to_dict())
         (checkpoint_path / RUNNER_CFG_FILENAME).write_text(cfg)
 

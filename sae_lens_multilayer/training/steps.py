@@ -13,8 +13,10 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
+from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
+from sae_lens_multilayer.topk.tile import LayerMoments
 
 _VALUES_IN_CACHE = 2**23
 """Pre-activations worked on at a time by default: 32 MiB of float32."""
@@ -66,17 +68,19 @@ def topk_gradients(
     x: Float[Tensor, "token layer d_in"],
     dead_latents: Bool[Tensor, " d_sae"],
     micro_batch_size_tokens: int | None,
+    ranks: Ranks = ALONE,
 ) -> StepStats:
     """Add the gradients of a batch to a multi-layer SAE's parameters.
 
     Args:
         micro_batch_size_tokens: Tokens whose vectors at one layer are encoded at a
             time; None: as many as fit the cache. The gradients do not depend on it.
+        ranks: Each holds as many other tokens of the batch.
     """
     micro = micro_batch_size_tokens or max(1, _VALUES_IN_CACHE // sae.cfg.d_sae)
-    step = sae.accumulate_gradients(x, dead_latents, min(micro, len(x)))
+    step = sae.accumulate_gradients(x, dead_latents, min(micro, len(x)), ranks)
     return StepStats(
-        n_tokens=x.shape[0],
+        n_tokens=x.shape[0] * ranks.count,
         d_in=x.shape[2],
         losses={
             "overall_loss": step.loss,
@@ -107,6 +111,8 @@ class StockStep:
     standardize_inputs: bool
     """Whether vectors are standardised here instead of by the SAE, so that its losses
     are taken between standardised vectors."""
+    ranks: Ranks = ALONE
+    """Each holds as many other tokens of the batch."""
 
     def gradients(
         self,
@@ -117,16 +123,32 @@ class StockStep:
         """Add the gradients of a batch to the SAE's parameters, by autograd.
 
         Vectors of all layers are rows of one batch. The loss is the mean over the
-        micro-batches.
+        micro-batches of all ranks, and what the SAE itself estimates from batches, as
+        BatchTopK its threshold, is the mean over ranks.
         """
-        stats = _empty_stats(x, self.sae.cfg.d_sae)
+        stats = _empty_stats(x, self.sae.cfg.d_sae, self.ranks)
         for part in x.split(micro_batch_size_tokens or len(x)):
             share = len(part) / len(x)
             output, x_hat = self._forward(part.to(self.sae.dtype), dead_latents)
             (output.loss * share).backward()
             _add_losses(stats, output, share)
             _add_sums(stats, part, x_hat, output)
+        self._reduce(stats)
         return stats
+
+    def _reduce(self, stats: StepStats) -> None:
+        if self.ranks.is_alone:
+            return
+        for parameter in self.sae.parameters():
+            # Whether there is a gradient may depend on the vectors.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.ranks.mean_(parameter.grad)
+        self.ranks.mean_(*(b for b in self.sae.buffers() if b.is_floating_point()))
+        self.ranks.mean_(*stats.losses.values())
+        sums = (stats.sum_sq_error, stats.n_active, stats.sum_acts, stats.fire_counts)
+        self.ranks.sum_(*sums)
+        self.ranks.max_(stats.max_acts)
 
     def _forward(
         self, x: Tensor, dead_latents: Tensor
@@ -179,16 +201,19 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _empty_stats(x: Tensor, d_sae: int) -> StepStats:
+def _empty_stats(x: Tensor, d_sae: int, ranks: Ranks) -> StepStats:
     n_layers, d_in = x.shape[1:]
     raw = x.float()
+    mean = raw.mean(0)
+    moments = LayerMoments(len(x), mean, (raw - mean).square().sum((0, 2)))
+    moments = moments.over_ranks(ranks)
     zeros = partial(torch.zeros, device=x.device)
     return StepStats(
-        n_tokens=len(x),
+        n_tokens=moments.n_tokens,
         d_in=d_in,
         losses={},
         sum_sq_error=zeros(n_layers),
-        sum_sq_deviation=(raw - raw.mean(0)).square().sum((0, 2)),
+        sum_sq_deviation=moments.sum_sq_deviation,
         n_active=zeros(n_layers, dtype=torch.int64),
         sum_acts=zeros(n_layers),
         fire_counts=zeros(d_sae, dtype=torch.int64),

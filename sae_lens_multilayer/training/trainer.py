@@ -26,6 +26,7 @@ from typing_extensions import override
 from sae_lens_multilayer.checkpoints import complete_or_absent
 from sae_lens_multilayer.config import MultiLayerTrainerConfig
 from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of
 from sae_lens_multilayer.sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
@@ -66,6 +67,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         save_checkpoint_fn: Any = None,
         *,
         initialize_b_dec: bool = True,
+        ranks: Ranks = ALONE,
+        before_checkpoint: Callable[[], None] | None = None,
     ) -> None:
         """Prepare the optimiser and the counters.
 
@@ -77,7 +80,11 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             save_checkpoint_fn: Writes the rest of a checkpoint into its folder.
             initialize_b_dec: Whether `b_dec` of a multi-layer SAE is set to the
                 geometric median of the first batch; not for one that is trained on.
+            ranks: The processes of the run, each with its share of every batch.
+            before_checkpoint: Called on all ranks before the first writes a checkpoint.
         """
+        self.ranks = ranks
+        self._before_checkpoint = before_checkpoint
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
         self._initialize_b_dec = initialize_b_dec and isinstance(
             sae, MultiLayerTrainingSAE
@@ -128,8 +135,12 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 are those before that batch.
         """
         self.sae.to(self.cfg.device)
+        self._check_replicas()
         self._estimate_scale()
+        # Not `disable=False`, which would win over TQDM_DISABLE.
+        only_first: dict[str, Any] = {} if self.ranks.is_first else {"disable": True}
         with tqdm(
+            **only_first,
             total=self.cfg.total_training_samples,
             initial=self.n_training_samples,
             desc="Training SAE",
@@ -147,13 +158,20 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.save_or_report(f"final_{self.n_training_samples}")
         return self.sae
 
+    def _check_replicas(self) -> None:
+        if not self.ranks.is_alone:
+            self.ranks.check_same("The SAE", bits_of(self.sae.state_dict()))
+
     def _fit_batch(self, progress: Any) -> None:
-        self._log(self.maybe_reset_sparsity())
-        self.has_open_batch = True
-        stats = self.step(next(self.data_provider))
+        with self.ranks.together():
+            self._log(self.maybe_reset_sparsity())
+            self.has_open_batch = True
+            batch = next(self.data_provider)
+        stats = self.step(batch)
         self.has_open_batch = False
         try:
-            self._log_step(stats)
+            with self.ranks.together():
+                self._log_step(stats)
         finally:
             # Whatever becomes of the log, the step is done.
             self.n_training_steps += 1
@@ -164,7 +182,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             dead=f"{self.dead_neurons.float().mean().item():.1%}",
         )
         self._checkpoint_if_needed()
-        if self.stop_requested:
+        if self.ranks.any(self.stop_requested):
             raise InterruptedException()
 
     def is_evaluated_after(self, step: int) -> bool:
@@ -251,12 +269,13 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             for rows, into in zip(*blocks, strict=True):
                 z = self.sae.into_lens(rows.float(), layer)
                 into.copy_(standardize(z)[0] if self.sae.standardizes else z)
-        self.sae.b_dec.data.copy_(geometric_median(vectors.flatten(0, 1)))
+        median = geometric_median(vectors.flatten(0, 1), ranks=self.ranks)
+        self.sae.b_dec.data.copy_(median)
 
     def _gradients(self, batch: Tensor) -> StepStats:
         micro = self.cfg.micro_batch_size_tokens
         if isinstance(self.sae, MultiLayerTrainingSAE):
-            return topk_gradients(self.sae, batch, self.dead_neurons, micro)
+            return topk_gradients(self.sae, batch, self.dead_neurons, micro, self.ranks)
         step = StockStep(
             sae=self.sae,
             coefficients=self.get_coefficients(),
@@ -265,6 +284,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             scaler=self.activation_scaler,
             autocast=self.autocast_if_enabled,
             standardize_inputs=self.cfg.standardize_stock_inputs,
+            ranks=self.ranks,
         )
         return step.gradients(batch, self.dead_neurons, micro)
 
@@ -337,10 +357,16 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             return
         scaler, n_batches = self.activation_scaler, self.cfg.n_batches_for_norm_estimate
         rows = (batch.flatten(0, 1) for batch in self.data_provider)
-        if self.sae.cfg.normalize_activations == "covariance_whitening":
-            scaler.estimate_whitening(self.sae.cfg.d_in, rows, n_batches)
-        else:
-            scaler.estimate_scaling_factor(self.sae.cfg.d_in, rows, n_batches)
+        with self.ranks.together():
+            if self.sae.cfg.normalize_activations == "covariance_whitening":
+                scaler.estimate_whitening(self.sae.cfg.d_in, rows, n_batches)
+            else:
+                scaler.estimate_scaling_factor(self.sae.cfg.d_in, rows, n_batches)
+        if scaler.scaling_factor is not None and not self.ranks.is_alone:
+            # Mean norms can be averaged; they are in the denominator.
+            inverse = torch.tensor(1 / scaler.scaling_factor, device=self.sae.device)
+            self.ranks.mean_(inverse)
+            scaler.scaling_factor = 1 / inverse.item()
 
     def _fold_scale(self) -> None:
         scaler = self.activation_scaler
@@ -366,10 +392,23 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """Write a checkpoint; where that fails, as on a full disk, say so and go on.
 
         Returns:
-            Whether it was written.
+            Whether it was written; True on ranks that do not write.
+
+        Raises:
+            RankError: If the SAE is not the same on all ranks.
         """
+        self._agree_before_checkpoint()
+        with self.ranks.together():
+            return not self.ranks.is_first or self._write_or_report(checkpoint_name)
+
+    def _agree_before_checkpoint(self) -> None:
+        self._check_replicas()
+        if self._before_checkpoint is not None:
+            self._before_checkpoint()
+
+    def _write_or_report(self, checkpoint_name: str) -> bool:
         try:
-            self.save_checkpoint(checkpoint_name)
+            self._write_checkpoint(checkpoint_name)
         except (OSError, SafetensorError) as error:
             logger.error(
                 "The checkpoint %s/%s could not be saved: %s. Earlier checkpoints are "
@@ -388,7 +427,18 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Write a checkpoint that is complete or not there."""
+        """Write a checkpoint that is complete or not there; the first rank writes."""
+        self._agree_before_checkpoint()
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self._write_checkpoint(checkpoint_name, base_path, wandb_aliases)
+
+    def _write_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
         base = base_path if base_path is not None else self.cfg.checkpoint_path
         if base is None:
             super().save_checkpoint(checkpoint_name, None, wandb_aliases)

@@ -25,7 +25,7 @@ def save(trainer: "MultiLayerTrainer", folder: Path) -> None:
     """Write the state of a trainer into a checkpoint folder."""
     optimizer = trainer.optimizer.state_dict()
     tensors = {name: getattr(trainer, name) for name in _COUNTERS}
-    tensors |= _random_states()
+    tensors |= random_states()
     for index, state in optimizer["state"].items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
     save_file(
@@ -68,7 +68,7 @@ def load(trainer: "MultiLayerTrainer", folder: Path) -> None:
         setattr(trainer, name, tensors[name])
     for name in _NUMBERS:
         setattr(trainer, name, values[name])
-    _set_random_states(tensors)
+    set_random_states(tensors)
     trainer.optimizer.load_state_dict(
         {
             "state": _optimizer_state(trainer, tensors),
@@ -81,16 +81,19 @@ def load(trainer: "MultiLayerTrainer", folder: Path) -> None:
     trainer.activation_scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
 
 
-def _random_states() -> dict[str, Tensor]:
-    """Of torch, which an architecture may use; what this package draws is the store's
-    own."""
+def random_states() -> dict[str, Tensor]:
+    """The states of torch's generators, which an architecture may use.
+
+    What this package draws is the store's own.
+    """
     states = {"random.cpu": torch.get_rng_state()}
     for index in range(torch.cuda.device_count()):
         states[f"random.cuda.{index}"] = torch.cuda.get_rng_state(index)
     return states
 
 
-def _set_random_states(tensors: dict[str, Tensor]) -> None:
+def set_random_states(tensors: dict[str, Tensor]) -> None:
+    """Set torch's generators to what `random_states` gave."""
     torch.set_rng_state(tensors["random.cpu"].cpu())
     for index in range(torch.cuda.device_count()):
         # A run may go on where there are more devices.
