@@ -1,0 +1,259 @@
+"""Several ranks: the update of one process, shares of the data, and their ends.
+
+Authority: one process on the whole batch, for updates; the run that is left alone, bit
+for bit, for what is resumed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from killed_run import documents
+from ranked_runs import steps
+from sae_lens import SAE
+from safetensors.torch import load_file
+
+from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of, own_device
+from sae_lens_multilayer.training.run_ranks import check_number_of_ranks
+
+SCRIPT = Path(__file__).with_name("ranked_runs.py")
+
+
+class RankedRuns:
+    """Work on ranks by `ranked_runs.py`, one after the other."""
+
+    def __init__(self) -> None:
+        root = SCRIPT.parents[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), "TQDM_DISABLE": "1"},
+        )
+
+    def start(self, task: str, folder: Path, count: int, **settings: Any) -> list[int]:
+        """Start ranks; their processes."""
+        folder.mkdir(exist_ok=True)
+        assert self.process.stdin is not None
+        line = json.dumps([task, str(folder), count, settings])
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self._answer("started")
+
+    def wait(self) -> list[int]:
+        """Wait until all have ended; how, as `os.waitpid` says it."""
+        return self._answer("ended")
+
+    def run(self, task: str, folder: Path, count: int = 2, **settings: Any) -> None:
+        """Let ranks do work that must go well."""
+        self.start(task, folder, count, **settings)
+        assert self.wait() == [0] * max(count, 1), logs(folder)
+
+    def fail(self, folder: Path, count: int = 2, **settings: Any) -> str:
+        """Let a run fail on all ranks, by themselves; what they have said."""
+        self.start("train", folder, count, **settings)
+        assert self.wait() == [256] * count, logs(folder)
+        return logs(folder)
+
+    def _answer(self, word: str) -> list[int]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith(word), line
+        return list(map(int, line.split()[1:]))
+
+
+@pytest.fixture(scope="module")
+def ranked():
+    runs = RankedRuns()
+    yield runs
+    runs.process.kill()
+    runs.process.communicate()
+
+
+def logs(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("rank_*.log")))
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    """The bytes of every tensor that a run has ended with."""
+    return {
+        name: tensor.numpy().tobytes()
+        for file in (folder / "output").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoints/*/*"))
+
+
+def prompts(folder: Path, index: int) -> list[tuple[int, ...]]:
+    return list(map(tuple, json.loads((folder / f"{index}.json").read_text())))
+
+
+class TestUpdate:
+    @pytest.mark.parametrize("sae", ["multilayer", "raw", "standard", "topk", "scaled"])
+    def test_two_ranks_with_half_the_batch_each_take_the_update_of_one_process(
+        self, ranked, tmp_path, sae
+    ):
+        expected = steps(ALONE, sae)
+        ranked.run("save_steps", tmp_path, sae=sae)
+        found = [load_file(tmp_path / f"{index}.safetensors") for index in range(2)]
+        if sae != "standard" and sae != "scaled":
+            assert expected["n_dead.5"] > 0
+            assert expected["losses.5.auxiliary_reconstruction_loss"] > 0
+        if sae in ("multilayer", "raw"):
+            norms = expected["W_dec"].norm(dim=1)
+            torch.testing.assert_close(norms, torch.ones_like(norms))
+            # Ten steps from 0 cannot come so far: it starts at the geometric median.
+            assert expected["b_dec"].norm() > 0.5
+        for name, tensor in expected.items():
+            assert torch.equal(found[0][name], found[1][name]), name
+            torch.testing.assert_close(
+                found[0][name],
+                tensor,
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+    def test_what_batchtopk_estimates_is_the_same_on_all_ranks(self, ranked, tmp_path):
+        ranked.run("save_steps", tmp_path, sae="batchtopk")
+        one, other = (load_file(tmp_path / f"{i}.safetensors") for i in range(2))
+        assert one["topk_threshold"] > 0
+        assert bits_of(one) == bits_of(other)
+
+
+class TestShares:
+    @pytest.mark.parametrize("n_rows", [11, 12])
+    @pytest.mark.parametrize("skipped", [0, 3])
+    def test_every_row_is_one_ranks(self, n_rows, skipped):
+        rows = Dataset.from_dict({"row": list(range(n_rows))})
+        for dataset in (
+            rows,
+            rows.to_iterable_dataset(),
+            rows.to_iterable_dataset(num_shards=4),
+        ):
+            own: Any = [Ranks(i, 2).own_rows(dataset) for i in range(2)]
+            wholes = [[row["row"] for row in share] for share in own]
+            assert sorted(wholes[0] + wholes[1]) == list(range(n_rows))
+            assert abs(len(wholes[0]) - len(wholes[1])) <= 1
+            for share, whole in zip(own, wholes, strict=True):
+                rest = [row["row"] for row in share.skip(skipped)]
+                assert rest == whole[skipped:]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_ranks_harvest_other_tokens_and_go_on_into_epochs_of_uneven_lengths(
+        self, ranked, tmp_path, streaming
+    ):
+        n_rows = 25
+        ranked.run("train", tmp_path, n_rows=n_rows, streaming=streaming)
+        harvested = [prompts(tmp_path, index) for index in range(2)]
+        assert not set(harvested[0]) & set(harvested[1])
+        texts = documents()["text"][:n_rows]
+        for index, own in enumerate(harvested):
+            n_words = sum(len(text.split()) for text in texts[index::2])
+            n_contexts = (n_words + len(texts[index::2])) // 16
+            first_epoch = own[: n_contexts - 1]
+            assert len(set(first_epoch)) == len(first_epoch)
+            assert len(own) > 2 * len(first_epoch)
+
+    def test_a_batch_that_does_not_divide_is_refused(self, ranked, tmp_path):
+        said = ranked.fail(tmp_path, train_batch_size_tokens=65)
+        assert "must be a multiple of their number; got 65 and 2" in said
+
+
+class TestRuns:
+    def test_a_resumed_run_ends_with_the_same_bits_and_one_rank_writes(
+        self, ranked, tmp_path
+    ):
+        whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+        ranked.run("train", whole, n_checkpoints=2)
+        assert "output" in os.listdir(whole)
+        assert not list(whole.glob("output-*"))
+        assert len(checkpoints(whole)) == 2
+        said = ranked.fail(stopped, stop_at=640)
+        assert "InterruptedException" in said
+        assert checkpoints(stopped) == ["640"]
+        ranked.run("train", stopped, resume_from_checkpoint="latest")
+        assert saved(stopped) == saved(whole)
+        assert {"W_enc", "W_dec", "b_dec", "sparsity"} <= saved(whole).keys()
+
+    def test_one_process_is_as_without_torchrun(self, ranked, tmp_path):
+        ranked.run("train", tmp_path / "torchrun", count=1)
+        ranked.run("train", tmp_path / "alone", count=0)
+        assert saved(tmp_path / "torchrun") == saved(tmp_path / "alone")
+
+    def test_the_first_rank_logs_and_evaluates(self, ranked, tmp_path):
+        ranked.run("train", tmp_path, wandb=True)
+        assert not (tmp_path / "logged_1.json").exists()
+        logged = set(json.loads((tmp_path / "logged_0.json").read_text()))
+        assert {"4 losses/overall_loss", "9 layer_0/kl_div"} <= logged
+        assert not set(prompts(tmp_path, 0)) & set(prompts(tmp_path, 1))
+
+    def test_a_nan_on_one_rank_ends_all_with_a_checkpoint_to_go_on_from(
+        self, ranked, tmp_path
+    ):
+        whole, failed = tmp_path / "whole", tmp_path / "failed"
+        ranked.run("train", whole)
+        said = ranked.fail(failed, nan_at=9)
+        assert said.count("Rank 1 has failed: NonFiniteActivationError") >= 2
+        (name,) = checkpoints(failed)
+        assert 0 < int(name) < 1280
+        ranked.run("train", failed, resume_from_checkpoint="latest")
+        assert saved(failed) == saved(whole)
+
+    def test_a_rank_that_dies_ends_the_run_and_leaves_the_last_checkpoint(
+        self, ranked, tmp_path
+    ):
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        ranked.run("train", whole)
+        _, other = ranked.start("train", killed, 2, n_checkpoints=6, seconds=0.05)
+        while not checkpoints(killed):
+            time.sleep(0.02)
+        time.sleep(0.2)
+        os.kill(other, signal.SIGKILL)
+        assert ranked.wait() == [256, signal.SIGKILL]
+        assert "Rank 0 of 2 has lost the others" in logs(killed)
+        newest = max(killed.glob("checkpoints/*/[0-9]*"), key=lambda p: int(p.name))
+        assert SAE.load_from_disk(newest).cfg.d_sae == 256
+        ranked.run("train", killed, resume_from_checkpoint="latest")
+        assert saved(killed) == saved(whole)
+
+    def test_ranks_that_do_not_begin_alike_are_refused(self, ranked, tmp_path):
+        said = ranked.fail(tmp_path, differ=True)
+        assert "The SAE must be the same on all ranks; ranks 0 and 1" in said
+        assert "['W_dec']" in said
+
+    def test_another_number_of_ranks_is_refused(self, ranked, tmp_path):
+        ranked.fail(tmp_path, stop_at=640)
+        said = ranked.fail(tmp_path, count=1, resume_from_checkpoint="latest")
+        assert "a run of 2 processes" in said
+        assert "torchrun --nproc_per_node 2" in said
+        (checkpoint,) = tmp_path.glob("checkpoints/*/640")
+        check_number_of_ranks(checkpoint, Ranks(1, 2))
+
+
+class TestRanks:
+    def test_bits_tell_exchanged_rows_and_equal_numbers_of_other_bits_apart(self):
+        rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        assert bits_of({"a": rows}) == bits_of({"a": rows.clone()})
+        assert bits_of({"a": rows}) != bits_of({"a": rows.flip(0)})
+        assert bits_of({"a": torch.tensor(0.0)}) != bits_of({"a": torch.tensor(-0.0)})
+
+    def test_a_rank_has_the_gpu_of_its_number(self, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert own_device("cuda") == own_device("cuda:0") == "cuda:3"
+        assert own_device("cpu") == "cpu"
+        with pytest.raises(ValueError, match="give 'cuda' as device instead"):
+            own_device("cuda:1")
