@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from test_trainer import build_sae, random_batches
 from transformers import AutoTokenizer
 
-from sae_lens_multilayer import MultiLayerConfig
+from sae_lens_multilayer import MultiLayerConfig, cli
 from sae_lens_multilayer.ranks import Ranks, ranks_of_environment
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
@@ -111,7 +111,7 @@ def train(
     streaming: bool = False,
     nan_at: int | None = None,
     stop_at: int | None = None,
-    differ: bool = False,
+    differ: str | None = None,
     seconds: float = 0,
     wandb: bool = False,
     **changes: Any,
@@ -123,7 +123,7 @@ def train(
     Args:
         nan_at: Model batch in which the last rank finds a NaN.
         stop_at: Tokens after which the last rank is asked to stop.
-        differ: Whether the last rank begins with other weights.
+        differ: What the last rank begins with another of: "weights" or "settings".
         seconds: How much longer each step takes.
         wandb: Whether to log; writes the names of what each rank has logged.
     """
@@ -143,6 +143,8 @@ def train(
             wandb_log_frequency=5, eval_every_n_wandb_logs=2, log_weights_to_wandb=False
         )
         watch_wandb(folder / f"logged_{index}.json")
+    if is_last and differ == "settings":
+        changes["lr"] = 1.0
     model = tiny_model(AutoTokenizer.from_pretrained(PAPER_DATA / "model"))
     cfg = config(
         output_path=str(folder / "output"),
@@ -159,12 +161,18 @@ def train(
         fail_at(runner.activations_store, nan_at)
     if is_last and stop_at is not None:
         ask_to_stop(stop_at)
-    if is_last and differ:
+    if is_last and differ == "weights":
         runner.sae.W_dec.data[0, 0] += 1e-6
     try:
         runner.run()
     finally:
         (folder / f"{index}.json").write_text(json.dumps(harvested))
+
+
+def command(folder: Path, arguments: list[str]) -> None:
+    """The command line, on ranks."""
+    os.chdir(folder)
+    cli.main(arguments)
 
 
 def watch_wandb(file: Path) -> None:
@@ -205,7 +213,7 @@ def ask_to_stop(n_tokens: int) -> None:
     MultiLayerTrainer.step = stopping  # type: ignore[method-assign]
 
 
-TASKS: dict[str, Any] = {f.__name__: f for f in (save_steps, train)}
+TASKS: dict[str, Any] = {f.__name__: f for f in (save_steps, train, command)}
 
 
 def start_rank(index: int, port: int, folder: Path, count: int) -> None:

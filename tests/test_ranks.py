@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PAPER_DATA
 from datasets import Dataset
 from killed_run import documents
 from ranked_runs import steps
@@ -32,13 +33,15 @@ class RankedRuns:
 
     def __init__(self) -> None:
         root = SCRIPT.parents[1]
+        shows_bars = os.environ.keys() - {"TQDM_DISABLE"}  # which a test looks for
+        environment = {name: os.environ[name] for name in shows_bars}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", str(SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "TQDM_DISABLE": "1"},
+            env={**environment, "PYTHONPATH": str(root)},
         )
 
     def start(self, task: str, folder: Path, count: int, **settings: Any) -> list[int]:
@@ -231,9 +234,39 @@ class TestRuns:
         assert saved(killed) == saved(whole)
 
     def test_ranks_that_do_not_begin_alike_are_refused(self, ranked, tmp_path):
-        said = ranked.fail(tmp_path, differ=True)
+        said = ranked.fail(tmp_path, differ="weights")
         assert "The SAE must be the same on all ranks; ranks 0 and 1" in said
         assert "['W_dec']" in said
+
+    def test_ranks_with_other_settings_are_refused(self, ranked, tmp_path):
+        said = ranked.fail(tmp_path, differ="settings")
+        assert "Settings must be the same on all ranks" in said
+        assert "['lr', 'lr_end']" in said
+
+    def test_the_command_line_trains_on_ranks(self, ranked, tmp_path):
+        documents().to_json(tmp_path / "text.jsonl")
+        settings = {
+            "sae": {"d_in": 64, "d_sae": 128, "k": 4},
+            "model_class_name": "TransformerBridge",
+            "model_name": str(PAPER_DATA / "model"),
+            "dataset_path": "text.jsonl",
+            "context_size": 16,
+            "training_tokens": 256,
+            "train_batch_size_tokens": 64,
+            "store_batch_size_prompts": 4,
+            "n_batches_in_buffer": 16,
+            "output_path": "output",
+            "checkpoint_path": None,
+            "logger": {"log_to_wandb": False},
+        }
+        (tmp_path / "run.json").write_text(json.dumps(settings))
+        arguments = ["train", "--config", "run.json"]
+        ranked.run("command", tmp_path, arguments=arguments)
+        assert SAE.load_from_disk(tmp_path / "output").cfg.d_sae == 128
+        first, other = ((tmp_path / f"rank_{i}.log").read_text() for i in range(2))
+        for message in ("Training SAE", "Activation buffer"):
+            assert message in first
+            assert message not in other
 
     def test_another_number_of_ranks_is_refused(self, ranked, tmp_path):
         ranked.fail(tmp_path, stop_at=640)
