@@ -50,10 +50,10 @@ def main() -> None:
         port = probe.getsockname()[1]
     context: Any = torch.multiprocessing.get_context("spawn")
     arguments = (port, expansion * D_IN, n_tokens, args.repeats)
-    others = [context.Process(target=work, args=(1, *arguments), daemon=True)]
-    for process in others:
-        process.start()
+    other = context.Process(target=work, args=(1, *arguments), daemon=True)
+    other.start()
     work(0, *arguments)
+    other.join()
 
 
 def work(index: int, port: int, d_sae: int, n_tokens: int, repeats: int) -> None:
@@ -78,9 +78,10 @@ def work(index: int, port: int, d_sae: int, n_tokens: int, repeats: int) -> None
     else:
         check(ranks, d_sae, x, half)
     for dead in (0.0, 0.3):
-        times = measure(ranks, d_sae, x, half, dead, repeats)
+        seconds, n_bytes = measure(ranks, d_sae, x, half, dead, repeats)
         if ranks.is_first:
-            report(times, dead)
+            print(f"{dead:.0%} dead: {n_bytes / 1e6:.1f} MB in collectives for a step")
+            report(seconds)
 
 
 def new_trainer(d_sae: int, ranks: Ranks, dead: float = 0.0) -> MultiLayerTrainer:
@@ -122,11 +123,11 @@ def check(ranks: Ranks, d_sae: int, x: Tensor, half: Tensor) -> None:
 
 def measure(
     ranks: Ranks, d_sae: int, x: Tensor, half: Tensor, dead: float, repeats: int
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], int]:
     """Seconds of each contestant on the first rank, in turn; and bytes of a step."""
     together, alone = new_trainer(d_sae, ranks, dead), new_trainer(d_sae, ALONE, dead)
     gradients = torch.zeros(2, d_sae, D_IN)
-    sent = count_bytes(lambda: dead_step(together, half, dead))
+    n_bytes = count_bytes(lambda: dead_step(together, half, dead))
     turns: dict[str, Callable[[], object]] = {
         "1 rank, whole batch": lambda: ranks.is_first and dead_step(alone, x, dead),
         "1 rank, half of it": lambda: ranks.is_first and dead_step(alone, half, dead),
@@ -140,7 +141,7 @@ def measure(
             start = time.perf_counter()
             turn()
             seconds[name].append(time.perf_counter() - start)
-    return {name: times[1:] for name, times in seconds.items()} | {"bytes": [sent]}
+    return {name: times[1:] for name, times in seconds.items()}, n_bytes
 
 
 def dead_step(trainer: MultiLayerTrainer, x: Tensor, dead: float) -> None:
@@ -171,16 +172,14 @@ def count_bytes(step: Callable[[], object]) -> int:
     return sum(sizes)
 
 
-def report(times: dict[str, list[float]], dead: float) -> None:
+def report(seconds: dict[str, list[float]]) -> None:
     """Print medians."""
-    (sent,) = times.pop("bytes")
-    print(f"{dead:.0%} dead: {sent / 1e6:.1f} MB in collectives for a step")
-    for name, seconds in times.items():
+    for name, times in seconds.items():
         print(
-            f"  {name:20}{statistics.median(seconds) * 1e3:8.0f} ms "
-            f"({min(seconds) * 1e3:.0f} to {max(seconds) * 1e3:.0f})"
+            f"  {name:20}{statistics.median(times) * 1e3:8.0f} ms "
+            f"({min(times) * 1e3:.0f} to {max(times) * 1e3:.0f})"
         )
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     whole, half = medians["1 rank, whole batch"], medians["1 rank, half of it"]
     both = medians["2 ranks, half each"]
     print(

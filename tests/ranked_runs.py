@@ -9,6 +9,7 @@ killed after a minute.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -109,19 +110,21 @@ def train(
     folder: Path,
     n_rows: int = 200,
     streaming: bool = False,
-    nan_at: int | None = None,
+    fail_at: int | None = None,
+    value: float = math.nan,
     stop_at: int | None = None,
     differ: str | None = None,
     seconds: float = 0,
     wandb: bool = False,
     **changes: Any,
 ) -> None:
-    """Train and write FOLDER/output, as a run that may be stopped or find a NaN.
+    """Train and write FOLDER/output, as a run that may be stopped or fail.
 
     Writes the rows of text that each rank has run the model on.
 
     Args:
-        nan_at: Model batch in which the last rank finds a NaN.
+        fail_at: Model batch in which the last rank finds a value that no step takes.
+        value: This one.
         stop_at: Tokens after which the last rank is asked to stop.
         differ: What the last rank begins with another of: "weights" or "settings".
         seconds: How much longer each step takes.
@@ -157,8 +160,8 @@ def train(
         override_dataset=data.to_iterable_dataset() if streaming else data,
         override_model=model,
     )
-    if is_last and nan_at is not None:
-        fail_at(runner.activations_store, nan_at)
+    if is_last and fail_at is not None:
+        poison(runner.activations_store, fail_at, value)
     if is_last and stop_at is not None:
         ask_to_stop(stop_at)
     if is_last and differ == "weights":
@@ -189,13 +192,13 @@ def watch_wandb(file: Path) -> None:
     wandb.log = log  # type: ignore[assignment]
 
 
-def fail_at(store: Any, n_model_batches: int) -> None:
+def poison(store: Any, n_model_batches: int, value: float) -> None:
     run_model = store._run_model
 
     def poisoned(*args: Any) -> dict[str, torch.Tensor]:
         acts = run_model(*args)
         if store._n_model_batches == n_model_batches:
-            next(iter(acts.values()))[0, 0, 0] = torch.nan
+            next(iter(acts.values()))[0, 0, 0] = value
         return acts
 
     store._run_model = poisoned

@@ -5,6 +5,7 @@ for bit, for what is resumed.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -204,13 +205,21 @@ class TestRuns:
         assert {"4 losses/overall_loss", "9 layer_0/kl_div"} <= logged
         assert not set(prompts(tmp_path, 0)) & set(prompts(tmp_path, 1))
 
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (math.nan, "Rank 1 has failed: NonFiniteActivationError"),
+            (1e30, "FloatingPointError: The loss and its gradient must be finite"),
+        ],
+    )
     def test_a_nan_on_one_rank_ends_all_with_a_checkpoint_to_go_on_from(
-        self, ranked, tmp_path
+        self, ranked, tmp_path, value, message
     ):
         whole, failed = tmp_path / "whole", tmp_path / "failed"
         ranked.run("train", whole)
-        said = ranked.fail(failed, nan_at=9)
-        assert said.count("Rank 1 has failed: NonFiniteActivationError") >= 2
+        ranked.fail(failed, fail_at=9, value=value)
+        for index in range(2):
+            assert message in (failed / f"rank_{index}.log").read_text()
         (name,) = checkpoints(failed)
         assert 0 < int(name) < 1280
         ranked.run("train", failed, resume_from_checkpoint="latest")
