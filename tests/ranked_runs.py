@@ -79,9 +79,9 @@ def steps(ranks: Ranks, sae: str) -> dict[str, torch.Tensor]:
     """Train on this rank's share of batches that are the same for any number of them.
 
     Returns:
-        The weights, the counters, and the losses and metrics of each step.
+        Weights, average gradients, counters, and the losses and metrics of each step.
     """
-    cfg = config(sae, max_grad_norm=1.0).to_sae_trainer_config()
+    cfg = config(sae).to_sae_trainer_config()
     cfg.hook_names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     cfg.dead_feature_window = 1  # of stock SAEs
     shares = [b.chunk(ranks.count)[ranks.index] for b in random_batches(13)]
@@ -97,6 +97,11 @@ def steps(ranks: Ranks, sae: str) -> dict[str, torch.Tensor]:
     found["tokens_since_fired"] = trainer.tokens_since_fired
     found["act_freq_scores"] = trainer.act_freq_scores
     found["n_samples"] = torch.tensor(trainer.n_training_samples)
+    # Adam's step hardly depends on the scale of gradients; their average shows it.
+    found |= {
+        f"average_gradient.{name}": trainer.optimizer.state[parameter]["exp_avg"]
+        for name, parameter in trainer.sae.named_parameters()
+    }
     found |= trainer.sae.state_dict()
     return {name: t.detach().contiguous().clone() for name, t in found.items()}
 

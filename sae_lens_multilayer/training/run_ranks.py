@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from sae_lens_multilayer.checkpoints import read_tensors
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.ranks import Ranks, own_device, ranks_of_environment
 from sae_lens_multilayer.training import trainer_state
@@ -89,7 +90,7 @@ def load_random_states(checkpoint: Path, ranks: Ranks) -> None:
     """Set torch's generators as this rank had them; the trainer sets the first's."""
     if not ranks.is_first:
         file = folder_of_rank(checkpoint, ranks) / ACTIVATIONS_STORE_STATE_FILENAME
-        trainer_state.set_random_states(load(file.read_bytes()))
+        trainer_state.set_random_states(read_tensors(file))
 
 
 def check_number_of_ranks(checkpoint: Path, ranks: Ranks) -> None:
