@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,18 @@ class MultiLayerActivationsStore(ResumableTokens):
             )
         return self._buffer
 
+    def evaluation_prompts(
+        self, n_batches: int, batch_size_prompts: int
+    ) -> Int[Tensor, "prompt pos"]:
+        """Take the prompts of an evaluation; they are not trained on."""
+        batches = [self.get_batch_tokens(batch_size_prompts) for _ in range(n_batches)]
+        return torch.cat(batches)
+
+    @property
+    def source(self) -> int:
+        """Which cache the vectors come from; 0: the model."""
+        return 0
+
     @property
     def tokens_per_model_batch(self) -> int:
         """Tokens whose vectors one forward pass can give."""
@@ -212,11 +225,9 @@ class MultiLayerActivationsStore(ResumableTokens):
         while buffer.n_free >= self.tokens_per_model_batch:
             if self._has_enough(buffer.n_filled) or self._epoch_has_ended:
                 break
-            tokens, self._epoch_has_ended = next_rows(
-                self, self.store_batch_size_prompts
-            )
-            if tokens is not None:
-                self._harvest(tokens, buffer)
+            prompts = self.take_next()
+            if prompts is not None:
+                self._harvest(prompts, buffer)
             if self._epoch_has_ended:
                 self._end_epoch()
         buffer.shuffle()
@@ -238,38 +249,67 @@ class MultiLayerActivationsStore(ResumableTokens):
             )
         logger.info("The dataset has ended; a new epoch begins.")
 
-    @torch.no_grad()
+    def take_next(self) -> Int[Tensor, "prompt pos"] | None:
+        """The prompts of the next forward pass; None if the dataset ends before one.
+
+        `epoch_has_ended` says whether the dataset has ended with them.
+        """
+        prompts, self._epoch_has_ended = next_rows(self, self.store_batch_size_prompts)
+        if prompts is not None:
+            self._n_model_batches += 1
+            hooks.check_token_ids(self.model, prompts)
+        return prompts
+
+    @property
+    def epoch_has_ended(self) -> bool:
+        """Whether the last tokens of an epoch are those that were taken last."""
+        return self._epoch_has_ended
+
     def _harvest(
-        self, tokens: Int[Tensor, "prompt pos"], buffer: ShuffleBuffer
+        self, prompts: Int[Tensor, "prompt pos"], buffer: ShuffleBuffer
     ) -> None:
         """Write the vectors of a batch of prompts into free slots."""
-        self._n_model_batches += 1
-        hooks.check_token_ids(self.model, tokens)
-        kept = self._kept_tokens(tokens)
-        self._write(tokens, kept, buffer.free_slots(len(kept)), buffer)
-        self._harvests.append(Harvest(buffer.n_committed, tokens.cpu()))
+        kept = self.kept_tokens(prompts)
+        self._write(prompts, kept, buffer.free_slots(len(kept)), buffer)
+        self._harvests.append(Harvest(buffer.n_committed, prompts.cpu()))
         buffer.commit(len(kept))
         self._n_tokens_this_epoch += len(kept)
 
     def _write(
         self,
-        tokens: Int[Tensor, "prompt pos"],
+        prompts: Int[Tensor, "prompt pos"],
         rows: Int[Tensor, " token"],
         slots: Int[Tensor, " token"],
         buffer: ShuffleBuffer,
     ) -> None:
-        """Run the model and write the vectors of some of its tokens into slots."""
-        for layer, (name, acts) in enumerate(
-            self.get_multi_hook_activations(tokens).items()
-        ):
-            flat = acts.flatten(0, 1).to(buffer.data.device)
-            vectors = flat[rows].to(buffer.data.dtype)
-            self._check_finite(vectors, name)
+        """Write the vectors of some tokens of a batch of prompts into slots."""
+        for layer, vectors in enumerate(self.vectors_of(prompts, rows)):
             buffer.data[:, layer].index_copy_(0, slots, vectors)
 
-    def _kept_tokens(self, tokens: Tensor) -> Int[Tensor, " token"]:
-        """Which tokens of a batch of prompts are trained on, by their place in it."""
-        flat = tokens[:, slice(*self.seqpos_slice)].flatten().to(self.device)
+    @torch.no_grad()
+    def vectors_of(
+        self, prompts: Int[Tensor, "prompt pos"], rows: Int[Tensor, " token"]
+    ) -> Generator[Float[Tensor, "token d_in"]]:
+        """Run the model; the vectors of some tokens hook by hook, in the store's dtype.
+
+        Args:
+            rows: Some of `kept_tokens(prompts)`.
+
+        Raises:
+            NonFiniteActivationError: If one is NaN or infinite.
+        """
+        prompts = prompts.to(hooks.device_of_model(self.model))
+        for name, acts in self.get_multi_hook_activations(prompts).items():
+            vectors = acts.flatten(0, 1).to(self.device)[rows].to(self.dtype)
+            self._check_finite(vectors, name)
+            yield vectors
+
+    def kept_tokens(self, prompts: Tensor) -> Int[Tensor, " token"]:
+        """Which tokens of a batch of prompts are trained on, by their place in it.
+
+        The places are those after `seqpos_slice`.
+        """
+        flat = prompts[:, slice(*self.seqpos_slice)].flatten().to(self.device)
         if self.exclude_special_tokens is None:
             return torch.arange(len(flat), device=flat.device)
         return (~torch.isin(flat, self.exclude_special_tokens)).nonzero().flatten()
@@ -290,6 +330,7 @@ class MultiLayerActivationsStore(ResumableTokens):
         """Where the store stands now; it does not change when the store goes on."""
         buffer = self._ensure_buffer()
         return Place(
+            source=self.source,
             n_dataset_processed=self.n_dataset_processed,
             n_rows_this_epoch=self._n_rows_this_epoch,
             n_tokens_this_epoch=self._n_tokens_this_epoch,
@@ -330,6 +371,13 @@ class MultiLayerActivationsStore(ResumableTokens):
         self._go_to(place)
 
     def _go_to(self, place: Place) -> None:
+        if place.source != self.source:
+            raise ValueError(
+                "The tokens of a run that is resumed must come from where they came "
+                "from in the checkpoint: from the model, or from one and the same "
+                "cache. Resume with the checkpoint's `use_cached_activations` and "
+                "`cached_activations_path`."
+            )
         self._generator.set_state(place.random_state)
         self.n_dataset_processed = place.n_dataset_processed
         self._n_tokens_this_epoch = place.n_tokens_this_epoch
@@ -339,7 +387,6 @@ class MultiLayerActivationsStore(ResumableTokens):
         self._fill_again(place)
         self._n_model_batches = place.n_model_batches
 
-    @torch.no_grad()
     def _fill_again(self, place: Place) -> None:
         """Rebuild the buffer from the forward passes whose tokens wait in it."""
         buffer = self._ensure_buffer()
@@ -353,12 +400,11 @@ class MultiLayerActivationsStore(ResumableTokens):
         self._harvests = list(place.harvests)
         slots = buffer.restore(place.waiting, place.n_harvested)
         for harvest in tqdm(self._harvests, "Filling the buffer again", leave=False):
-            tokens = harvest.prompts.to(hooks.device_of_model(self.model))
-            kept = self._kept_tokens(tokens)
+            kept = self.kept_tokens(harvest.prompts)
             in_batch = place.waiting - harvest.first_token
             here = ((in_batch >= 0) & (in_batch < len(kept))).to(slots.device)
             rows = kept[in_batch.to(slots.device)[here]]
-            self._write(tokens, rows, slots[here], buffer)
+            self._write(harvest.prompts, rows, slots[here], buffer)
 
 
 def one_vector_per_position(

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 _COUNTERS = (
+    "source",
     "n_dataset_processed",
     "n_rows_this_epoch",
     "n_tokens_this_epoch",
@@ -20,7 +21,8 @@ _COUNTERS = (
 
 @dataclass(frozen=True)
 class Harvest:
-    """The prompts of one forward pass; some of its tokens wait in the buffer."""
+    """The prompts of one forward pass, or the number of one block of a cache; some of
+    its tokens wait in the buffer."""
 
     first_token: int
     """The buffer's number of its first token."""
@@ -35,6 +37,9 @@ class Place:
     that the same forward passes give again.
     """
 
+    source: int
+    """Which cache the tokens come from, whose blocks are then the rows of the dataset;
+    0: the model."""
     n_dataset_processed: int
     """Rows read, over all epochs."""
     n_rows_this_epoch: int

@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from sae_lens import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -69,12 +68,7 @@ class MultiLayerEvaluator:
 
     def draw_prompts(self) -> Int[Tensor, "prompt pos"]:
         """Take the prompts of an evaluation from the store."""
-        return torch.cat(
-            [
-                self.store.get_batch_tokens(self.batch_size_prompts)
-                for _ in range(self.n_batches)
-            ]
-        )
+        return self.store.evaluation_prompts(self.n_batches, self.batch_size_prompts)
 
     def _evaluate(
         self, sae: TrainingSAE[Any], tokens: Int[Tensor, "prompt pos"]
