@@ -1,6 +1,8 @@
 """Multi-layer sparse autoencoders for SAELens: one SAE, tied across all layers."""
 
 from sae_lens_multilayer._registration import register
+from sae_lens_multilayer.cache.harvest import MultiLayerCacheActivationsRunner
+from sae_lens_multilayer.cache.reading import ActivationCache
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.evaluation import (
     SpliceMetrics,
@@ -31,10 +33,12 @@ from sae_lens_multilayer.views import view, views
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "ActivationCache",
     "LayerLens",
     "LayerMetrics",
     "LensConfig",
     "MultiLayerActivationsStore",
+    "MultiLayerCacheActivationsRunner",
     "MultiLayerConfig",
     "MultiLayerSAE",
     "MultiLayerSAEConfig",

@@ -52,6 +52,19 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in the place of the one that is there; a crash leaves either."""
+    partial = path.with_name(f"{PARTIAL_PREFIX}{uuid4().hex[:8]}")
+    try:
+        partial.write_text(text)
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def check_free(path: str | Path) -> None:
     """Raise FileExistsError if something would be overwritten at `path`."""
     path = Path(path)

@@ -40,6 +40,7 @@ _PATHS = (
     "checkpoint_path",
     "resume_from_checkpoint",
     "from_pretrained_path",
+    "cached_activations_path",
 )
 _WHOLE_NUMBERS = (
     "training_tokens",
@@ -133,6 +134,12 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     vector of every layer counts the same in its losses, and the SAE is saved with
     `normalize_activations="layer_norm"`, which does the same at inference. False: raw
     vectors, with SAELens' own `normalize_activations`; large layers dominate."""
+    use_cached_activations: bool = False
+    """Train on the vectors of a cache instead of the model's, which is then loaded only
+    if the run evaluates."""
+    cached_activations_path: str | None = None
+    """Folder of a cache of activations of many hooks, as `sae-lens-multilayer cache`
+    harvests it (not SAELens' cache of one hook)."""
     resume_from_checkpoint: str | None = None
     """A checkpoint's folder, to go on exactly where it was written; or "latest": the
     newest checkpoint of a run with these settings under `checkpoint_path`, in whose
@@ -202,10 +209,10 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 "`train_batch_size_tokens` must be a multiple of "
                 f"`micro_batch_size_tokens`; got {batch} and {micro}."
             )
-        if self.use_cached_activations:
+        if self.use_cached_activations and self.cached_activations_path is None:
             raise ValueError(
-                "`use_cached_activations` must be False: SAELens' activation cache "
-                "holds one hook, and a multi-layer SAE needs all of them together."
+                "`cached_activations_path` must be given to use cached activations; "
+                "got None. `sae-lens-multilayer cache` harvests them."
             )
 
     def _check_sae(self) -> None:

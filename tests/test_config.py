@@ -330,7 +330,7 @@ BAD = {
     "micro below 0": ({"micro_batch_size_tokens": -64}, "must be positive; got -64"),
     "cache": (
         {"use_cached_activations": True},
-        "`use_cached_activations` must be False.*holds one hook",
+        "`cached_activations_path` must be given to use cached",
     ),
     "slice": ({"seqpos_slice": (5, 2)}, "empty range"),
     "chat": ({"use_chat_formatting": True}, "use_chat_formatting"),

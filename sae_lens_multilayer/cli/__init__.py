@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from sae_lens_multilayer.cli.analyze import analyze
+from sae_lens_multilayer.cli.cache import cache
 from sae_lens_multilayer.cli.evaluate import evaluate
 from sae_lens_multilayer.cli.lens import lens
 from sae_lens_multilayer.cli.parsing import PROG, help_of
@@ -21,6 +22,7 @@ from sae_lens_multilayer.ranks import RankError
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
+    "cache": cache,
     "evaluate": evaluate,
     "lens": lens,
     "analyze": analyze,

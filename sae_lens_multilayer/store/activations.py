@@ -190,6 +190,10 @@ class MultiLayerActivationsStore(ResumableTokens):
         batches = [self.get_batch_tokens(batch_size_prompts) for _ in range(n_batches)]
         return torch.cat(batches)
 
+    @override
+    def load_cached_activation_dataset(self) -> None:
+        """SAELens' cache of one hook is not read."""
+
     @property
     def source(self) -> int:
         """Which cache the vectors come from; 0: the model."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Int
-from sae_lens import TrainingSAE
+from sae_lens import LoggingConfig, TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.types import DataProvider
 from torch import Tensor
@@ -18,6 +18,13 @@ from sae_lens_multilayer.store.batches import RunBatches
 logger = logging.getLogger(__name__)
 
 _LOGGED_IN_TRAINING = ("fvu", "mse", "l0", "l1")
+
+
+def steps_between_evaluations(log: LoggingConfig) -> int | None:
+    """At SAELens' cadence; None: a run with these settings does not evaluate."""
+    if not log.log_to_wandb:
+        return None
+    return log.wandb_log_frequency * log.eval_every_n_wandb_logs
 
 
 @dataclass

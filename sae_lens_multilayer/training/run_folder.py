@@ -19,6 +19,7 @@ _WITHOUT_EFFECT = (
     "output_path",
     "checkpoint_path",
     "resume_from_checkpoint",
+    "cached_activations_path",
     "n_checkpoints",
     "keep_last_n_checkpoints",
     "save_final_checkpoint",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from sae_lens_multilayer.cache.reading import ActivationCache
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import lens_of, saved_lens
 from sae_lens_multilayer.lens.config import LensConfig
@@ -75,14 +76,27 @@ def check_same_lens(lens: LayerLens, found: LayerLens | None, what: str) -> None
     )
 
 
-def check_lens_of_model(sae: SAE[Any], model: Any) -> None:
+def check_lens_of_model(
+    sae: SAE[Any], model: Any | None, cache: ActivationCache | None
+) -> None:
     """Check that an SAE's lens, if it has one, was made for a run's model.
+
+    Args:
+        model: None in a run that has loaded none.
+        cache: Of such a run; it knows the shape of the model alone.
 
     Raises:
         ValueError: As `LayerLens.check_model`, which may also warn.
     """
     lens = lens_of(sae)
-    if lens is not None:
+    if lens is None:
+        return
+    if model is None:
+        assert cache is not None
+        lens.config.check_shape(
+            cache.model_shape, cache.manifest.settings["model_name"]
+        )
+    else:
         lens.check_model(model, stacklevel=5)
 
 

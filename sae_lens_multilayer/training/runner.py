@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
+from sae_lens_multilayer.cache.reading import CachedActivationsStore
 from sae_lens_multilayer.checkpoints import (
     check_checkpoint,
     check_writable,
@@ -49,6 +50,7 @@ from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.store.batches import RunBatches
 from sae_lens_multilayer.training import trainer_state
 from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
+from sae_lens_multilayer.training.run_cache import cache_of_run, evaluates
 from sae_lens_multilayer.training.run_folder import (
     latest_checkpoint,
     remove_leftovers,
@@ -83,6 +85,8 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     """
 
     cfg: MultiLayerConfig[Any]
+    model: Any
+    """None in a run from a cache that does not evaluate."""
     activations_store: MultiLayerActivationsStore
     evaluator: MultiLayerEvaluator  # type: ignore[assignment]
     _states: Sequence[bytes] = ()
@@ -99,7 +103,8 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
 
         Args:
             cfg: The run.
-            override_dataset: Used instead of `cfg.dataset_path`.
+            override_dataset: Used instead of `cfg.dataset_path`; a run from a cache
+                reads neither.
             override_model: Used instead of loading `cfg.model_name`.
             override_sae: Trained on instead of a new SAE.
 
@@ -119,27 +124,18 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self.cfg = cfg  # pyright: ignore[reportIncompatibleVariableOverride]
         with self.ranks.together():
             self._check_places()
+        self._cache = cache_of_run(cfg)
         self._lens = lens_of_run(cfg)
         if override_sae is not None:
             self._check_given_sae(override_sae)
-        if override_model is None:
-            self._check_named_model()
-        self.model = (
-            override_model if override_model is not None else load_any_model(cfg)
-        )
-        self._compile_llm_if_needed()
-        store = MultiLayerActivationsStore.from_config(
-            self.model,
-            share_of_rank(cfg, self.ranks),
-            override_dataset=override_dataset,
-            ranks=self.ranks,
-        )
+        self.model = self._load_model(override_model)
+        store = self._make_store(override_dataset)
         self.activations_store = store  # pyright: ignore[reportIncompatibleVariableOverride]
         self._check_hooks_of_checkpoint(store.hook_names)
         self._starts_anew = override_sae is None and cfg.from_pretrained_path is None
         self.sae = override_sae if override_sae is not None else self._make_sae()
         self._check_normalization(self.sae)
-        check_lens_of_model(self.sae, self.model)
+        check_lens_of_model(self.sae, self.model, self._cache)
         self.sae.to(cfg.device)
         # Not a subclass of the host's, but called as that is.
         self.evaluator = MultiLayerEvaluator(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -159,6 +155,31 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 [cfg.resume_from_checkpoint, cfg.checkpoint_path]
             )
         return cfg
+
+    def _load_model(self, override_model: Any | None) -> Any | None:
+        """The model of the run; None where the cache does, and nothing is evaluated."""
+        if override_model is None:
+            if self._cache is not None and not evaluates(self.cfg):
+                return None
+            self._check_named_model()
+        model = (
+            override_model if override_model is not None else load_any_model(self.cfg)
+        )
+        if self._cache is not None:
+            self._cache.check(self.cfg, model)
+        return model
+
+    def _make_store(
+        self, override_dataset: HfDataset | None
+    ) -> MultiLayerActivationsStore:
+        if self.model is not None:
+            self._compile_llm_if_needed()
+        share = share_of_rank(self.cfg, self.ranks)
+        if self._cache is not None:
+            return CachedActivationsStore.from_cache(self._cache, share, self.model)
+        return MultiLayerActivationsStore.from_config(
+            self.model, share, override_dataset=override_dataset, ranks=self.ranks
+        )
 
     def _check_places(self) -> None:
         """Find out before training what cannot be saved or resumed."""

@@ -31,6 +31,7 @@ from sae_lens_multilayer.sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
 from sae_lens_multilayer.training import trainer_state
+from sae_lens_multilayer.training.evaluator import steps_between_evaluations
 from sae_lens_multilayer.training.geometric_median import geometric_median
 from sae_lens_multilayer.training.run_folder import keep_newest
 from sae_lens_multilayer.training.steps import StepStats, StockStep, topk_gradients
@@ -187,9 +188,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def is_evaluated_after(self, step: int) -> bool:
         """Whether an evaluation follows the batch of a step, counted from 0."""
-        log = self.cfg.logger
-        every = log.wandb_log_frequency * log.eval_every_n_wandb_logs
-        return log.log_to_wandb and (step + 1) % every == 0
+        every = steps_between_evaluations(self.cfg.logger)
+        return every is not None and (step + 1) % every == 0
 
     def _log_step(self, stats: StepStats) -> None:
         if self._is_logging_step():

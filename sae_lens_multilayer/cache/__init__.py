@@ -1,0 +1,1 @@
+"""Activations on disk: harvested once, trained on many times."""
