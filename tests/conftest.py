@@ -13,9 +13,12 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoTokenizer
 
 from sae_lens_multilayer import (
+    ActivationCache,
+    MultiLayerCacheActivationsRunner,
     MultiLayerConfig,
     MultiLayerTrainingSAEConfig,
 )
+from sae_lens_multilayer.cache import harvest as harvest_module
 from sae_lens_multilayer.cli import inputs
 from sae_lens_multilayer.training import runner as runner_module
 
@@ -103,6 +106,40 @@ def make_config(tmp_path):
 
 
 @pytest.fixture
+def cache_config(make_config, tmp_path):
+    """A config whose cache is under the test's own folder."""
+
+    def config(**changes) -> MultiLayerConfig:
+        settings = {
+            "training_tokens": 1000,
+            "cached_activations_path": str(tmp_path / "cache"),
+        }
+        return make_config(**{**settings, **changes})
+
+    return config
+
+
+@pytest.fixture
+def cache_runner(model, token_dataset):
+    """Build a runner that harvests shards of 128 tokens and blocks of 20."""
+
+    def runner(cfg, dataset=None, model=model) -> MultiLayerCacheActivationsRunner:
+        data = token_dataset if dataset is None else dataset
+        sizes = {"shard_bytes": 150 * 2 * D_MODEL * 4, "block_bytes": 20 * D_MODEL * 4}
+        return MultiLayerCacheActivationsRunner(cfg, data, model, **sizes)
+
+    return runner
+
+
+@pytest.fixture
+def harvest(cache_runner):
+    def harvest(cfg, dataset=None, **overrides) -> ActivationCache:
+        return cache_runner(cfg, dataset, **overrides).run()
+
+    return harvest
+
+
+@pytest.fixture
 def offline_hub(tmp_path, monkeypatch) -> Path:
     """An empty cache of the Hugging Face hub, which cannot be reached."""
     folder = tmp_path / "hub"
@@ -115,7 +152,7 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def offline(model, token_dataset, tmp_path, monkeypatch):
     """The tiny model under any name, its SAE and its text in files."""
-    for module in (runner_module, inputs):
+    for module in (runner_module, inputs, harvest_module):
         monkeypatch.setattr(module, "load_any_model", lambda cfg: model)
     monkeypatch.setattr(
         runner_module.MultiLayerSAETrainingRunner,

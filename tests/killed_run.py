@@ -1,7 +1,8 @@
 """Training runs in processes of their own that may be killed at any moment.
 
-Reads lines `FOLDER SECONDS`; for each it forks a process (importing everything anew
-would take longer than the run) that trains, or goes on, and ends with FOLDER/output.
+Reads lines `WHAT FOLDER SECONDS`; for each it forks a process (importing everything
+anew would take longer than the run) that trains, or goes on, and ends with
+FOLDER/output; or that harvests FOLDER/cache (WHAT is `harvest`) or trains on it (`cached`).
 Each step and each part of a checkpoint takes SECONDS longer, so that a kill is as
 likely in the one as in the other. Prints `started PID` once the process is about to
 train, and `ended STATUS` when it is no more.
@@ -21,7 +22,11 @@ from datasets import Dataset
 from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
 from transformers import AutoTokenizer
 
-from sae_lens_multilayer import MultiLayerConfig, checkpoints
+from sae_lens_multilayer import (
+    MultiLayerCacheActivationsRunner,
+    MultiLayerConfig,
+    checkpoints,
+)
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 
@@ -41,7 +46,9 @@ def documents() -> Dataset:
     return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in w) for w in words]})
 
 
-def main(folder: Path, seconds: float, data: Dataset, tokenizer: Any) -> None:
+def main(
+    what: str, folder: Path, seconds: float, data: Dataset, tokenizer: Any
+) -> None:
     slow_down(MultiLayerTrainer, "step", seconds)
     slow_down(checkpoints, "_flush", seconds)
     config = MultiLayerConfig(
@@ -61,9 +68,20 @@ def main(folder: Path, seconds: float, data: Dataset, tokenizer: Any) -> None:
         n_checkpoints=12,
         keep_last_n_checkpoints=2,
         resume_from_checkpoint="latest",
+        use_cached_activations=what == "cached",
+        cached_activations_path=str(folder / "cache"),
     )
+    if what == "harvest":
+        harvest = MultiLayerCacheActivationsRunner(
+            config, data, tiny_model(tokenizer), shard_bytes=2**14, block_bytes=2**10
+        )
+        print("started", os.getpid(), flush=True)
+        harvest.run()
+        return
     runner = LanguageModelSAETrainingRunner(
-        config, override_dataset=data, override_model=tiny_model(tokenizer)
+        config,
+        override_dataset=data,
+        override_model=None if what == "cached" else tiny_model(tokenizer),
     )
     print("started", os.getpid(), flush=True)
     runner.run()
@@ -73,11 +91,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     inputs = documents(), AutoTokenizer.from_pretrained(PAPER_DATA / "model")
     for line in sys.stdin:
-        path, seconds = line.rsplit(maxsplit=1)
+        rest, seconds = line.rsplit(maxsplit=1)
+        what, path = rest.split(maxsplit=1)
         child = os.fork()
         if child == 0:
             try:
-                main(Path(path), float(seconds), *inputs)
+                main(what, Path(path), float(seconds), *inputs)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()

@@ -34,10 +34,10 @@ class Runs:
             env={**os.environ, "PYTHONPATH": str(root), "TQDM_DISABLE": "1"},
         )
 
-    def start(self, folder: Path, seconds: float) -> int:
+    def start(self, folder: Path, seconds: float, what: str = "train") -> int:
         """Start the run, or go on with it; its process when it is about to train."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{folder} {seconds}\n")
+        self.process.stdin.write(f"{what} {folder} {seconds}\n")
         self.process.stdin.flush()
         return self._answer("started")
 

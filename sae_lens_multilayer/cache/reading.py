@@ -207,7 +207,7 @@ class CachedActivationsStore(MultiLayerActivationsStore):
 
     cache: ActivationCache
     _seed: int | None
-    _order: tuple[int, np.ndarray[Any, Any]] | None = None  # of which epoch
+    _order: tuple[int, Int[Tensor, " block"]] | None = None  # of which epoch
 
     @classmethod
     def from_cache(
@@ -260,13 +260,14 @@ class CachedActivationsStore(MultiLayerActivationsStore):
         self._n_model_batches += 1
         self._n_rows_this_epoch = (index + 1) % self.cache.n_blocks
         self._epoch_has_ended = self._n_rows_this_epoch == 0
-        return torch.tensor([[int(self._order[1][index])]])
+        return self._order[1][index].view(1, 1)
 
-    def _order_of(self, epoch: int) -> np.ndarray[Any, Any]:
+    def _order_of(self, epoch: int) -> Int[Tensor, " block"]:
         n_blocks = self.cache.n_blocks
         if self._seed is None:
-            return np.arange(n_blocks)
-        return np.random.default_rng([self._seed, epoch]).permutation(n_blocks)
+            return torch.arange(n_blocks)
+        random = np.random.default_rng([self._seed, epoch])
+        return torch.from_numpy(random.permutation(n_blocks))
 
     @override
     def kept_tokens(self, prompts: Tensor) -> Int[Tensor, " token"]:

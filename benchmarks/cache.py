@@ -1,0 +1,187 @@
+"""Claim: training data comes from a cache many times faster than from the model.
+
+Harvests a cache of all 30 layers of SmolLM2, then compares vectors per second of
+
+- the live store, which runs the model,
+- the store of the cache, all layers,
+- the store of the cache, one layer,
+- the same cache in bfloat16,
+
+mixing in the same buffer, after checking that the cache serves exactly the live store's
+vectors. Prints bytes per token, what harvesting costs over serving, and how far mixing
+brings tokens that are neighbours in the text. The files are in the page cache, as they
+are when a run has read them once; `--cold` drops them before each turn.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sae_lens import LoggingConfig
+
+from benchmarks._common import (
+    announced,
+    peak_rss_mib,
+    print_versions,
+    ratio,
+    time_in_turns,
+)
+from examples.smollm2 import load_smollm2
+from sae_lens_multilayer import (
+    ActivationCache,
+    MultiLayerActivationsStore,
+    MultiLayerCacheActivationsRunner,
+    MultiLayerConfig,
+    MultiLayerTrainingSAEConfig,
+)
+from sae_lens_multilayer.cache.reading import CachedActivationsStore
+
+CONTEXT, BATCH = 128, 256
+
+
+def main() -> None:
+    """Check, time and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a minute or two")
+    parser.add_argument("--cold", action="store_true", help="read from the disk")
+    args = parser.parse_args()
+    n_prompts, rounds = (32, 3) if args.small else (256, 5)
+    model: Any = load_smollm2()
+    tokens = torch.randint(100, model.cfg.d_vocab, (n_prompts, CONTEXT))
+    data = Dataset.from_dict({"input_ids": tokens})
+    print_versions("torch", "sae-lens", "transformer-lens", "safetensors", "xxhash")
+    with tempfile.TemporaryDirectory() as folder:
+        caches: dict[str, ActivationCache] = {}
+
+        def harvest(dtype: str, number: int = 0) -> None:
+            cfg = config(model, tokens.numel(), f"{folder}/{dtype}-{number}", dtype)
+            caches[dtype] = MultiLayerCacheActivationsRunner(cfg, data, model).run()
+
+        harvest("float32")
+        harvest("bfloat16")
+        exact, rounded = caches["float32"], caches["bfloat16"]
+        with announced("the cache serves the live store's vectors"):
+            check_equal(model, data, exact, rounded)
+        cfg = config(model, tokens.numel(), str(exact.path))
+        one = config(model, tokens.numel(), str(exact.path), layers=[14])
+        half = config(model, tokens.numel(), str(rounded.path), "bfloat16")
+        turns: dict[str, Callable[[], None]] = {
+            "live store": lambda: serve(live_store(model, cfg, data)),
+            "cache, float32": lambda: serve(cached_store(exact, cfg)),
+            "cache, one of the layers": lambda: serve(cached_store(exact, one)),
+            "cache, bfloat16": lambda: serve(cached_store(rounded, half)),
+        }
+        if args.cold:
+            turns = {name: cold(turn, folder) for name, turn in turns.items()}
+        seconds = time_in_turns(turns, rounds)
+        report(seconds, turns, tokens.numel(), model.cfg.n_layers, caches)
+
+
+def config(
+    model: Any, n_tokens: int, path: str, dtype: str = "float32", **changes: Any
+) -> MultiLayerConfig[Any]:
+    """A run over all tokens with a buffer of 2,048."""
+    return MultiLayerConfig(
+        sae=MultiLayerTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=1024),
+        context_size=CONTEXT,
+        training_tokens=n_tokens,
+        train_batch_size_tokens=BATCH,
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=16,
+        dtype=dtype,
+        cached_activations_path=path,
+        n_eval_batches=1,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=None,
+        verbose=False,
+        **changes,
+    )
+
+
+def live_store(model: Any, cfg: Any, data: Dataset) -> MultiLayerActivationsStore:
+    """The store that runs the model."""
+    return MultiLayerActivationsStore.from_config(model, cfg, data)
+
+
+def cached_store(cache: ActivationCache, cfg: Any) -> CachedActivationsStore:
+    """The store that reads a cache, opened anew."""
+    cache = ActivationCache(cache.path)
+    cache.check(cfg)
+    return CachedActivationsStore.from_cache(cache, cfg)
+
+
+def serve(store: MultiLayerActivationsStore) -> None:
+    """Take all batches of an epoch."""
+    for _ in range(store.total_training_tokens // BATCH):
+        next(store)
+
+
+def cold(turn: Callable[[], None], folder: str) -> Callable[[], None]:
+    """The turn with the cache's files out of memory."""
+
+    def from_disk() -> None:
+        for path in Path(folder).rglob("*.safetensors"):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+        turn()
+
+    return from_disk
+
+
+def check_equal(
+    model: Any, data: Dataset, exact: ActivationCache, rounded: ActivationCache
+) -> None:
+    """The first rows of both caches, bit for bit; all rows of the bfloat16 one."""
+    cfg = config(model, 4 * BATCH, str(exact.path), activations_mixing_fraction=0.0)
+    live = live_store(model, cfg, data)
+    expected = torch.cat([next(live) for _ in range(4)])
+    pairs = zip(exact.read(), rounded.read(), strict=False)
+    (found, text), (in_bfloat16, _) = next(pairs)
+    ids = torch.tensor(data["input_ids"][: len(expected) // CONTEXT]).flatten()
+    same = (
+        torch.equal(found[: len(expected)], expected)
+        and torch.equal(in_bfloat16[: len(expected)], expected.bfloat16())
+        and torch.equal(text.token_ids[: len(ids)].long(), ids)
+    )
+    if not same:
+        raise AssertionError("the cache must serve the live store's vectors")
+
+
+def report(
+    seconds: dict[str, list[float]],
+    turns: dict[str, Callable[[], None]],
+    n_tokens: int,
+    n_layers: int,
+    caches: dict[str, ActivationCache],
+) -> None:
+    """Print rates, ratios, peaks and sizes."""
+    print(f"SmolLM2-135M, {n_layers} hooks, {n_tokens:,} tokens, batches of {BATCH}")
+    live = seconds["live store"]
+    for name, times in seconds.items():
+        n_vectors = n_tokens * (1 if "one of" in name else n_layers)
+        peak = f"{peak_rss_mib(turns[name]):7.0f} MiB" if name != "live store" else ""
+        print(
+            f"{name:26}{n_tokens / statistics.median(times):8,.0f} tokens/s "
+            f"{n_vectors / statistics.median(times):10,.0f} vectors/s "
+            f"{ratio(live, times):6.1f} x live {peak}"
+        )
+    for dtype, cache in caches.items():
+        files = [path for path in cache.path.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        print(
+            f"{dtype}: {size / n_tokens:,.0f} bytes per token, of which vectors "
+            f"{cache.manifest.bytes_per_token:,}; {cache.n_blocks} blocks of "
+            f"{cache.manifest.tokens_per_block} tokens in {len(cache.shards)} shards"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""The files of a cache: how they come to be, and what is said when they are not right.
+
+Authority: a harvest that was not disturbed, byte for byte.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import D_VOCAB, N_CTX, N_LAYERS, PAPER_DATA, count_calls, tiny_model
+from conftest import tiny_sae_config as sae_config
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from sae_lens_multilayer import ActivationCache, MultiLayerActivationsStore
+from sae_lens_multilayer.cache import harvest as harvest_module
+from sae_lens_multilayer.cache import shards as shards_module
+from sae_lens_multilayer.cache.fingerprints import tokenizer_hash, weights_hash
+from sae_lens_multilayer.cache.reading import CachedActivationsStore
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
+
+RESID_POST = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def drain(store) -> None:
+    """More than an epoch."""
+    for _ in range(20):
+        next(store)
+
+
+def shard_of(cache: ActivationCache, index: int) -> Path:
+    return cache.shards[index].folder / "activations.safetensors"
+
+
+class TestHarvest:
+    @pytest.mark.parametrize("kind", ["tokens", "documents", "short"])
+    def test_that_is_interrupted_anywhere_ends_the_same(
+        self, cache_config, harvest, monkeypatch, tmp_path, kind, request
+    ):
+        """Before each folder that is written, and before the last manifest."""
+        name = "text_dataset" if kind == "documents" else "token_dataset"
+        data = request.getfixturevalue(name)
+        data = data.select(range(30)) if kind == "short" else data
+        whole = harvest(cache_config(), data)
+        n_folders = 1 + len(whole.shards) + 1
+        for n_written in range(n_folders + 1):
+            path = tmp_path / f"interrupted-{n_written}"
+            cfg = cache_config(cached_activations_path=str(path))
+            with monkeypatch.context() as patch:
+                self.stop_after(n_written, patch)
+                with pytest.raises(KeyboardInterrupt):
+                    harvest(cfg, data)
+            if n_written:
+                with pytest.raises(ValueError, match=r"must be complete.*goes on"):
+                    ActivationCache(path)
+                (path / ".partial-of-a-killed-one").mkdir()
+            harvest(cfg, data)
+            assert files_of(path) == files_of(whole.path)
+            assert {p.name[0] for p in path.iterdir()} == {"s", "m", "e"}
+
+    @staticmethod
+    def stop_after(n_written, patch) -> None:
+        """Let a harvest end as a killed one does, but with an error."""
+        left = iter(range(n_written))
+        for name in ("complete_or_absent", "replace_text"):
+            original = getattr(harvest_module, name)
+
+            def stopping(*args, original=original):
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return original(*args)
+
+            patch.setattr(harvest_module, name, stopping)
+
+    def test_goes_on_without_the_model_for_what_is_there(
+        self, cache_config, cache_runner, monkeypatch, caplog
+    ):
+        runner = cache_runner(cache_config())
+        caplog.set_level(logging.INFO)
+        store = type(runner.activations_store)
+        calls = count_calls(monkeypatch, store, "vectors_of")
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_module.ShardInMemory, "save", self.fail_at(3))
+            with pytest.raises(OSError, match="No space"):
+                runner.run()
+        assert len(calls) == 8
+        cache_runner(cache_config()).run()
+        assert len(calls) == 8 + 16 - 6
+        assert "Going on after 3 shards, 384 tokens." in caplog.messages
+
+    @staticmethod
+    def fail_at(n, error=None):
+        original, saves = shards_module.ShardInMemory.save, []
+
+        def save(self, folder, tokens_per_block):
+            saves.append(folder)
+            original(self, folder, tokens_per_block)
+            if len(saves) == n + 1:
+                raise error or OSError(errno.ENOSPC, "No space left on device")
+
+        return save
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ENOSPC, "No space left on device"),
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ],
+    )
+    def test_that_fills_the_disk_keeps_what_is_whole(
+        self, cache_config, harvest, monkeypatch, tmp_path, error
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_module.ShardInMemory, "save", self.fail_at(2, error))
+            with pytest.raises(OSError, match=r"shard-000002 could not.*No space left"):
+                harvest(cache_config())
+        names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+        assert names == ["manifest.json", "shard-000000", "shard-000001"]
+        harvest(cache_config()).verify()
+
+    def test_without_room_does_not_begin(
+        self, cache_config, cache_runner, monkeypatch, tmp_path, caplog
+    ):
+        caplog.set_level(logging.INFO)
+        runner = cache_runner(cache_config())
+        usage = shutil.disk_usage(tmp_path)._replace(free=runner.n_bytes - 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        needed = rf"needs {runner.n_bytes:,} bytes of disk, and {usage.free:,} are free"
+        with pytest.raises(OSError, match=needed):
+            runner.run()
+        assert not (tmp_path / "cache").exists()
+        assert (
+            "1,000 tokens x 2 hooks x 16, float32: 128 bytes per token" in caplog.text
+        )
+
+    @pytest.mark.parametrize("positions", [(None,), (0, 8)], ids=str)
+    def test_takes_what_it_said(self, cache_config, cache_runner, positions):
+        changes = {"seqpos_slice": positions, "training_tokens": 500}
+        runner = cache_runner(cache_config(**changes))
+        runner.run()
+        files = files_of(runner.path)
+        written = sum(
+            len(data) for name, data in files.items() if "activations." in name
+        )
+        headers = 1000 * len(files)
+        assert runner.n_bytes * 0.9 < written < runner.n_bytes + headers
+
+    def test_of_a_dataset_that_ends_is_of_one_epoch(
+        self, cache_config, harvest, token_dataset, caplog, monkeypatch
+    ):
+        cfg, data = cache_config(), token_dataset.select(range(30))
+        cache = harvest(cfg, data)
+        assert cache.n_tokens == 480
+        assert "holds 480 of the 1000 tokens" in caplog.text
+        assert "on text that is trained on" in caplog.text
+        calls = count_calls(monkeypatch, MultiLayerActivationsStore, "vectors_of")
+        assert harvest(cfg, data).n_tokens == 480
+        assert not calls
+
+    def test_of_no_token_is_an_error(self, cache_config, harvest):
+        with pytest.raises(ValueError, match="at least one token that has vectors"):
+            harvest(cache_config(exclude_special_tokens=list(range(D_VOCAB))))
+
+    def test_keeps_the_prompts_that_follow_for_evaluation(
+        self, cache_config, harvest, token_dataset
+    ):
+        cfg = cache_config(
+            training_tokens=512, n_eval_batches=3, eval_batch_size_prompts=5
+        )
+        cache = harvest(cfg)
+        expected = torch.as_tensor(token_dataset.with_format("torch")["input_ids"][:])
+        assert torch.equal(cache.evaluation_tokens(), expected[32:47])
+
+    def test_needs_a_path(self, cache_config, cache_runner):
+        with pytest.raises(ValueError, match="`cached_activations_path` must name"):
+            cache_runner(cache_config(cached_activations_path=None))
+
+    def test_overwrites_nothing(self, cache_config, cache_runner, tmp_path):
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "thesis.txt").write_text("words")
+        with pytest.raises(FileExistsError, match="must be a new or an empty folder"):
+            cache_runner(cache_config())
+
+    @pytest.mark.parametrize("is_complete", [True, False])
+    def test_does_not_go_on_with_another_cache(
+        self, cache_config, cache_runner, harvest, monkeypatch, is_complete
+    ):
+        if is_complete:
+            harvest(cache_config())
+        else:
+            monkeypatch.setattr(shards_module.ShardInMemory, "save", self.fail_at(1))
+            with pytest.raises(OSError, match="No space"):
+                harvest(cache_config())
+        message = (
+            r"(?s)holds another cache.*`dtype`: 'float32' in the cache, 'bfloat16' here"
+            r".*`hook_names`.*`training_tokens`: 1000 in the cache, 999 here"
+        )
+        with pytest.raises(ValueError, match=message):
+            cache_runner(
+                cache_config(dtype="bfloat16", layers=[1], training_tokens=999)
+            )
+
+    def test_is_of_one_process_at_a_time(self, cache_config, cache_runner, monkeypatch):
+        runner = cache_runner(cache_config())
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_module.ShardInMemory, "save", self.fail_at(1))
+            with pytest.raises(OSError, match="No space"):
+                runner.run()
+        other = os.open(runner.path, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="Another process is harvesting"):
+            runner.run()
+        os.close(other)
+        runner.run().verify()
+
+
+class TestFaults:
+    @pytest.fixture
+    def cache(self, cache_config, harvest) -> ActivationCache:
+        return harvest(cache_config())
+
+    def test_no_cache(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no manifest\.json.*cache` makes"):
+            ActivationCache(tmp_path)
+
+    def test_every_missing_torn_and_exchanged_shard_is_named(self, cache):
+        shutil.rmtree(shard_of(cache, 1).parent)
+        os.truncate(shard_of(cache, 3), 1000)
+        shutil.copy(shard_of(cache, 4), shard_of(cache, 5))
+        message = (
+            r"(?s)shard-000001 is missing.*shard-000003 has 1000 bytes, not \d+.*"
+            r"shard-000005 is not the shard that was saved"
+        )
+        with pytest.raises(ValueError, match=message) as error:
+            ActivationCache(cache.path)
+        assert str(error.value).count("shard-") == 3
+
+    def test_a_torn_header_is_named(self, cache):
+        with shard_of(cache, 2).open("r+b") as file:
+            file.write(b"\xff" * 8)
+        with pytest.raises(ValueError, match=r"shard-000002 is torn"):
+            ActivationCache(cache.path)
+
+    @pytest.mark.parametrize("hook_name", RESID_POST)
+    def test_a_changed_vector_is_found_when_it_is_read(
+        self, cache, cache_config, hook_name
+    ):
+        path = shard_of(cache, 2)
+        tensors = load_file(path)
+        tensors[hook_name][50, 3] += 1e-3
+        save_file(tensors, path)
+        again = ActivationCache(cache.path)
+        message = rf"shard-000002 was changed.*tokens 40 to 59 at '{hook_name}'"
+        with pytest.raises(ValueError, match=message):
+            again.verify()
+        store = CachedActivationsStore.from_cache(again, cache_config())
+        with pytest.raises(ValueError, match=message):
+            drain(store)
+        # It does not matter to a run that does without this hook.
+        layer = 1 - RESID_POST.index(hook_name)
+        store = CachedActivationsStore.from_cache(again, cache_config(layers=[layer]))
+        drain(store)
+
+    @pytest.mark.parametrize("name", ["tokens", "prompt", "position"])
+    def test_a_changed_token_is_found_when_it_is_read(self, cache, name):
+        path = shard_of(cache, 0)
+        tensors = load_file(path)
+        tensors[name][2] += 1
+        save_file(tensors, path)
+        again = ActivationCache(cache.path)
+        with pytest.raises(ValueError, match="shard-000000 was changed: its tokens"):
+            again.shards[0].tokens()
+        with pytest.raises(ValueError, match=r"has faults:\n.*shard-000000"):
+            again.verify()
+
+    def test_a_shard_that_goes_while_it_is_read_is_named(self, cache, cache_config):
+        store = CachedActivationsStore.from_cache(cache, cache_config())
+        next(store)
+        shutil.rmtree(shard_of(cache, 6).parent)
+        with pytest.raises(ValueError, match="shard-000006 is missing"):
+            drain(store)
+
+    def test_changed_prompts_for_evaluation_are_found(self, cache):
+        path = cache.path / "evaluation" / "tokens.safetensors"
+        save_file({"tokens": load_file(path)["tokens"] + 1}, path)
+        with pytest.raises(ValueError, match=r"tokens\.safetensors was changed"):
+            ActivationCache(cache.path).verify()
+
+    def test_a_torn_manifest_is_named(self, cache):
+        path = cache.path / "manifest.json"
+        path.write_text(path.read_text()[:-100])
+        with pytest.raises(ValueError, match=r"manifest\.json must be JSON"):
+            ActivationCache(cache.path)
+
+    def test_a_manifest_of_another_format_is_named(self, cache):
+        path = cache.path / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+        with pytest.raises(ValueError, match=r"must be of format 1.*has format 0"):
+            ActivationCache(cache.path)
+
+
+DIFFERENCES = {
+    "model_name": ("other", "'tiny' in the cache, 'other' here"),
+    "model_class_name": ("TransformerBridge", "'HookedTransformer' in the cache"),
+    "model_from_pretrained_kwargs": ({"fold_ln": True}, "{'fold_ln': True} here"),
+    "model_kwargs": ({"attention_mask": None}, "{'attention_mask': None} here"),
+    "autocast_lm": (True, "False in the cache, True here"),
+    "hook_head_index": (1, "None in the cache, 1 here"),
+    "dataset_path": ("elsewhere", "'text' in the cache, 'elsewhere' here"),
+    "context_size": (8, "16 in the cache, 8 here"),
+    "prepend_bos": (True, "False in the cache, True here"),
+    "sequence_separator_token": ("eos", "'bos' in the cache, 'eos' here"),
+    "disable_concat_sequences": (True, "False in the cache, True here"),
+    "seqpos_slice": ((1,), r"[None] in the cache, [1] here"),
+    "exclude_special_tokens": ([5], "False in the cache, [5] here"),
+    "dtype": ("bfloat16", "'float32' in the cache, 'bfloat16' here"),
+}
+
+
+class TestDifferences:
+    @pytest.fixture
+    def cache(self, cache_config, harvest) -> ActivationCache:
+        return harvest(cache_config(dataset_path="text"))
+
+    @pytest.mark.parametrize("name", DIFFERENCES)
+    def test_each_is_named(self, cache, cache_config, name):
+        value, message = DIFFERENCES[name]
+        as_default = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
+        cfg = cache_config(**{"dataset_path": "text", **as_default, name: value})
+        with pytest.raises(ValueError, match="must be of what this run needs") as error:
+            cache.check(cfg)
+        lines = str(error.value).splitlines()[1:-1]
+        assert len(lines) == 1
+        assert lines[0].strip().startswith(f"`{name}`: ")
+        assert message in lines[0]
+
+    def test_of_chat_formatting_is_named(self, cache, cache_config):
+        cfg = cache_config(use_chat_formatting=True, is_dataset_tokenized=False)
+        with pytest.raises(ValueError, match=r"`use_chat_formatting`: False in the"):
+            cache.check(cfg)
+
+    def test_of_width_and_hooks_are_named_together(self, cache, cache_config):
+        names = [RESID_POST[1], "blocks.0.hook_resid_pre"]
+        cfg = cache_config(sae=sae_config(d_in=8), hook_names=names)
+        message = (
+            r"(?s)`d_in`: 16 in the cache, 8 here.*"
+            r"hooks \['blocks.0.hook_resid_pre'\] are not in it; it has "
+        )
+        with pytest.raises(ValueError, match=message):
+            cache.check(cfg)
+
+    def test_of_what_has_no_effect_are_none(self, cache, cache_config):
+        cache.check(
+            cache_config(
+                training_tokens=77,
+                train_batch_size_tokens=7,
+                store_batch_size_prompts=9,
+                seed=5,
+                layers=[1],
+                dtype="torch.float32",
+                lr=1e-2,
+                dataset_path="",  # the run does not say, and needs none
+            )
+        )
+
+    def test_of_the_model_are_named(self, cache, cache_config, model, tokenizer):
+        cfg = cache_config()
+        cache.check(cfg, model)
+        with pytest.raises(ValueError, match="`weights_hash`"):
+            cache.check(cfg, tiny_model(tokenizer, seed=1))
+        other = AutoTokenizer.from_pretrained(PAPER_DATA / "model")
+        other.add_tokens(["new"])
+        model.tokenizer = other
+        with pytest.raises(ValueError, match="`tokenizer_hash`"):
+            cache.check(cfg, model)
+
+
+class TestFingerprints:
+    def test_a_models_is_of_its_weights_alone(self, model, tokenizer):
+        first = weights_hash(model)
+        assert weights_hash(tiny_model(tokenizer)) == first
+        model.train().requires_grad_(False)
+        model(torch.ones(1, 4, dtype=torch.long))
+        assert weights_hash(model) == first
+
+    @pytest.mark.parametrize("size", [16, 512 * 16])
+    def test_a_models_changes_with_any_parameter(self, model, size):
+        first = weights_hash(model)
+        parameters = [p for p in model.parameters() if p.numel() == size]
+        for parameter in parameters:
+            saved = parameter.data.clone()
+            parameter.data += 1e-6
+            assert weights_hash(model) != first
+            parameter.data = saved
+        assert len(parameters) > 1
+        assert weights_hash(model) == first
+
+    def test_a_models_changes_with_its_dtype_and_shapes(self, model, tokenizer):
+        first = weights_hash(model)
+        assert weights_hash(model.to(torch.bfloat16)) != first
+        assert weights_hash(tiny_model(tokenizer, n_ctx=N_CTX + 1)) != first
+
+    def test_a_tokenizers_does_not_change_with_use(self, tokenizer):
+        first = tokenizer_hash(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+        changed = tokenizer_hash(tokenizer)
+        tokenizer(["w1", "w1 w2"], padding=True, truncation=True, max_length=3)
+        assert tokenizer_hash(tokenizer) == changed
+        assert first is not None
+        assert tokenizer_hash(None) is None
