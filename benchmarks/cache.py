@@ -3,18 +3,19 @@
 Harvests a cache of all 30 layers of SmolLM2, then compares vectors per second of
 
 - the live store, which runs the model,
+- harvesting a cache, which runs it too and writes,
 - the store of the cache, all layers,
 - the store of the cache, one layer,
 - the same cache in bfloat16,
 
 mixing in the same buffer, after checking that the cache serves exactly the live store's
-vectors. Prints bytes per token, what harvesting costs over serving, and how far mixing
-brings tokens that are neighbours in the text. The files are in the page cache, as they
-are when a run has read them once; `--cold` drops them before each turn.
+vectors. Prints bytes per token too. The files are in the page cache, as they are when a
+run has read them once; `--cold` drops them before each turn.
 """
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -57,15 +58,13 @@ def main() -> None:
     data = Dataset.from_dict({"input_ids": tokens})
     print_versions("torch", "sae-lens", "transformer-lens", "safetensors", "xxhash")
     with tempfile.TemporaryDirectory() as folder:
-        caches: dict[str, ActivationCache] = {}
 
-        def harvest(dtype: str, number: int = 0) -> None:
-            cfg = config(model, tokens.numel(), f"{folder}/{dtype}-{number}", dtype)
-            caches[dtype] = MultiLayerCacheActivationsRunner(cfg, data, model).run()
+        def harvest(dtype: str = "float32") -> ActivationCache:
+            path = tempfile.mkdtemp(dir=folder)
+            cfg = config(model, tokens.numel(), path, dtype)
+            return MultiLayerCacheActivationsRunner(cfg, data, model).run()
 
-        harvest("float32")
-        harvest("bfloat16")
-        exact, rounded = caches["float32"], caches["bfloat16"]
+        exact, rounded = harvest(), harvest("bfloat16")
         with announced("the cache serves the live store's vectors"):
             check_equal(model, data, exact, rounded)
         cfg = config(model, tokens.numel(), str(exact.path))
@@ -73,6 +72,7 @@ def main() -> None:
         half = config(model, tokens.numel(), str(rounded.path), "bfloat16")
         turns: dict[str, Callable[[], None]] = {
             "live store": lambda: serve(live_store(model, cfg, data)),
+            "harvesting": lambda: shutil.rmtree(harvest().path),
             "cache, float32": lambda: serve(cached_store(exact, cfg)),
             "cache, one of the layers": lambda: serve(cached_store(exact, one)),
             "cache, bfloat16": lambda: serve(cached_store(rounded, half)),
@@ -80,7 +80,8 @@ def main() -> None:
         if args.cold:
             turns = {name: cold(turn, folder) for name, turn in turns.items()}
         seconds = time_in_turns(turns, rounds)
-        report(seconds, turns, tokens.numel(), model.cfg.n_layers, caches)
+        report(seconds, turns, tokens.numel(), model.cfg.n_layers)
+        sizes(exact, rounded)
 
 
 def config(
@@ -139,12 +140,12 @@ def cold(turn: Callable[[], None], folder: str) -> Callable[[], None]:
 def check_equal(
     model: Any, data: Dataset, exact: ActivationCache, rounded: ActivationCache
 ) -> None:
-    """The first rows of both caches, bit for bit; all rows of the bfloat16 one."""
+    """The first rows of both caches, bit for bit, and their tokens."""
     cfg = config(model, 4 * BATCH, str(exact.path), activations_mixing_fraction=0.0)
     live = live_store(model, cfg, data)
     expected = torch.cat([next(live) for _ in range(4)])
-    pairs = zip(exact.read(), rounded.read(), strict=False)
-    (found, text), (in_bfloat16, _) = next(pairs)
+    found, text = next(exact.read())
+    in_bfloat16, _ = next(rounded.read())
     ids = torch.tensor(data["input_ids"][: len(expected) // CONTEXT]).flatten()
     same = (
         torch.equal(found[: len(expected)], expected)
@@ -160,25 +161,28 @@ def report(
     turns: dict[str, Callable[[], None]],
     n_tokens: int,
     n_layers: int,
-    caches: dict[str, ActivationCache],
 ) -> None:
-    """Print rates, ratios, peaks and sizes."""
+    """Print rates, ratios and peaks."""
     print(f"SmolLM2-135M, {n_layers} hooks, {n_tokens:,} tokens, batches of {BATCH}")
     live = seconds["live store"]
     for name, times in seconds.items():
         n_vectors = n_tokens * (1 if "one of" in name else n_layers)
-        peak = f"{peak_rss_mib(turns[name]):7.0f} MiB" if name != "live store" else ""
+        peak = peak_rss_mib(turns[name])
         print(
             f"{name:26}{n_tokens / statistics.median(times):8,.0f} tokens/s "
             f"{n_vectors / statistics.median(times):10,.0f} vectors/s "
-            f"{ratio(live, times):6.1f} x live {peak}"
+            f"{ratio(live, times):6.1f} x live {peak:7.0f} MiB"
         )
-    for dtype, cache in caches.items():
+
+
+def sizes(*caches: ActivationCache) -> None:
+    """Print how large the caches are."""
+    for cache in caches:
         files = [path for path in cache.path.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         print(
-            f"{dtype}: {size / n_tokens:,.0f} bytes per token, of which vectors "
-            f"{cache.manifest.bytes_per_token:,}; {cache.n_blocks} blocks of "
+            f"{cache.manifest.dtype}: {size / cache.n_tokens:,.0f} bytes per token, of "
+            f"which vectors {cache.manifest.bytes_per_token:,}; {cache.n_blocks} blocks of "
             f"{cache.manifest.tokens_per_block} tokens in {len(cache.shards)} shards"
         )
 

@@ -2,7 +2,8 @@
 
 Reads lines `WHAT FOLDER SECONDS`; for each it forks a process (importing everything
 anew would take longer than the run) that trains, or goes on, and ends with
-FOLDER/output; or that harvests FOLDER/cache (WHAT is `harvest`) or trains on it (`cached`).
+FOLDER/output; or that harvests FOLDER/cache (WHAT is `harvest`) or trains on it
+(`cached`).
 Each step and each part of a checkpoint takes SECONDS longer, so that a kill is as
 likely in the one as in the other. Prints `started PID` once the process is about to
 train, and `ended STATUS` when it is no more.

@@ -281,7 +281,8 @@ class CachedActivationsStore(MultiLayerActivationsStore):
     ) -> Generator[Float[Tensor, "token d_in"]]:
         """Some rows of a block, hook by hook."""
         for vectors in self.cache.vectors(int(prompts), self.hook_names):
-            yield vectors.to(self.device)[rows]
+            # Not by brackets, which share out even these few rows between threads.
+            yield vectors.to(self.device).index_select(0, rows)
 
     @override
     def go_to(self, n_rows_this_epoch: int, unread: Tensor) -> None:
