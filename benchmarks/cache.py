@@ -28,7 +28,6 @@ from sae_lens import LoggingConfig
 
 from benchmarks._common import (
     announced,
-    peak_rss_mib,
     print_versions,
     ratio,
     time_in_turns,
@@ -80,7 +79,7 @@ def main() -> None:
         if args.cold:
             turns = {name: cold(turn, folder) for name, turn in turns.items()}
         seconds = time_in_turns(turns, rounds)
-        report(seconds, turns, tokens.numel(), model.cfg.n_layers)
+        report(seconds, tokens.numel(), model.cfg.n_layers)
         sizes(exact, rounded)
 
 
@@ -158,20 +157,18 @@ def check_equal(
 
 def report(
     seconds: dict[str, list[float]],
-    turns: dict[str, Callable[[], None]],
     n_tokens: int,
     n_layers: int,
 ) -> None:
-    """Print rates, ratios and peaks."""
+    """Print rates and ratios."""
     print(f"SmolLM2-135M, {n_layers} hooks, {n_tokens:,} tokens, batches of {BATCH}")
     live = seconds["live store"]
     for name, times in seconds.items():
         n_vectors = n_tokens * (1 if "one of" in name else n_layers)
-        peak = peak_rss_mib(turns[name])
         print(
             f"{name:26}{n_tokens / statistics.median(times):8,.0f} tokens/s "
             f"{n_vectors / statistics.median(times):10,.0f} vectors/s "
-            f"{ratio(live, times):6.1f} x live {peak:7.0f} MiB"
+            f"{ratio(live, times):6.1f} x live"
         )
 
 
@@ -182,8 +179,8 @@ def sizes(*caches: ActivationCache) -> None:
         size = sum(path.stat().st_size for path in files)
         print(
             f"{cache.manifest.dtype}: {size / cache.n_tokens:,.0f} bytes per token, of "
-            f"which vectors {cache.manifest.bytes_per_token:,}; {cache.n_blocks} blocks of "
-            f"{cache.manifest.tokens_per_block} tokens in {len(cache.shards)} shards"
+            f"which vectors {cache.manifest.bytes_per_token:,}; {cache.n_blocks} "
+            f"blocks of {cache.manifest.tokens_per_block} tokens"
         )
 
 

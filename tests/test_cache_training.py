@@ -19,7 +19,7 @@ from sae_lens import (
     StandardTrainingSAEConfig,
 )
 from saes import random_lens
-from test_kills import Runs, saved
+from test_kills import N_KILLS, Runs, saved
 
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.training import evaluator as evaluator_module
@@ -239,7 +239,7 @@ def test_kills_at_any_moment_change_neither_a_cache_nor_a_run(tmp_path):
         choose = random.Random(0)
         killed = {"harvest": 0, "cached": 0}
         for what in killed:
-            while killed[what] < 3:
+            while killed[what] < N_KILLS:
                 process = runs.start(tmp_path / "killed", 0.01, what)
                 time.sleep(choose.uniform(0, 0.4))
                 os.kill(process, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -324,6 +323,9 @@ class MultiLayerCacheActivationsRunner:
 @contextmanager
 def _alone(folder: Path) -> Generator[None]:
     """Keep other processes from harvesting the same cache; ends with the process."""
+    # Where there is none, as on Windows, caches can still be read.
+    import fcntl
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,5 +32,5 @@ def cache(arguments: list[str]) -> None:
     harvested = MultiLayerCacheActivationsRunner(config_from_settings(settings)).run()
     print(
         f"Written: {harvested.path}, {harvested.n_tokens:,} tokens. Train with "
-        "--use_cached_activations true --cached_activations_path."
+        f"--use_cached_activations true --cached_activations_path {harvested.path}"
     )
