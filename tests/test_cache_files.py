@@ -131,6 +131,20 @@ class TestHarvest:
         assert names == ["manifest.json", "shard-000000", "shard-000001"]
         harvest(cache_config()).verify()
 
+    @pytest.mark.parametrize("n_saved", [0, 2])
+    def test_can_be_run_again_after_an_error(
+        self, cache_config, cache_runner, harvest, monkeypatch, tmp_path, n_saved
+    ):
+        runner = cache_runner(cache_config())
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_module.ShardInMemory, "save", self.fail_at(n_saved))
+            with pytest.raises(OSError, match="No space"):
+                runner.run()
+        runner.run()
+        path = tmp_path / "undisturbed"
+        harvest(cache_config(cached_activations_path=str(path)))
+        assert files_of(runner.path) == files_of(path)
+
     def test_without_room_does_not_begin(
         self, cache_config, cache_runner, monkeypatch, tmp_path, caplog
     ):
@@ -212,6 +226,21 @@ class TestHarvest:
             cache_runner(
                 cache_config(dtype="bfloat16", layers=[1], training_tokens=999)
             )
+
+    def test_goes_on_with_the_same_text_and_every_shard_only(
+        self, cache_config, harvest, monkeypatch, token_dataset, tmp_path
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_module.ShardInMemory, "save", self.fail_at(3))
+            with pytest.raises(OSError, match="No space"):
+                harvest(cache_config())
+        with pytest.raises(ValueError, match="it begins with other tokens"):
+            harvest(cache_config(), token_dataset.select(range(1, 64)))
+        (tmp_path / "cache" / "shard-000001").rename(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match="shard-000001 is missing, and shard-0000"):
+            harvest(cache_config())
+        (tmp_path / "elsewhere").rename(tmp_path / "cache" / "shard-000001")
+        harvest(cache_config()).verify()
 
     def test_is_of_one_process_at_a_time(self, cache_config, cache_runner, monkeypatch):
         runner = cache_runner(cache_config())

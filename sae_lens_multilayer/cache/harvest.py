@@ -34,7 +34,7 @@ from sae_lens_multilayer.cache.reading import (
     EVALUATION_FOLDER,
     ActivationCache,
 )
-from sae_lens_multilayer.cache.shards import ShardInMemory, describe
+from sae_lens_multilayer.cache.shards import Shard, ShardInMemory, describe
 from sae_lens_multilayer.checkpoints import (
     check_free,
     complete_or_absent,
@@ -99,6 +99,7 @@ class MultiLayerCacheActivationsRunner:
         self.model = (
             override_model if override_model is not None else load_any_model(cfg)
         )
+        self._dataset, self._has_begun = override_dataset, False
         self.activations_store = self._make_store(override_dataset)
         self.manifest = self._plan(shard_bytes, block_bytes)
         self._check_found()
@@ -228,14 +229,26 @@ class MultiLayerCacheActivationsRunner:
 
     def _shards(self) -> list[ShardEntry]:
         """Those that are there, in their order."""
-        return [describe(folder) for folder in sorted(self.path.glob("shard-*"))]
+        folders = sorted(self.path.glob("shard-*"))
+        for number, folder in enumerate(folders):
+            if folder.name != _shard_name(number):
+                raise ValueError(
+                    f"{self.path / _shard_name(number)} is missing, and {folder.name} "
+                    "is there. Put it back, or delete the cache."
+                )
+        return [describe(folder) for folder in folders]
 
     def _harvest(self) -> None:
         """Add the shards that are missing."""
+        if self._has_begun:
+            # A run that failed has left it somewhere in the dataset.
+            self.activations_store = self._make_store(self._dataset)
+        self._has_begun = True
         store, entries = self.activations_store, self._shards()
         n_tokens = sum(entry.n_tokens for entry in entries)
         if entries:
             logger.info("Going on after %d shards, %d tokens.", len(entries), n_tokens)
+            self._check_same_text(entries[0])
             store.load_from_checkpoint(self.path / entries[-1].name)
         n_shards, wanted = len(entries), self.manifest.training_tokens
         shard = ShardInMemory(
@@ -247,7 +260,7 @@ class MultiLayerCacheActivationsRunner:
             while n_tokens < wanted and not store.epoch_has_ended:
                 self._fill(shard, wanted - n_tokens, progress)
                 if shard.n_tokens:
-                    self._save(shard, self.path / f"shard-{n_shards:06d}")
+                    self._save(shard, self.path / _shard_name(n_shards))
                     n_shards, n_tokens = n_shards + 1, n_tokens + shard.n_tokens
                 shard.clear()
         if n_tokens < wanted:
@@ -255,6 +268,19 @@ class MultiLayerCacheActivationsRunner:
                 "The dataset has ended: the cache holds %d of the %d tokens asked for.",
                 n_tokens,
                 wanted,
+            )
+
+    def _check_same_text(self, entry: ShardEntry) -> None:
+        """Compare where the dataset begins with the first shard."""
+        found = Shard.of_cache(self.path, self.manifest, entry).tokens().tokens
+        prompts = self.activations_store.take_next()
+        if prompts is None or not torch.equal(
+            prompts.cpu().int(), found[: len(prompts)]
+        ):
+            raise ValueError(
+                f"The dataset must be that of the cache at {self.path}, whose harvest "
+                "was interrupted; it begins with other tokens. Give the same dataset, "
+                "or another `cached_activations_path`."
             )
 
     def _fill(self, shard: ShardInMemory, n_missing: int, progress: Any) -> None:
@@ -318,6 +344,10 @@ class MultiLayerCacheActivationsRunner:
             cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts,
         )
         return tokens.cpu().int()
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}"
 
 
 @contextmanager

@@ -57,13 +57,7 @@ class ActivationCache:
                 "interrupted. Run the same harvest again: it goes on there."
             )
         self.shards = [
-            Shard(
-                self.path / entry.name,
-                manifest.hook_names,
-                manifest.tokens_per_block,
-                entry,
-            )
-            for entry in manifest.shards
+            Shard.of_cache(self.path, manifest, entry) for entry in manifest.shards
         ]
         faults = [fault for shard in self.shards if (fault := shard.fault())]
         if faults:

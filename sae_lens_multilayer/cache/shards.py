@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_multilayer.cache.fingerprints import checksum
-from sae_lens_multilayer.cache.manifest import ShardEntry
+from sae_lens_multilayer.cache.manifest import Manifest, ShardEntry
 
 ACTIVATIONS_FILENAME = "activations.safetensors"
 
@@ -118,6 +118,13 @@ class Shard:
     tokens_per_block: int
     entry: ShardEntry
     """What the manifest says of it."""
+
+    @classmethod
+    def of_cache(cls, path: Path, manifest: Manifest, entry: ShardEntry) -> "Shard":
+        """One shard of the cache at a path."""
+        return cls(
+            path / entry.name, manifest.hook_names, manifest.tokens_per_block, entry
+        )
 
     @property
     def n_blocks(self) -> int:
