@@ -28,6 +28,7 @@ from sae_lens_multilayer import (
 )
 from sae_lens_multilayer.cache import shards as shards_module
 from sae_lens_multilayer.cache.reading import CachedActivationsStore
+from sae_lens_multilayer.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -186,6 +187,38 @@ class TestStore:
         assert all(counted(epoch) == expected for epoch in epochs)
         assert not torch.equal(epochs[0], epochs[1])
         assert not torch.equal(epochs[0], rows_of(cache))
+
+    @pytest.mark.parametrize("mixing", [0.0, 0.5])
+    @pytest.mark.parametrize("count", [3, 5])
+    def test_ranks_share_the_tokens_of_each_epoch(
+        self, cache_config, harvest, count, mixing
+    ):
+        cache = harvest(cache_config())
+        assert cache.n_blocks % count  # some ranks have one more
+        cfg = cache_config(
+            train_batch_size_tokens=1,
+            activations_mixing_fraction=mixing,
+            training_tokens=10**6,
+        )
+        served = []
+        for index in range(count):
+            store = CachedActivationsStore.from_cache(
+                cache, cfg, ranks=Ranks(index, count)
+            )
+            blocks = [int(store.take_next())]
+            while not store.epoch_has_ended:
+                blocks.append(int(store.take_next()))
+            again = CachedActivationsStore.from_cache(
+                cache, cfg, ranks=Ranks(index, count)
+            )
+            served.append(serve(again, sum(map(cache.n_tokens_of, blocks))))
+        assert counted(torch.cat(served)) == counted(rows_of(cache))
+
+    def test_more_ranks_than_blocks_are_an_error(self, cache_config, harvest):
+        cache = harvest(cache_config())
+        ranks = Ranks(0, cache.n_blocks + 1)
+        with pytest.raises(ValueError, match="a block of tokens for each of"):
+            CachedActivationsStore.from_cache(cache, cache_config(), ranks=ranks)
 
     def test_the_seed_decides_the_order(self, cache_config, harvest):
         cache = harvest(cache_config())

@@ -20,6 +20,7 @@ from sae_lens_multilayer.cache.manifest import Manifest, explain
 from sae_lens_multilayer.cache.shards import Shard, ShardTokens
 from sae_lens_multilayer.checkpoints import read_tensors
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,7 @@ class CachedActivationsStore(MultiLayerActivationsStore):
     """
 
     cache: ActivationCache
+    _ranks: Ranks
     _seed: int | None
     _order: tuple[int, Int[Tensor, " block"]] | None = None  # of which epoch
 
@@ -209,17 +211,26 @@ class CachedActivationsStore(MultiLayerActivationsStore):
         cache: ActivationCache,
         cfg: MultiLayerConfig[Any],
         model: Any | None = None,
+        ranks: Ranks = ALONE,
     ) -> "CachedActivationsStore":
-        """Make the store of a training run.
+        """Make the store of a training run, or of one rank of it.
 
         Args:
             cache: One that `check` has found to be of this run.
             cfg: The run's configuration.
             model: Kept for evaluations; nothing is harvested from it.
+            ranks: The processes of the run, among which the blocks are divided.
 
         Raises:
-            ValueError: If the cache holds less than one training batch.
+            ValueError: If the cache holds less than one training batch, or fewer blocks
+                than there are ranks.
         """
+        if cache.n_blocks < ranks.count:
+            raise ValueError(
+                f"The cache must have a block of tokens for each of {ranks.count} "
+                f"processes; {cache.path} has {cache.n_blocks}. Train in fewer, or "
+                "harvest more tokens."
+            )
         if cache.n_tokens < cfg.train_batch_size_tokens:
             raise ValueError(
                 "The cache must hold at least one training batch of "
@@ -236,6 +247,7 @@ class CachedActivationsStore(MultiLayerActivationsStore):
         store = super(MultiLayerActivationsStore, cls).from_config(model, plain)  # type: ignore[arg-type]
         assert isinstance(store, cls)
         names = cfg.resolve_hook_names(cache.manifest.n_layers)
+        store._ranks = ranks
         store.cache, store.hook_name, store.hook_names = cache, names[0], names
         store._generator = torch.Generator().manual_seed(cfg.seed)
         store._harvests = []
@@ -247,21 +259,22 @@ class CachedActivationsStore(MultiLayerActivationsStore):
     @override
     def take_next(self) -> Int[Tensor, "one block"]:
         """The number of the block that is read next."""
-        epoch, index = divmod(self.n_dataset_processed, self.cache.n_blocks)
+        n_own = len(range(self._ranks.index, self.cache.n_blocks, self._ranks.count))
+        epoch, index = divmod(self.n_dataset_processed, n_own)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, self._order_of(epoch)
         self.n_dataset_processed += 1
         self._n_model_batches += 1
-        self._n_rows_this_epoch = (index + 1) % self.cache.n_blocks
+        self._n_rows_this_epoch = (index + 1) % n_own
         self._epoch_has_ended = self._n_rows_this_epoch == 0
         return self._order[1][index].view(1, 1)
 
     def _order_of(self, epoch: int) -> Int[Tensor, " block"]:
-        n_blocks = self.cache.n_blocks
-        if self._seed is None:
-            return torch.arange(n_blocks)
-        random = np.random.default_rng([self._seed, epoch])
-        return torch.from_numpy(random.permutation(n_blocks))
+        order = np.arange(self.cache.n_blocks)
+        if self._seed is not None:
+            order = np.random.default_rng([self._seed, epoch]).permutation(order)
+        # The order is the same on all ranks, so each block is one rank's.
+        return torch.from_numpy(order[self._ranks.index :: self._ranks.count])
 
     @override
     def kept_tokens(self, prompts: Tensor) -> Int[Tensor, " token"]:

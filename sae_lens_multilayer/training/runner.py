@@ -176,7 +176,9 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             self._compile_llm_if_needed()
         share = share_of_rank(self.cfg, self.ranks)
         if self._cache is not None:
-            return CachedActivationsStore.from_cache(self._cache, share, self.model)
+            return CachedActivationsStore.from_cache(
+                self._cache, share, self.model, ranks=self.ranks
+            )
         return MultiLayerActivationsStore.from_config(
             self.model, share, override_dataset=override_dataset, ranks=self.ranks
         )
