@@ -171,6 +171,8 @@ class TestShares:
             first_epoch = own[: n_contexts - 1]
             assert len(set(first_epoch)) == len(first_epoch)
             assert len(own) > 2 * len(first_epoch)
+            # Half of 1,280 tokens in contexts of 16, rounded up to model batches.
+            assert 40 <= len(own) < 44
 
     def test_a_batch_that_does_not_divide_is_refused(self, ranked, tmp_path):
         said = ranked.fail(tmp_path, train_batch_size_tokens=65)

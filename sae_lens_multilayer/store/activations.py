@@ -90,7 +90,7 @@ class MultiLayerActivationsStore(ResumableTokens):
         assert isinstance(store, cls)
         store.hook_name, store.hook_names = names[0], names
         store._own_hook_names = own_names
-        store._generator = torch.Generator().manual_seed(cfg.seed + ranks.index)
+        store._generator = torch.Generator().manual_seed(cfg.seed)
         assert store.dataset is not None
         store.dataset = ranks.own_rows(store.dataset)
         store._harvests = []
