@@ -140,9 +140,9 @@ def train(
     harvested: list[list[int]] = []
     harvest = MultiLayerActivationsStore._harvest
 
-    def watched(self: Any, tokens: torch.Tensor, buffer: Any) -> None:
-        harvested.extend(tokens.tolist())
-        harvest(self, tokens, buffer)
+    def watched(self: Any, prompts: torch.Tensor, buffer: Any) -> None:
+        harvested.extend(prompts.tolist())
+        harvest(self, prompts, buffer)
 
     MultiLayerActivationsStore._harvest = watched
     slow_down(MultiLayerTrainer, "step", seconds)
