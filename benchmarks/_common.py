@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
+
+from sae_lens_multilayer.cost import measured
 
 
 def print_versions(*packages: str) -> None:
@@ -54,12 +55,6 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
 
 def peak_rss_mib(work: Callable[[], object]) -> float:
     """MiB that this process takes at its peak beyond what it held before (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_kib("VmRSS")
-    work()
-    return (_status_kib("VmHWM") - before) / 2**10
-
-
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    with measured() as cost:
+        work()
+    return cost.peak_memory_mib - cost.memory_before_mib

@@ -154,11 +154,7 @@ def offline(model, token_dataset, tmp_path, monkeypatch):
     """The tiny model under any name, its SAE and its text in files."""
     for module in (runner_module, inputs, harvest_module):
         monkeypatch.setattr(module, "load_any_model", lambda cfg: model)
-    monkeypatch.setattr(
-        runner_module.MultiLayerSAETrainingRunner,
-        "_check_named_model",
-        lambda self: None,
-    )
+    monkeypatch.setattr(runner_module, "check_named_model", lambda cfg, lens: None)
     token_dataset.to_parquet(tmp_path / "text.parquet")
     from saes import random_sae  # which takes sizes from here
 

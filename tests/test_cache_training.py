@@ -162,9 +162,7 @@ def test_evaluates_on_text_that_is_not_trained_on(
     settings = {"training_tokens": 512, "n_eval_batches": 2, "output_path": None}
     harvest(cache_config(**settings))
     monkeypatch.setattr(runner_module, "load_any_model", lambda cfg: model)
-    monkeypatch.setattr(
-        runner_module.MultiLayerSAETrainingRunner, "_check_named_model", lambda _: None
-    )
+    monkeypatch.setattr(runner_module, "check_named_model", lambda *_: None)
     calls = count_calls(monkeypatch, evaluator_module, "evaluate")
     cfg = cache_config(**settings, use_cached_activations=True, logger=log)
     LanguageModelSAETrainingRunner(cfg).run()

@@ -8,15 +8,17 @@ from typing import Any
 from jaxtyping import Int
 from sae_lens import SAE, LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.util import get_special_token_ids
 from simple_parsing import field as option
 from torch import Tensor
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.prompts import take_prompts
 from sae_lens_multilayer.sae_config import MultiLayerTrainingSAEConfig
-from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.store.held_out import (
+    check_n_tokens,
+    excluded_token_ids,
+    prompts_of_text,
+)
 from sae_lens_multilayer.training.runner import load_any_model
 from sae_lens_multilayer.views import hook_names_of
 
@@ -110,10 +112,9 @@ def load_inputs(
     model, tokens = load_model_and_tokens(cfg, text_options)
     special = text_options.exclude_special_tokens
     if special is None:
-        special = metadata.exclude_special_tokens or False
-    if special is True:
-        special = get_special_token_ids(model.tokenizer)
-    return Inputs(sae, model, tokens, list(special or []))
+        special = metadata.exclude_special_tokens
+    excluded = excluded_token_ids(special, model.tokenizer)
+    return Inputs(sae, model, tokens, excluded)
 
 
 def load_sae(options: SAEOptions, device: str) -> SAE[Any]:
@@ -140,18 +141,13 @@ def load_model_and_tokens(
     Raises:
         ValueError: If the text is too short, or as the store.
     """
-    if options.n_tokens < 1:
-        raise ValueError(f"`n_tokens` must be at least 1; got {options.n_tokens}.")
+    check_n_tokens(options.n_tokens)
     model = load_any_model(cfg)
     # The store checks that it fits the SAE; here is none, or one that is checked later.
     width = hooks.shape_of_model(model).d_model
     cfg.sae = MultiLayerTrainingSAEConfig(d_in=width, d_sae=width, k=1)
-    store = MultiLayerActivationsStore.from_config(model, cfg)
-    n_prompts = -(-options.n_tokens // cfg.context_size)
-    tokens = take_prompts(
-        model, cfg.model_name, store, n_prompts, options.batch_size_prompts
-    )
-    return model, tokens.cpu()
+    tokens = prompts_of_text(model, cfg, options.n_tokens, options.batch_size_prompts)
+    return model, tokens
 
 
 def run_of(

@@ -45,6 +45,7 @@ from sae_lens_multilayer.checkpoints import (
 )
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
+from sae_lens_multilayer.lens.layer_lens import LayerLens
 from sae_lens_multilayer.ranks import AgreedError
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.store.batches import RunBatches
@@ -161,7 +162,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         if override_model is None:
             if self._cache is not None and not evaluates(self.cfg):
                 return None
-            self._check_named_model()
+            check_named_model(self.cfg, self._lens)
         model = (
             override_model if override_model is not None else load_any_model(self.cfg)
         )
@@ -213,20 +214,6 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 "`checkpoint_path` must lie outside `output_path`, which must be empty "
                 f"when the SAE is saved there; got {checkpoints} and {output}."
             )
-
-    def _check_named_model(self) -> None:
-        cfg = self.cfg
-        kwargs = cfg.model_from_pretrained_kwargs or {}
-        shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
-        if shape is None:
-            return
-        if self._lens is not None:
-            self._lens.config.check_shape(shape, cfg.model_name)
-        names = cfg.resolve_hook_names(shape.n_layers)
-        hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
-        hooks.check_width(names, cfg.sae.d_in, shape)
-        if cfg.model_class_name == "AutoModelForCausalLM":
-            hooks.check_hf_hook_names(cfg.model_name, names, kwargs)
 
     def _check_hooks_of_checkpoint(self, hook_names: list[str]) -> None:
         if self.cfg.resume_from_checkpoint is None:
@@ -498,6 +485,40 @@ def _identity(cfg: TrainingSAEConfig) -> dict[str, Any]:
     }
     k = getattr(cfg, "k", None)
     return identity if k is None else identity | {"k": k}
+
+
+def check_named_model(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> None:
+    """Check that a run fits the model it names, by the model's configuration alone.
+
+    Nothing is checked where that cannot be had without loading the model.
+
+    Raises:
+        ValueError: As `check_shape`, or if a Hugging Face model has no such module.
+    """
+    kwargs = cfg.model_from_pretrained_kwargs or {}
+    shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
+    if shape is None:
+        return
+    check_shape(cfg, shape, lens)
+    if cfg.model_class_name == "AutoModelForCausalLM":
+        names = cfg.resolve_hook_names(shape.n_layers)
+        hooks.check_hf_hook_names(cfg.model_name, names, kwargs)
+
+
+def check_shape(
+    cfg: MultiLayerConfig[Any], shape: hooks.ModelShape, lens: LayerLens | None
+) -> None:
+    """Check that a run fits a model of these sizes.
+
+    Raises:
+        ValueError: If a layer is not in the model, the context is too long for it, or
+            the lens or the SAE is of another width or depth.
+    """
+    if lens is not None:
+        lens.config.check_shape(shape, cfg.model_name)
+    names = cfg.resolve_hook_names(shape.n_layers)
+    hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
+    hooks.check_width(names, cfg.sae.d_in, shape)
 
 
 def load_any_model(cfg: MultiLayerConfig[Any]) -> Any:
