@@ -27,6 +27,14 @@ from sae_lens_multilayer.store.activations import (
     MultiLayerActivationsStore,
     NonFiniteActivationError,
 )
+from sae_lens_multilayer.sweeps.compare import (
+    PointsFailedError,
+    SingleLayerRuns,
+    train_and_compare,
+)
+from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
+from sae_lens_multilayer.sweeps.points import grid
+from sae_lens_multilayer.sweeps.run import sweep
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 from sae_lens_multilayer.views import view, views
 
@@ -46,15 +54,21 @@ __all__ = [
     "MultiLayerTrainingSAE",
     "MultiLayerTrainingSAEConfig",
     "NonFiniteActivationError",
+    "PointsFailedError",
+    "SingleLayerRuns",
     "SpliceMetrics",
+    "SweepEvaluation",
     "evaluate",
     "fit_tuned_lens",
+    "grid",
     "lens_kl",
     "mlsae_disk_loader",
     "mlsae_huggingface_loader",
     "new_tuned_lens",
     "reconstruction_metrics",
     "releases",
+    "sweep",
+    "train_and_compare",
     "view",
     "views",
 ]

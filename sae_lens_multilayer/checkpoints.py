@@ -1,4 +1,4 @@
-"""Folders on disk that are complete or not there."""
+"""Folders and files on disk that are complete or not there."""
 
 import itertools
 import json
@@ -52,17 +52,18 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
         raise
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in the place of the one that is there; a crash leaves either."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is the old one, or none, until all of it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{PARTIAL_PREFIX}{uuid4().hex[:8]}")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         _flush(partial)
         os.replace(partial, path)
-        _flush(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    _flush(path.parent)
 
 
 def check_free(path: str | Path) -> None:

@@ -75,7 +75,7 @@ class TestHarvest:
     def stop_after(n_written, patch) -> None:
         """Let a harvest end as a killed one does, but with an error."""
         left = iter(range(n_written))
-        for name in ("complete_or_absent", "replace_text"):
+        for name in ("complete_or_absent", "write_whole"):
             original = getattr(harvest_module, name)
 
             def stopping(*args, original=original):

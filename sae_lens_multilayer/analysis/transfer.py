@@ -76,6 +76,16 @@ class Comparison(Result):
     multi_layer: Float[Tensor, "layer metric"]
     single_layer: Float[Tensor, "layer metric"]
 
+    @classmethod
+    def of_tables(
+        cls, multi_layer: pd.DataFrame, single_layer: pd.DataFrame
+    ) -> "Comparison":
+        """The comparison of two tables of `SpliceMetrics` with the same hooks."""
+        names = [str(name) for name in multi_layer.index]
+        tables = (multi_layer, single_layer.loc[names])
+        columns = list(COMPARED)
+        return cls(names, *(torch.tensor(t[columns].to_numpy()) for t in tables))
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each hook; each metric for `multi_layer` and `single_layer`."""
         index = pd.Index(self.hook_names, name="hook_name")
@@ -188,10 +198,10 @@ def compare_with_single_layers(
             prompts,
             batch_size_prompts=batch_size_prompts,
             exclude_tokens=exclude_tokens,
-        ).to_dataframe()[list(COMPARED)]
+        ).to_dataframe()
         for sae in (multi_layer, [by_hook[name] for name in names])
     ]
-    return Comparison(names, *(torch.tensor(table.to_numpy()) for table in tables))
+    return Comparison.of_tables(*tables)
 
 
 def _of_one_hook(sae: SAE[Any]) -> SAE[Any]:

@@ -39,7 +39,7 @@ from sae_lens_multilayer.checkpoints import (
     check_free,
     complete_or_absent,
     read_tensors,
-    replace_text,
+    write_whole,
 )
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
@@ -330,7 +330,7 @@ class MultiLayerCacheActivationsRunner:
             evaluation_checksum=checksum(tokens),
             shards=entries,
         )
-        replace_text(self.path / MANIFEST_FILENAME, done.to_json())
+        write_whole(self.path / MANIFEST_FILENAME, done.to_json())
 
     def _evaluation_tokens(self) -> Tensor:
         store, cfg = self.activations_store, self.cfg

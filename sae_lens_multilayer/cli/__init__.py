@@ -17,6 +17,7 @@ from sae_lens_multilayer.cli.lens import lens
 from sae_lens_multilayer.cli.parsing import PROG, help_of
 from sae_lens_multilayer.cli.published import evals, releases
 from sae_lens_multilayer.cli.report import report
+from sae_lens_multilayer.cli.sweep import compare, sweep
 from sae_lens_multilayer.cli.train import train
 from sae_lens_multilayer.ranks import RankError
 
@@ -27,6 +28,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "lens": lens,
     "analyze": analyze,
     "report": report,
+    "sweep": sweep,
+    "compare": compare,
     "evals": evals,
     "releases": releases,
 }

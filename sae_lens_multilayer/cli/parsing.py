@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from simple_parsing import ArgumentParser
 
-from sae_lens_multilayer.checkpoints import check_writable
+from sae_lens_multilayer.checkpoints import check_writable, write_whole
 
 PROG = "sae-lens-multilayer"
 
@@ -50,8 +50,5 @@ def new_file(path: str | None, suffix: str) -> Path | None:
 
 def write_new(path: Path, text: str) -> None:
     """Write a file that is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, text)
     print(f"Written: {path}")

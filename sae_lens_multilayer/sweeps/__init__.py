@@ -1,0 +1,1 @@
+"""Many runs that differ in some settings: trained, evaluated, analysed, compared."""

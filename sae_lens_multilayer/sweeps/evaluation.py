@@ -1,0 +1,187 @@
+"""What is measured of each point of a sweep, and on which text."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
+
+from jaxtyping import Int
+from sae_lens import SAE
+from sae_lens.config import HfDataset
+from torch import Tensor
+
+from sae_lens_multilayer.analysis import ActiveLayers, DecoderSimilarity, Variances
+from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.analysis.suite import Analysis, Suite
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config_files import check_known
+from sae_lens_multilayer.evaluation import SpliceMetrics, evaluate
+from sae_lens_multilayer.store.held_out import (
+    check_n_tokens,
+    excluded_token_ids,
+    prompts_of_text,
+)
+
+_OF_TEXT = (
+    "context_size",
+    "prepend_bos",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+    "is_dataset_tokenized",
+    "use_chat_formatting",
+    "exclude_special_tokens",
+)
+"""Settings of a run that say how text becomes prompts."""
+_NEED_MORE = ("transfer_matrix", "residual_stream_after_lens")
+"""Analyses that not every SAE allows by itself."""
+
+
+@dataclass(frozen=True)
+class SweepEvaluation:
+    """What is measured of each point of a sweep, and on which text."""
+
+    dataset_path: str | None = None
+    """Name on the Hugging Face hub, or a file or folder, of held-out text or tokens;
+    None if a dataset is given."""
+    n_tokens: int = 65_536
+    """Tokens of text, in whole prompts: the first ones, the same for all points of a
+    model."""
+    batch_size_prompts: int = 8
+    """Prompts in a forward pass of the model; no result depends on it."""
+    exclude_positions: tuple[int, ...] = ()
+    """Positions in a prompt that are left out: 0 where the vectors of the first
+    position are many times longer than all others. They keep their own vectors when a
+    layer is replaced."""
+    analyses: tuple[str, ...] = (
+        "variances",
+        "active_layers",
+        "decoder_similarity",
+    )
+    """Names of `analysis.Suite`; the results are saved with each point. Of these three,
+    there is a number in the table."""
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "SweepEvaluation":
+        """The settings of a file.
+
+        Raises:
+            ValueError: If one is unknown or wrong.
+        """
+        check_known(settings, [field.name for field in fields(cls)])
+        # A file has lists.
+        plain = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
+        return cls(**plain)
+
+    def __post_init__(self) -> None:
+        check_n_tokens(self.n_tokens)
+        if self.batch_size_prompts < 1:
+            raise ValueError(
+                f"`batch_size_prompts` must be at least 1; got "
+                f"{self.batch_size_prompts}."
+            )
+        known = [name for name in get_args(Analysis) if name not in _NEED_MORE]
+        if unknown := [name for name in self.analyses if name not in known]:
+            raise ValueError(f"`analyses` must be among {known}; got {unknown}.")
+
+    def settings(self, text: dict[str, Any]) -> dict[str, Any]:
+        """What a result depends on, as values that JSON can hold.
+
+        Args:
+            text: See `text_settings`.
+        """
+        kept = {n: v for n, v in asdict(self).items() if n != "batch_size_prompts"}
+        lists = {name: list(kept[name]) for name in ("exclude_positions", "analyses")}
+        return {**kept, **lists, **text}
+
+
+def text_settings(base: Mapping[str, Any]) -> dict[str, Any]:
+    """How the base of a sweep makes prompts of text; all points are measured so."""
+    return {name: base.get(name, getattr(MultiLayerConfig, name)) for name in _OF_TEXT}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The prompts of one model."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    """On the CPU."""
+    exclude_tokens: list[int]
+    """Token ids that are left out."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells other prompts apart."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
+def held_out(
+    model: Any,
+    cfg: MultiLayerConfig[Any],
+    evaluation: SweepEvaluation,
+    text: dict[str, Any],
+    dataset: HfDataset | None,
+) -> HeldOut:
+    """The prompts that all points with a model are measured on.
+
+    Args:
+        cfg: One of these points.
+        dataset: The text, instead of `evaluation.dataset_path`.
+    """
+    cfg = copy.copy(cfg)
+    for name, value in text.items():
+        setattr(cfg, name, value)
+    cfg.dataset_path = evaluation.dataset_path or ""
+    tokens = prompts_of_text(
+        model, cfg, evaluation.n_tokens, evaluation.batch_size_prompts, dataset
+    )
+    excluded = excluded_token_ids(cfg.exclude_special_tokens, model.tokenizer)
+    return HeldOut(tokens, excluded)
+
+
+def measure(
+    sae: SAE[Any], model: Any, data: HeldOut, evaluation: SweepEvaluation
+) -> tuple[SpliceMetrics, dict[str, Result]]:
+    """Evaluate an SAE and analyse it."""
+    metrics = evaluate(
+        sae,
+        model,
+        data.tokens,
+        batch_size_prompts=evaluation.batch_size_prompts,
+        exclude_tokens=data.exclude_tokens,
+        keep_positions=evaluation.exclude_positions,
+    )
+    suite = Suite(
+        sae,
+        model,
+        data.tokens,
+        batch_size_prompts=evaluation.batch_size_prompts,
+        exclude_tokens=data.exclude_tokens,
+        exclude_positions=evaluation.exclude_positions,
+    )
+    return metrics, suite.run(evaluation.analyses)
+
+
+def summary(metrics: SpliceMetrics, results: dict[str, Result]) -> dict[str, float]:
+    """Means over layers, and one number or two of the analyses that have them."""
+    values = {str(name): float(value) for name, value in metrics.mean().items()}
+    for result in results.values():
+        values |= _NUMBERS.get(type(result), lambda _: {})(result)
+    return values
+
+
+def _of_variances(result: Variances) -> dict[str, float]:
+    found = result.summary
+    return {name: float(found[name]) for name in ("latent_ratio", "token_ratio")}
+
+
+def _of_active_layers(result: ActiveLayers) -> dict[str, float]:
+    means = result.mean_per_token
+    return {"active_layers_per_token": means[~means.isnan()].mean().item()}
+
+
+_NUMBERS: dict[type[Result], Callable[[Any], dict[str, float]]] = {
+    Variances: _of_variances,
+    ActiveLayers: _of_active_layers,
+    DecoderSimilarity: lambda result: {"mean_max_cos_sim": result.mean},
+}

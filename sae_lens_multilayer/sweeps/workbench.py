@@ -1,0 +1,140 @@
+"""The model and the held-out prompts of a sweep's points: loaded when needed, once."""
+
+import copy
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens.config import HfDataset
+
+from sae_lens_multilayer import hooks
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.store.local_datasets import resolve_dataset
+from sae_lens_multilayer.sweeps.evaluation import HeldOut, SweepEvaluation, held_out
+from sae_lens_multilayer.sweeps.points import Point
+from sae_lens_multilayer.training import runner
+from sae_lens_multilayer.training.run_lens import lens_of_run
+
+_OF_MODEL = (
+    "model_class_name",
+    "model_name",
+    "model_from_pretrained_kwargs",
+    "llm_device",
+    "compile_llm",
+    "llm_compilation_mode",
+)
+"""Settings of a run that say which model it loads."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Objects that are used instead of what the settings name."""
+
+    model: Any | None = None
+    dataset: HfDataset | None = None
+    """To train on."""
+    evaluation_dataset: HfDataset | None = None
+    """Held-out text or tokens."""
+
+
+class Workbench:
+    """What points are run with; those that come one after the other share a model."""
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        evaluation: SweepEvaluation,
+        text: dict[str, Any],
+        given: Given,
+    ) -> None:
+        """Check that models, layers and data fit together; no model is loaded.
+
+        Args:
+            points: All that will be run.
+            evaluation: On which text they are measured.
+            text: How it becomes prompts; see `text_settings`.
+            given: What need not be loaded.
+
+        Raises:
+            ValueError: If a point does not fit its model, or there is no data.
+            OSError: If data is not there.
+        """
+        self._points, self._evaluation, self._text = points, evaluation, text
+        self.given = given
+        self._current: str | None = None
+        self._model: Any = given.model
+        self._held_out: HeldOut | None = None
+        self._check_data()
+        self._check_models()
+
+    def _check_data(self) -> None:
+        path, given = self._evaluation.dataset_path, self.given
+        if (path is None) == (given.evaluation_dataset is None):
+            raise ValueError(
+                "Points are measured on held-out text: give `dataset_path` of "
+                "`evaluation`, or a dataset to `sweep`, and not both."
+            )
+        named = {(path, self._text["context_size"])}
+        if given.dataset is None:
+            named |= {(p.cfg.dataset_path, p.cfg.context_size) for p in self._points}
+        for name, context_size in named:
+            if name == "":
+                raise ValueError("Give `dataset_path`, or a dataset to train on.")
+            if name is not None:
+                resolve_dataset(name, context_size)
+
+    def _check_models(self) -> None:
+        given = self.given.model
+        if given is not None and len(set(map(model_of, self._points))) > 1:
+            raise ValueError(
+                f"All points must be of the model that was given; {_OF_MODEL} must "
+                "not vary. Sweep over models by name."
+            )
+        shape = None if given is None else hooks.shape_of_model(given)
+        for point in self._points:
+            lens = lens_of_run(point.cfg)
+            if shape is None:
+                runner.check_named_model(point.cfg, lens)
+            else:
+                runner.check_shape(point.cfg, shape, lens)
+
+    def load(self, point: Point) -> tuple[Any, HeldOut]:
+        """The model of a point and its held-out prompts."""
+        if self._current != model_of(point):
+            self._current = self._held_out = None
+            if self.given.model is None:
+                self._model = None
+                gc.collect()  # before the next one takes its place
+                self._model = runner.load_any_model(self._config_to_load(point))
+            self._current = model_of(point)
+        if self._held_out is None:
+            self._held_out = held_out(
+                self._model,
+                point.cfg,
+                self._evaluation,
+                self._text,
+                self.given.evaluation_dataset,
+            )
+        return self._model, self._held_out
+
+    def _config_to_load(self, point: Point) -> MultiLayerConfig[Any]:
+        """A config with the hooks of all points of the model.
+
+        A model of Hugging Face has those only that it is loaded for.
+        """
+        cfg = copy.copy(point.cfg)
+        shape = hooks.shape_of_named_model(
+            cfg.model_class_name, cfg.model_name, cfg.model_from_pretrained_kwargs
+        )
+        if shape is not None:
+            alike = [p for p in self._points if model_of(p) == model_of(point)]
+            names = [n for p in alike for n in p.cfg.resolve_hook_names(shape.n_layers)]
+            cfg.layers, cfg.hook_names = None, list(dict.fromkeys(names))
+        return cfg
+
+
+def model_of(point: Point) -> str:
+    """Tells points of the same model from others."""
+    return json.dumps([getattr(point.cfg, name) for name in _OF_MODEL])
