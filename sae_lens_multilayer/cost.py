@@ -21,6 +21,8 @@ class Cost:
 
     seconds: float = math.nan
     """By the clock on the wall."""
+    cpu_seconds: float = math.nan
+    """Of all threads of the process; waiting for others on the machine is no part."""
     memory_before_mib: float = math.nan
     """What the whole process held in memory before (resident, on the host)."""
     peak_memory_mib: float = math.nan
@@ -36,7 +38,7 @@ def measured() -> Generator[Cost, None, None]:
     gc.collect()
     cost = Cost(memory_before_mib=_status_mib("VmRSS"))
     has_peak = _forget_peaks()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     try:
         yield cost
     finally:
@@ -44,6 +46,7 @@ def measured() -> Generator[Cost, None, None]:
             torch.cuda.synchronize()
             cost.peak_device_memory_mib = _device_peak_mib()
         cost.seconds = time.perf_counter() - start
+        cost.cpu_seconds = time.process_time() - cpu_start
         if has_peak:
             cost.peak_memory_mib = _status_mib("VmHWM")
 

@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from sae_lens.training._interruption import InterruptedException
+
 from sae_lens_multilayer.cli.analyze import analyze
 from sae_lens_multilayer.cli.cache import cache
 from sae_lens_multilayer.cli.evaluate import evaluate
@@ -63,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("sae_lens_multilayer").setLevel(level)
     try:
         COMMANDS[options.command](options.arguments)
+    except InterruptedException:
+        sys.exit(f"{PROG} {options.command}: stopped after a whole step, as asked for.")
     except (ValueError, OSError, ModuleNotFoundError, RankError) as error:
         # What the library says of wrong input; the way it took there is of no help.
         if options.traceback:

@@ -44,7 +44,7 @@ def sweep(arguments: list[str]) -> None:
         evaluation=_evaluation(sections),
     )
     shown = [name for name in _SHOWN if name in table]
-    print(table[shown].to_string(float_format="{:.4f}".format))
+    _print(table[shown])
     print(f"\nWritten: {Path(options.output) / TABLE_FILE}")
     failed = table[table.status == "failed"]
     if len(failed):
@@ -66,8 +66,13 @@ def compare(arguments: list[str]) -> None:
     if found.transfer is not None:
         tables.append(found.transfer.to_dataframe())
     for table in [*tables, found.costs]:
-        print(table.to_string(float_format="{:.4f}".format), end="\n\n")
+        _print(table)
+        print()
     print(f"Written: {Path(options.output) / 'comparison'}")
+
+
+def _print(table: Any) -> None:
+    print(table.to_string(float_format="{:.4f}".format))
 
 
 def _read(file: str, *more: str) -> dict[str, Any]:

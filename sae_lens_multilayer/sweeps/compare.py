@@ -179,7 +179,7 @@ def _costs(table: pd.DataFrame, saes: Sequence[SAE[Any]]) -> pd.DataFrame:
     costs["n_parameters"] = [sum(p.numel() for p in sae.parameters()) for sae in saes]
     singles = costs.drop(MULTI_LAYER)
     highest = singles.max(skipna=False)
-    for name in ("training_seconds", "n_parameters"):
+    for name in ("training_seconds", "training_cpu_seconds", "n_parameters"):
         highest[name] = singles[name].sum(skipna=False)
     costs.loc[SINGLE_LAYERS] = highest
     return costs.rename_axis("sae").astype({"n_parameters": int})

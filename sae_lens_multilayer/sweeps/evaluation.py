@@ -70,7 +70,9 @@ class SweepEvaluation:
         """
         check_known(settings, [field.name for field in fields(cls)])
         # A file has lists.
-        plain = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
+        plain: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()
+        }
         return cls(**plain)
 
     def __post_init__(self) -> None:
@@ -171,7 +173,7 @@ def summary(metrics: SpliceMetrics, results: dict[str, Result]) -> dict[str, flo
 
 
 def _of_variances(result: Variances) -> dict[str, float]:
-    found = result.summary
+    found: Any = result.summary
     return {name: float(found[name]) for name in ("latent_ratio", "token_ratio")}
 
 

@@ -1,6 +1,7 @@
 """Draws the table of a sweep."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def plot_sweep(table: pd.DataFrame, varied: Sequence[str]) -> "Figure":
     Raises:
         ValueError: If no point is done.
     """
-    done = table[table.status == "done"]
+    done: Any = table[table.status == "done"]
     if done.empty:
         raise ValueError("There must be a point that is done; there is none.")
     from matplotlib.figure import Figure
@@ -101,24 +102,23 @@ def _draw_lines(
     axes: "Axes", done: pd.DataFrame, column: str, x: str, others: Sequence[str]
 ) -> None:
     """One line for each choice of the other settings."""
-    colours = _order(done, others[:1])
-    styles = _order(done, others[1:])
-    for key, lines in done.groupby(
-        [done[name].map(str) for name in others] or np.zeros(len(done)), sort=False
-    ):
-        first = lines.iloc[0]
-        colour = colours.index(_key(first, others[:1]))
-        style = styles.index(_key(first, others[1:]))
-        lines = lines.sort_values(x)
+    keys, colours, styles = (
+        _keys(done, names) for names in (others, others[:1], others[1:])
+    )
+    for key in dict.fromkeys(keys):
+        first = keys.index(key)
+        colour = list(dict.fromkeys(colours)).index(colours[first])
+        style = list(dict.fromkeys(styles)).index(styles[first])
+        line: Any = done[[other == key for other in keys]].sort_values(x)
+        values = done.iloc[first]
         axes.plot(
-            lines[x].astype(float),
-            lines[column],
+            line[x].astype(float),
+            line[column],
             color=f"C{colour % 10}",
             marker=_MARKERS[style % len(_MARKERS)],
             linestyle=_STYLES[style % len(_STYLES)],
-            label=", ".join(_text(name, first[name]) for name in others) or None,
+            label=", ".join(_text(name, values[name]) for name in others) or None,
         )
-        del key
     _mark_values(axes, sorted(set(done[x].astype(float))))
     axes.set_xlabel(_LABELS.get(x, x))
 
@@ -136,16 +136,12 @@ def _mark_values(axes: "Axes", values: list[float]) -> None:
     axes.minorticks_off()
 
 
-def _order(done: pd.DataFrame, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The different values of some settings, in the order of the points."""
-    return list(dict.fromkeys(_key(row, names) for _, row in done.iterrows()))
+def _keys(done: pd.DataFrame, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """What tells the values of some settings apart, for each point."""
+    return [tuple(str(row[name]) for name in names) for _, row in done.iterrows()]
 
 
-def _key(row: "pd.Series[Any]", names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in names)
-
-
-def _is_numeric(values: "pd.Series[Any]") -> bool:
+def _is_numeric(values: Any) -> bool:
     return all(
         isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
         for v in values
@@ -155,6 +151,8 @@ def _is_numeric(values: "pd.Series[Any]") -> bool:
 def _text(name: str, value: Any) -> str:
     if name == "layers" and value is None:
         return "all layers"
+    if name == "model_name":
+        return Path(value).name
     if isinstance(value, (list, tuple)):
         shown = ", ".join(map(str, value))
         if len(value) > 6:

@@ -116,7 +116,11 @@ class PointFolder:
             field.name: max(getattr(session, field.name) for session in sessions)
             for field in fields(Cost)
         }
-        return Cost(**highest | {"seconds": sum(one.seconds for one in sessions)})
+        summed = {
+            name: sum(getattr(session, name) for session in sessions)
+            for name in ("seconds", "cpu_seconds")
+        }
+        return Cost(**highest | summed)
 
     def save_analysis(
         self,

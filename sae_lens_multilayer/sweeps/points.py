@@ -142,7 +142,8 @@ def _merge(
     base: Settings, varied: Settings, shape: hooks.ModelShape | None
 ) -> dict[str, Any]:
     """The settings of a run, with those of its SAE in `sae`."""
-    of_run, of_sae = _split(base)
+    # What the base says of places, as a saved run's config does, is not of a point.
+    of_run, of_sae = _split({n: v for n, v in base.items() if n not in _OWN_PLACES})
     changed_run, changed_sae = _split(varied)
     if changed_sae.keys() & {EXPANSION_FACTOR, "d_sae"}:
         of_sae = {

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.checkpoints import check_writable, write_whole
+from sae_lens_multilayer.plotting import save_figure
 from sae_lens_multilayer.sweeps.evaluation import (
     HeldOut,
     SweepEvaluation,
@@ -86,7 +87,7 @@ def sweep(
     table = runs.run()
     if (table.status == "done").any():
         figure = plot_sweep(table, varied_settings(runs.points))
-        figure.savefig(runs.folder / FIGURE_FILE, dpi=150)
+        save_figure(figure, runs.folder / FIGURE_FILE)
     return table
 
 
