@@ -13,12 +13,12 @@ from test_sweeps import BASE
 
 import sae_lens_multilayer.training.runner as runner_module
 from sae_lens_multilayer import (
-    LayerLens,
     MultiLayerSAETrainingRunner,
     PointsFailedError,
     SingleLayerRuns,
     SweepEvaluation,
     cli,
+    fit_tuned_lens,
     train_and_compare,
 )
 from sae_lens_multilayer.analysis import (
@@ -116,10 +116,10 @@ def test_the_chosen_layers_are_compared_and_it_goes_on(run, monkeypatch, tmp_pat
 
 
 def test_what_is_trained_again_is_compared_again(run, tmp_path):
-    run()
+    run(layers=[0, 1])
     (tmp_path / "out/layer_1").rename(tmp_path / "moved")
     before = (tmp_path / "out/comparison/costs.csv").read_text()
-    run()
+    run(layers=[0, 1])
     assert (tmp_path / "out/comparison/costs.csv").read_text() != before
 
 
@@ -193,12 +193,9 @@ def test_the_command_and_the_folders_that_analyze_takes(
     pd.testing.assert_frame_equal(again, found.to_dataframe())
 
 
-def test_with_a_lens_there_is_no_transfer_matrix(run, tmp_path, tokenizer, deep):
-    from sae_lens_multilayer import fit_tuned_lens
-
+def test_with_a_lens_there_is_no_transfer_matrix(run, tmp_path, deep):
     tokens = torch.randint(1, D_VOCAB, (4, N_CTX))
     fit_tuned_lens(deep, tokens, n_steps=1, output_path=tmp_path / "lens")
-    assert LayerLens is not None
     found = run(tuned_lens=str(tmp_path / "lens"))
     assert found.transfer is None
     assert SingleLayerRuns.load(tmp_path / "out/comparison").transfer is None

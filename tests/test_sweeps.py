@@ -206,18 +206,18 @@ class TestSweep:
         assert (tmp_path / "sweep/sweep.png").stat().st_size > 10_000
 
     def test_what_is_done_is_left_alone(self, run, trainings, tmp_path, monkeypatch):
-        first = run()
+        first = run(POINTS[:2])
         before = listing(tmp_path / "sweep")
         measured = count_calls(monkeypatch, run_module, "measure")
-        again = run()
+        again = run(POINTS[:2])
         assert listing(tmp_path / "sweep") == before
-        assert (len(trainings), measured) == (4, [])
+        assert (len(trainings), measured) == (2, [])
         pd.testing.assert_frame_equal(again, first)
 
     def test_a_point_is_added(self, run, trainings):
-        run(POINTS[:2])
-        assert (run().status == "done").all()
-        assert len(trainings) == 4
+        run(POINTS[:1])
+        assert (run(POINTS[:2]).status == "done").all()
+        assert len(trainings) == 2
 
     def test_an_interrupted_training_goes_on_from_its_checkpoint(
         self, run, tmp_path, monkeypatch, trainings
@@ -226,15 +226,15 @@ class TestSweep:
         with monkeypatch.context() as patch:
             interrupt_after(patch, 6)  # of 4 steps each: in the second point
             with pytest.raises(InterruptedException):
-                run()
+                run(POINTS[:3])
         assert (len(trainings), len(steps)) == (2, 6)
         written = pd.read_csv(tmp_path / "sweep/table.csv", index_col="point")
-        assert list(written.status) == ["done", *["waiting"] * 3]
+        assert list(written.status) == ["done", "waiting", "waiting"]
 
-        table = run()
+        table = run(POINTS[:3])
 
         assert (table.status == "done").all()
-        assert (len(trainings), len(steps)) == (5, 16)
+        assert (len(trainings), len(steps)) == (4, 12)
         sessions = json.loads((tmp_path / "sweep/R2_k4/cost.json").read_text())[
             "sessions"
         ]
@@ -257,10 +257,10 @@ class TestSweep:
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "measure", raising(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
-                run()
+                run(POINTS[:1])
         assert not (tmp_path / "sweep/R2_k2/analysis").exists()
-        assert (run().status == "done").all()
-        assert len(trainings) == 4
+        assert (run(POINTS[:1]).status == "done").all()
+        assert len(trainings) == 1
 
     def test_a_failed_point_is_recorded_and_the_others_go_on(
         self, run, monkeypatch, tmp_path, trainings, caplog
@@ -274,18 +274,18 @@ class TestSweep:
 
         with monkeypatch.context() as patch:
             patch.setattr(MultiLayerTrainer, "step", fail)
-            table = run()
-        assert list(table.status) == ["done", "failed", "done", "done"]
+            table = run(POINTS[:3])
+        assert list(table.status) == ["done", "failed", "done"]
         assert table.loc["R2_k4", "error"] == "FloatingPointError: The loss is nan."
         assert "R2_k4 has failed: FloatingPointError" in caplog.text
         assert "in fail" in (tmp_path / "sweep/R2_k4/error.txt").read_text()
-        assert table.fvu.isna().tolist() == [False, True, False, False]
+        assert table.fvu.isna().tolist() == [False, True, False]
 
-        table = run()
+        table = run(POINTS[:3])
 
         assert (table.status == "done").all()
         assert table.error.isna().all()
-        assert len(trainings) == 5
+        assert len(trainings) == 4
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -406,11 +406,10 @@ class TestModels:
 
         return write
 
-    def test_a_file_sweeps_over_models_and_layers(self, file, loads, capsys):
+    def test_a_file_sweeps_over_models_of_several_widths(self, file, loads, capsys):
         grid_ = {
             "k": [2, 4],
             "model_name": ["narrow", "wide"],
-            "layers": [None, [0]],
             "expansion_factor": [2],
         }
         cli.main(["sweep", file(grid=grid_), "--output", "out"])
@@ -418,10 +417,10 @@ class TestModels:
         # Each is loaded once, though the models alternate in the grid.
         assert loads == ["narrow", "wide"]
         table = pd.read_csv("out/table.csv", index_col="point")
-        assert len(table) == 8
+        assert len(table) == 4
         assert (table.status == "done").all()
         assert set(table.d_sae) == {32, 64}
-        wide = SAE.load_from_disk("out/k2_model_name-wide_layers-all_R2/sae")
+        wide = SAE.load_from_disk("out/k2_model_name-wide_R2/sae")
         assert len(wide.cfg.metadata.hook_names) == 3
         assert "out/table.csv" in capsys.readouterr().out
         cli.main(["sweep", file(grid=grid_), "--output", "out"])
