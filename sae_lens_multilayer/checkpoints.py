@@ -1,5 +1,6 @@
 """Folders and files on disk that are complete or not there."""
 
+import fcntl
 import itertools
 import json
 import logging
@@ -64,6 +65,24 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Generator[None, None, None]:
+    """Keep other processes that ask for the same out of a folder, which is made.
+
+    Raises:
+        BlockingIOError: If one is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, "Another process is at work here; wait for it", str(folder)
+            ) from error
+        yield
 
 
 def check_free(path: str | Path) -> None:

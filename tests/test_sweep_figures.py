@@ -1,5 +1,7 @@
 """What is drawn of a table: which panels, lines and labels."""
 
+from typing import Any
+
 import pandas as pd
 import pytest
 
@@ -13,6 +15,15 @@ def table(points, **columns) -> pd.DataFrame:
         for i, p in enumerate(points)
     ]
     return pd.DataFrame(rows).assign(**columns)
+
+
+def line_of(axes: Any, i: int = 0) -> tuple[list[float], list[float]]:
+    line = axes.lines[i]
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def heights(axes: Any) -> list[float]:
+    return [bar.get_height() for bar in axes.patches]
 
 
 def legend(figure, row: int = 0) -> list[str]:
@@ -33,9 +44,8 @@ def test_one_setting_is_one_row_without_legend():
         "fraction of variance unexplained",
         "ΔCE (nats)",
     ]
-    (line,) = figure.axes[0].lines
-    assert list(line.get_xdata()) == [16, 32]
-    assert list(line.get_ydata()) == [0.25, 0.5]
+    assert len(figure.axes[0].lines) == 1
+    assert line_of(figure.axes[0]) == ([16, 32], [0.25, 0.5])
     assert legend(figure) == []
 
 
@@ -46,7 +56,7 @@ def test_two_settings_are_two_rows_with_a_line_for_each_value_of_the_other():
     assert len(figure.axes) == 6
     assert legend(figure, 0) == ["k 16", "k 32"]
     assert legend(figure, 1) == ["R 4", "R 8"]
-    assert list(figure.axes[0].lines[1].get_ydata()) == [0.25, 0.125]
+    assert line_of(figure.axes[0], 1) == ([4, 8], [0.25, 0.125])
     assert figure.axes[3].get_xlabel() == "k"
 
 
@@ -76,7 +86,7 @@ def test_points_that_are_not_done_are_left_out_and_counted():
     points.loc[1, "status"] = "failed"
     figure = plot_sweep(points, ["k"])
 
-    assert list(figure.axes[0].lines[0].get_xdata()) == [1, 4]
+    assert line_of(figure.axes[0])[0] == [1, 4]
     assert "1 of 3 points are not done" in figure.get_suptitle()
     with pytest.raises(ValueError, match="must be a point that is done"):
         plot_sweep(points.assign(status="failed"), ["k"])
@@ -92,7 +102,7 @@ def test_costs_are_those_of_both():
     )
     left, right = plot_costs(costs).axes
 
-    assert [bar.get_height() for bar in left.patches] == [5, 7]
-    assert [bar.get_height() for bar in right.patches] == [9, 8]
+    assert heights(left) == [5, 7]
+    assert heights(right) == [9, 8]
     labels = [label.get_text() for label in left.get_xticklabels()]
     assert labels == ["one SAE", "2 single-layer SAEs"]

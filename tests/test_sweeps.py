@@ -26,6 +26,7 @@ from sae_lens_multilayer import (
 )
 from sae_lens_multilayer.analysis import Variances, active_layers, decoder_similarity
 from sae_lens_multilayer.analysis import variances as variances_of
+from sae_lens_multilayer.checkpoints import alone_in
 from sae_lens_multilayer.sweeps import run as run_module
 from sae_lens_multilayer.sweeps.points import combine, make_points
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
@@ -310,6 +311,18 @@ class TestSweep:
         assert list(table.status) == ["done", "failed"]
         assert "must be those that R2_k2 was measured on" in table.error.iloc[1]
         assert len(trainings) == 1
+        assert (run(POINTS[:2]).status == "done").all()
+
+    def test_two_processes_do_not_work_on_the_same(self, run, tmp_path, trainings):
+        at_work = pytest.raises(BlockingIOError, match="Another process is at work")
+        with alone_in(tmp_path / "sweep"), at_work:
+            run(POINTS[:1])
+        assert trainings == []
+
+    def test_what_a_killed_process_left_at_once_is_no_hindrance(self, run, tmp_path):
+        (tmp_path / "sweep/R2_k2").mkdir(parents=True)
+        (tmp_path / "sweep/R2_k2/.partial-1234").write_text("{")
+        assert (run(POINTS[:1]).status == "done").all()
 
     def test_a_folder_of_something_else_is_refused(self, run, tmp_path):
         (tmp_path / "sweep/R2_k2").mkdir(parents=True)

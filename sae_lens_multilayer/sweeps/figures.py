@@ -109,7 +109,8 @@ def _draw_lines(
         first = keys.index(key)
         colour = list(dict.fromkeys(colours)).index(colours[first])
         style = list(dict.fromkeys(styles)).index(styles[first])
-        line: Any = done[[other == key for other in keys]].sort_values(x)
+        line: Any = done[[other == key for other in keys]]
+        line = line.sort_values(x)
         values = done.iloc[first]
         axes.plot(
             line[x].astype(float),

@@ -63,7 +63,7 @@ class PointFolder:
                     " Go on with those, move the folder away, or choose another one "
                     "for this sweep."
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif any(self.path.glob("[!.]*")):
             raise ValueError(
                 f"{self.path} must be the folder of a point of this sweep, or not be "
                 f"there; it lacks {RUNNER_CFG_FILENAME}."

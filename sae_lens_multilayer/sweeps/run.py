@@ -12,7 +12,8 @@ from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.checkpoints import check_writable, write_whole
+from sae_lens_multilayer.checkpoints import alone_in, check_writable, write_whole
+from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.plotting import save_figure
 from sae_lens_multilayer.sweeps.evaluation import (
     HeldOut,
@@ -79,6 +80,7 @@ def sweep(
     Raises:
         ValueError: If a setting of any point is unknown or wrong, or other than it was
             when the point was begun; before a model is loaded.
+        BlockingIOError: If another process is at work in the folder.
         InterruptedException: After SIGINT or SIGTERM while training; a checkpoint has
             been saved.
     """
@@ -119,24 +121,30 @@ class Runs:
         return PointFolder(self.folder / point.name)
 
     def run(self) -> pd.DataFrame:
-        """Do what is not done yet; the table, which is also written point by point."""
+        """Do what is not done yet; the table, which is also written point by point.
+
+        Raises:
+            BlockingIOError: If another process is at it.
+        """
         models = list(dict.fromkeys(map(model_of, self.points)))
         in_order = sorted(self.points, key=lambda p: models.index(model_of(p)))
-        self._write_table()
-        for point in tqdm(in_order, desc="Sweep", unit="point"):
-            if not self.folder_of(point).is_done:
-                self._run(point)
-                self._write_table()
+        with alone_in(self.folder):
+            self._write_table()
+            for point in tqdm(in_order, desc="Sweep", unit="point"):
+                if not self.folder_of(point).is_done:
+                    self._run(point)
+                    self._write_table()
         return self.table()
 
     def _run(self, point: Point) -> None:
         folder = self.folder_of(point)
         logger.info("%s", folder.path)
+        cfg = folder.begin(point.cfg)
         try:
             model, data = self.bench.load(point)
             self._check_tokens(point, data)
             if not folder.is_trained:
-                self._train(point, model)
+                self._train(folder, cfg, model)
             self._analyse(point, model, data)
         except InterruptedException:
             raise
@@ -145,12 +153,13 @@ class Runs:
             folder.save_error(error)
             logger.error("%s has failed: %s", folder.path, folder.error)
 
-    def _train(self, point: Point, model: Any) -> None:
-        folder = self.folder_of(point)
-        cfg = folder.begin(point.cfg)
+    def _train(
+        self, folder: PointFolder, cfg: MultiLayerConfig[Any], model: Any
+    ) -> None:
+        dataset = self.bench.given.dataset
         with folder.training():
             MultiLayerSAETrainingRunner(
-                cfg, override_dataset=self.bench.given.dataset, override_model=model
+                cfg, override_dataset=dataset, override_model=model
             ).run()
 
     def _analyse(self, point: Point, model: Any, data: HeldOut) -> None:
