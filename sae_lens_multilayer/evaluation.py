@@ -17,7 +17,7 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
-from sae_lens_multilayer.prompts import check_positions, take_prompts
+from sae_lens_multilayer.prompts import check_integers, check_positions, take_prompts
 from sae_lens_multilayer.scoring import RunSums, add_scores
 from sae_lens_multilayer.splicing import Edit, ResidualSplicer, Splicer, make_splicer
 
@@ -89,6 +89,7 @@ def evaluate(
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
     exclude_tokens: Sequence[int] = (),
+    exclude_positions: Sequence[int] = (),
     keep_tokens: Sequence[int] = (),
     keep_positions: Sequence[int] = (),
     ablation: Ablation = "zero",
@@ -115,6 +116,8 @@ def evaluate(
         batch_size_prompts: Prompts of a clean forward pass.
         exclude_tokens: Token ids whose positions keep their own vectors and are left
             out of all averages, as SAELens' `exclude_special_tokens`.
+        exclude_positions: Positions in a prompt, treated likewise; negative ones count
+            from its end. The first one's vectors are often many times longer.
         keep_tokens: Token ids whose positions keep their own vectors and are left out
             of the metrics of reconstruction only.
         keep_positions: Positions in a prompt, treated likewise; negative ones count
@@ -141,6 +144,13 @@ def evaluate(
         raise ValueError(
             f"`ablation` must be one of {get_args(Ablation)}; got {ablation!r}."
         )
+    for name, values in [
+        ("exclude_tokens", exclude_tokens),
+        ("exclude_positions", exclude_positions),
+        ("keep_tokens", keep_tokens),
+        ("keep_positions", keep_positions),
+    ]:
+        check_integers(name, values)
     codec = Codec(sae)
     _check_no_heads(codec)
     _check_model(codec, model)
@@ -150,10 +160,16 @@ def evaluate(
         model, codec.model_name, tokens, n_prompts, batch_size_prompts
     )
     check_positions("keep_positions", keep_positions, prompts)
+    excluded = _excluded(exclude_tokens, exclude_positions, prompts)
+    if excluded.of(prompts)[:, :-1].all():
+        raise ValueError(
+            "The evaluation needs at least one predicted token; got none. Prompts need "
+            "two tokens or more, not all of them excluded."
+        )
     evaluation = _Evaluation(
         codec,
         splicer,
-        exclude=_Positions(exclude_tokens),
+        exclude=excluded,
         keep=_Positions(keep_tokens, keep_positions),
         use_error_term=use_error_term,
         together=hooks_together,
@@ -178,6 +194,7 @@ def reconstruction_metrics(
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
     exclude_tokens: Sequence[int] = (),
+    exclude_positions: Sequence[int] = (),
 ) -> LayerMetrics:
     """The part of `evaluate` that needs one pass up to the last hook, and no logits.
 
@@ -189,6 +206,8 @@ def reconstruction_metrics(
         n_prompts: As in `evaluate`.
         batch_size_prompts: Prompts in a forward pass.
         exclude_tokens: Token ids whose positions are left out.
+        exclude_positions: Positions in a prompt that are left out; negative ones count
+            from its end.
 
     Raises:
         ValueError: As `evaluate`, but prompts of one token and SAEs of one attention
@@ -201,7 +220,7 @@ def reconstruction_metrics(
     prompts = take_prompts(
         model, codec.model_name, tokens, n_prompts, batch_size_prompts
     )
-    excluded = _Positions(exclude_tokens)
+    excluded = _excluded(exclude_tokens, exclude_positions, prompts)
     for batch in tqdm(
         prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
     ):
@@ -223,6 +242,13 @@ class _Positions:
         found = torch.isin(tokens, wanted.to(tokens.device))
         found[:, list(self.places)] = True
         return found
+
+
+def _excluded(
+    token_ids: Sequence[int], places: Sequence[int], prompts: Int[Tensor, "prompt pos"]
+) -> _Positions:
+    check_positions("exclude_positions", places, prompts)
+    return _Positions(token_ids, places)
 
 
 class _Evaluation:
@@ -356,15 +382,19 @@ def _check_no_heads(codec: Codec) -> None:
             )
 
 
-def _find_hooks(
-    hook_names: Sequence[str], chosen: int | str | Sequence[int | str] | None
-) -> list[int]:
+def _find_hooks(hook_names: Sequence[str], chosen: Any) -> list[int]:
     if chosen is None:
         return []
     if chosen == "all":
         return list(range(len(hook_names)))
     if isinstance(chosen, (int, str)):
         chosen = [chosen]
+    # True would be the hook of block 1.
+    if not isinstance(chosen, Sequence) or any(isinstance(c, bool) for c in chosen):
+        raise ValueError(
+            '`together` must be hooks by name or block number, "all" or None; got '
+            f"{chosen!r}."
+        )
     if not chosen:
         raise ValueError(
             '`together` must name at least one hook, or be "all" or None; got an empty '

@@ -1,8 +1,9 @@
 """The prompts that an SAE or a lens is measured on."""
 
+import operator
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -132,6 +133,25 @@ def next_rows(
     return torch.cat(rows), False
 
 
+def check_integers(name: str, values: object) -> None:
+    """Raise ValueError unless these are whole numbers in a list, tuple or the like.
+
+    Args:
+        name: The name of the setting, for the message.
+    """
+    is_list = isinstance(values, Iterable) and not isinstance(values, str)
+    if not is_list or not all(map(_is_integer, values)):
+        raise ValueError(f"`{name}` must be a list of whole numbers; got {values!r}.")
+
+
+def _is_integer(value: object) -> bool:
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
 def check_positions(
     name: str, places: Sequence[int], prompts: Int[Tensor, "prompt pos"]
 ) -> None:
@@ -149,15 +169,13 @@ def check_positions(
         )
 
 
-def _check_numbers(
-    tokens: object, n_prompts: int | None, batch_size_prompts: int
-) -> None:
+def _check_numbers(tokens: object, n_prompts: Any, batch_size_prompts: Any) -> None:
     for name, number in [
         ("n_prompts", n_prompts),
         ("batch_size_prompts", batch_size_prompts),
     ]:
-        if number is not None and number < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {number}.")
+        if number is not None and not (_is_integer(number) and number >= 1):
+            raise ValueError(f"`{name}` must be at least 1; got {number!r}.")
     if n_prompts is not None and not isinstance(tokens, ActivationsStore):
         raise ValueError(
             "`n_prompts` says how many prompts to take from a store; the tokens were "

@@ -25,6 +25,7 @@ from sae_lens_multilayer import (
     evaluate,
     reconstruction_metrics,
 )
+from sae_lens_multilayer.prompts import take_prompts
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(4)]
 COLUMNS = [
@@ -254,6 +255,27 @@ class TestWhatIsReplaced:
         with pytest.raises(ValueError, match="at least one token"):
             evaluate(random_sae(), model, tokens, keep_positions=range(N_CTX))
 
+    @pytest.mark.parametrize("from_middle", [None, False])
+    def test_excluded_positions_are_as_excluded_tokens(
+        self, model, tokens, from_middle
+    ):
+        sae = random_sae()
+        tokens = tokens.masked_fill(tokens == 7, 8)
+        tokens[:, 0] = tokens[:, 3] = 7
+        by_id, by_place = (
+            evaluate(sae, model, tokens, from_middle=from_middle, **options)
+            for options in ({"exclude_tokens": [7]}, {"exclude_positions": [0, 3]})
+        )
+        assert_same(by_id.to_dataframe(), by_place.to_dataframe())
+        kept = evaluate(sae, model, tokens, keep_positions=[0, 3])
+        assert by_place.ce_loss_clean != kept.ce_loss_clean
+        found = reconstruction_metrics(
+            sae, model, tokens, exclude_positions=[0, 3 - N_CTX]
+        )
+        assert_same(
+            found.to_dataframe(), by_place.reconstruction.to_dataframe(), atol=1e-5
+        )
+
     def test_together_is_the_model_with_all_views_attached(self, tokenizer, tokens):
         model: Any = tiny_model(tokenizer, HookedSAETransformer, n_layers=4)
         sae = random_sae()
@@ -353,9 +375,37 @@ class TestWhatIsReplaced:
 
 
 class TestBadInput:
-    def test_no_predicted_token(self, model):
-        with pytest.raises(ValueError, match="at least one predicted token; got none"):
+    def test_no_predicted_token(self, model, tokens, monkeypatch):
+        monkeypatch.setattr(model, "forward", None)  # as it is known before any run
+        message = "at least one predicted token; got none"
+        with pytest.raises(ValueError, match=message):
             evaluate(random_sae(), model, torch.tensor([[1], [2]]))
+        places = list(range(tokens.shape[1] - 1))
+        with pytest.raises(ValueError, match=message):
+            evaluate(random_sae(), model, tokens, exclude_positions=places)
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("exclude_tokens", 3),
+            ("exclude_tokens", None),
+            ("exclude_tokens", "3"),
+            ("keep_tokens", [1.5]),
+            ("keep_positions", 0),
+            ("exclude_positions", [True]),
+            ("exclude_positions", ["0"]),
+            ("together", True),
+            ("together", 1.0),
+        ],
+    )
+    def test_options_of_the_wrong_type(self, model, tokens, option, value):
+        with pytest.raises(ValueError, match=f"`{option}` must be .*; got "):
+            unannotated(evaluate)(random_sae(), model, tokens, **{option: value})
+
+    @pytest.mark.parametrize("size", [2.0, "8", True])
+    def test_a_batch_size_of_the_wrong_type(self, model, tokens, size):
+        with pytest.raises(ValueError, match=f"must be at least 1; got {size!r}"):
+            unannotated(take_prompts)(model, "tiny", tokens, None, size)
 
     def test_tokens_longer_than_the_context(self, model):
         tokens = torch.ones(1, N_CTX + 1, dtype=torch.long)

@@ -149,7 +149,12 @@ def transfer_matrix(
     codecs = [Codec(sae, names) for sae in saes]
     if multi_layer is not None:
         codecs.append(Codec(multi_layer))
-    _check_alike(codecs, saes)
+    if any(lens_of(sae) is not None for sae in saes):
+        raise ValueError(
+            "A single-layer SAE must have no lens to be used at other layers, as these "
+            "have other translators; one has. Train it without."
+        )
+    _check_widths([codec.saes[0] for codec in codecs])
     stream = TokenStream(model, names, tokens, sae=saes[0], **options)
     metrics: list[LayerMetrics] = stream.run(ReconstructionSums(codecs))[0]
     return TransferMatrix(
@@ -170,38 +175,53 @@ def compare_with_single_layers(
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
     exclude_tokens: Sequence[int] = (),
+    exclude_positions: Sequence[int] = (),
 ) -> Comparison:
     """FVU, delta CE, KL divergence and more of both, on the same tokens.
 
     Args:
         multi_layer: A multi-layer SAE, ours or stock.
-        saes: An SAE for each of its hooks, in any order.
-        model, tokens, n_prompts, batch_size_prompts, exclude_tokens: As in `evaluate`.
+        saes: SAEs of one of its hooks each, in any order; these hooks are compared.
+        model, tokens, n_prompts, batch_size_prompts, exclude_tokens,
+            exclude_positions: As in `evaluate`.
 
     Raises:
-        ValueError: If the hooks differ, or as `evaluate`.
+        ValueError: If a hook is not the multi-layer SAE's, or as `evaluate`.
     """
-    names = hook_names_of(multi_layer)
-    saes = [_of_one_hook(sae) for sae in saes]
-    by_hook = dict(zip(Codec(saes).hook_names, saes, strict=True))
-    if set(by_hook) != set(names):
-        raise ValueError(
-            f"There must be one single-layer SAE for each of the hooks {names}; got "
-            f"{list(by_hook)}."
-        )
+    saes = single_layers_of(multi_layer, saes)
     model_name = str(multi_layer.cfg.metadata.model_name)
     prompts = take_prompts(model, model_name, tokens, n_prompts, batch_size_prompts)
-    tables = [
+    multi, single = (
         evaluate(
             sae,
             model,
             prompts,
             batch_size_prompts=batch_size_prompts,
             exclude_tokens=exclude_tokens,
+            exclude_positions=exclude_positions,
         ).to_dataframe()
-        for sae in (multi_layer, [by_hook[name] for name in names])
-    ]
-    return Comparison.of_tables(*tables)
+        for sae in (multi_layer, saes)
+    )
+    return Comparison.of_tables(multi.loc[single.index], single)
+
+
+def single_layers_of(multi_layer: SAE[Any], saes: Sequence[SAE[Any]]) -> list[SAE[Any]]:
+    """SAEs of one hook each, in the order of the layers of a multi-layer SAE.
+
+    Raises:
+        ValueError: If one does not name its hook or has several, two have the same one,
+            or one has another hook or width than the multi-layer SAE.
+    """
+    names = hook_names_of(multi_layer)
+    saes = [_of_one_hook(sae) for sae in saes]
+    by_hook = dict(zip(Codec(saes).hook_names, saes, strict=True))
+    if other := [name for name in by_hook if name not in names]:
+        raise ValueError(
+            f"Single-layer SAEs must be of the multi-layer SAE's hooks {names}; got "
+            f"{other}."
+        )
+    _check_widths([multi_layer, *saes])
+    return [by_hook[name] for name in names if name in by_hook]
 
 
 def _of_one_hook(sae: SAE[Any]) -> SAE[Any]:
@@ -215,12 +235,7 @@ def _of_one_hook(sae: SAE[Any]) -> SAE[Any]:
     return view(sae, names[0])
 
 
-def _check_alike(codecs: Sequence[Codec], saes: Sequence[SAE[Any]]) -> None:
-    if any(lens_of(sae) is not None for sae in saes):
-        raise ValueError(
-            "A single-layer SAE must have no lens to be used at other layers, as these "
-            "have other translators; one has. Train it without."
-        )
-    widths = {codec.saes[0].cfg.d_in for codec in codecs}
+def _check_widths(saes: Sequence[SAE[Any]]) -> None:
+    widths = {sae.cfg.d_in for sae in saes}
     if len(widths) > 1:
         raise ValueError(f"The SAEs must have the same `d_in`; got {sorted(widths)}.")

@@ -1,5 +1,7 @@
 """Authorities: `reconstruction_metrics` and `evaluate` of each SAE by itself."""
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
@@ -114,11 +116,28 @@ def test_comparison_is_the_two_evaluations(model, tokens, saes, tmp_path):
     pd.testing.assert_frame_equal(loaded.to_dataframe(), table)
 
 
+def test_some_layers_are_compared(model, tokens, saes):
+    multi = random_sae()
+    options = {"exclude_tokens": [0], "exclude_positions": [1]}
+    every = compare_with_single_layers(multi, saes, model, tokens, **options)
+    one = compare_with_single_layers(multi, saes[1:], model, tokens, **options)
+    assert one.hook_names == HOOK_NAMES[1:]
+    found, expected = one.to_dataframe(), every.to_dataframe().iloc[1:]
+    pd.testing.assert_frame_equal(found, expected)
+    alone = evaluate(saes, model, tokens, **options).to_dataframe()
+    assert expected["kl_div", "single_layer"].iloc[0] == alone["kl_div"].iloc[1]
+
+
 def test_wrong_saes_are_errors(model, tokens, saes):
-    with pytest.raises(ValueError, match="one single-layer SAE for each of the hooks"):
-        compare_with_single_layers(random_sae(), saes[:1], model, tokens)
+    other = single_layer("blocks.1.hook_resid_pre", 0)
+    with pytest.raises(ValueError, match="must be of the multi-layer SAE's hooks"):
+        compare_with_single_layers(random_sae(), [other], model, tokens)
     with pytest.raises(ValueError, match="must name its own hook"):
         transfer_matrix([saes[0], saes[0]], model, tokens)
     narrow = single_layer(HOOK_NAMES[1], 0, d_in=8)
-    with pytest.raises(ValueError, match=r"the same `d_in`; got \[8, 16\]"):
-        transfer_matrix([saes[0], narrow], model, tokens)
+    for function in (
+        transfer_matrix,
+        partial(compare_with_single_layers, random_sae()),
+    ):
+        with pytest.raises(ValueError, match=r"the same `d_in`; got \[8, 16\]"):
+            function([saes[0], narrow], model, tokens)
