@@ -133,7 +133,7 @@ def next_rows(
     return torch.cat(rows), False
 
 
-def check_integers(name: str, values: object) -> None:
+def check_integers(name: str, values: Any) -> None:
     """Raise ValueError unless these are whole numbers in a list, tuple or the like.
 
     Args:
@@ -144,9 +144,9 @@ def check_integers(name: str, values: object) -> None:
         raise ValueError(f"`{name}` must be a list of whole numbers; got {values!r}.")
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: Any) -> bool:
     try:
-        operator.index(value)  # type: ignore[arg-type]
+        operator.index(value)
     except TypeError:
         return False
     return not isinstance(value, bool)

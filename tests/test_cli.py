@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -111,3 +113,29 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
     runpy.run_module("sae_lens_multilayer", run_name="__main__")
 
     assert "tim-lawson/mlsae-gpt2-x64-k32" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "sae_lens_multilayer", "releases"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert "Error" not in process.stderr.read()
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_stop_by_the_user_is_one_line(monkeypatch, capsys):
+    def stop(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "releases", stop)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["releases"])
+
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "\nsae-lens-multilayer releases: stopped.\n"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["--traceback", "releases"])

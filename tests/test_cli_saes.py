@@ -1,19 +1,30 @@
 """The commands that train, evaluate and analyse, on the tiny model."""
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from conftest import D_MODEL, N_CTX
 from sae_lens import SAE
+from sae_lens.saes.sae import SAEMetadata
+from saes import HOOK_NAMES, random_sae
 from tuned_lens import TunedLens
 
 from sae_lens_multilayer import cli, evaluate
-from sae_lens_multilayer.analysis import LayerDistributions, TokenClasses
+from sae_lens_multilayer.analysis import (
+    Comparison,
+    LayerDistributions,
+    TokenClasses,
+    TransferMatrix,
+    compare_with_single_layers,
+)
+from sae_lens_multilayer.cli import inputs
 from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.lens.fit import ModelUnembed
+from sae_lens_multilayer.training.runner import load_any_model
 
 SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
 
@@ -140,13 +151,63 @@ def test_analyze_runs_some(offline, tmp_path):
     )
 
     found = {path.name for path in (tmp_path / "analyses").iterdir()}
-    assert found == {"redundancy", "redundancy.png", "variances", "variances.png"}
+    names = {"redundancy", "redundancy.png", "variances", "variances.png"}
+    assert found == {*names, "analysis.json"}
+
+
+@pytest.fixture
+def single_layers(offline):
+    """Folders of an SAE of each layer."""
+    for layer, name in enumerate(HOOK_NAMES):
+        metadata = SAEMetadata(hook_names=[name], model_name="tiny")
+        random_sae(metadata=metadata).save_model(f"layer_{layer}")
+    return ["--single_layers", "layer_0", "layer_1"]
+
+
+def test_analyze_compares_with_single_layers(offline, single_layers, model, capsys):
+    tokens = torch.tensor(pd.read_parquet("text.parquet").input_ids.tolist()[:4])
+    options = [*offline, *single_layers, "--exclude_positions", "0"]
+    names = ["single_layer_comparison", "transfer_matrix"]
+    cli.main(["analyze", "sae", *options, "--analyses", *names])
+
+    found = Comparison.load("analyses/single_layer_comparison")
+    saes = [SAE.load_from_disk(f"layer_{layer}") for layer in range(2)]
+    expected = compare_with_single_layers(
+        random_sae_on_disk(), saes, model, tokens, exclude_positions=[0]
+    )
+    pd.testing.assert_frame_equal(found.to_dataframe(), expected.to_dataframe())
+    transfer = TransferMatrix.load("analyses/transfer_matrix")
+    own = found.to_dataframe()["fvu", "single_layer"].tolist()
+    assert transfer.fvu.diagonal().tolist() == pytest.approx(own, rel=1e-5)
+    assert {p.stem for p in Path("analyses").glob("*.png")} == set(names)
+    table = capsys.readouterr().out
+    assert f"{expected.to_dataframe()['kl_div', 'single_layer'].iloc[1]:.4f}" in table
+
+
+def test_single_layers_must_be_the_saes_own(offline, single_layers):
+    metadata = SAEMetadata(hook_names=["blocks.0.hook_mlp_out"], model_name="tiny")
+    random_sae(metadata=metadata).save_model("other")
+    with pytest.raises(SystemExit, match=r"must be of the multi-layer SAE's hooks"):
+        cli.main(["analyze", "sae", *offline, "--single_layers", "other"])
+
+
+def test_long_first_positions_are_a_warning(offline, model, caplog):
+    with torch.no_grad():
+        model.W_pos[0] *= 1000
+    options = [*offline, "--analyses", "variances"]
+    cli.main(["analyze", "sae", *options])
+    assert "The vectors of position 0 are up to" in caplog.text
+    caplog.clear()
+    cli.main(["evaluate", "sae", *offline, "--exclude_positions", "0"])
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["nowhere"], "nowhere must be the folder of a saved SAE"),
+        (["empty"], r"empty must be the folder of a saved SAE; cfg\.json is not there"),
+        (["sae", "--device", "nope"], "--device nope cannot be used here: "),
         (["sae", "--n_tokens", "0"], "`n_tokens` must be at least 1"),
         (["sae", "--n_tokens", "9999"], "`n_prompts` must be at most 64"),
         (["sae", "--analyses", "foo"], r"must be among .*got \['foo'\]"),
@@ -156,8 +217,17 @@ def test_analyze_runs_some(offline, tmp_path):
 )
 def test_wrong_input_is_one_line(changes, message, offline):
     sae, *rest = changes
+    Path("empty").mkdir()
     with pytest.raises(SystemExit, match=f"^sae-lens-multilayer analyze: .*{message}"):
         cli.main(["analyze", sae, *offline, *rest])
+
+
+def test_a_model_that_transformer_lens_does_not_know_is_one_line(offline, monkeypatch):
+    monkeypatch.setattr(inputs, "load_any_model", load_any_model)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", "sae", *offline])
+    assert "TransformerLens knows no model 'tiny': give --model_name" in str(stop.value)
+    assert len(str(stop.value)) < 300
 
 
 def test_what_is_not_known_must_be_given(offline):

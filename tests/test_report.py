@@ -7,12 +7,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from conftest import D_VOCAB, N_CTX
+from conftest import D_VOCAB, N_CTX, count_calls
+from sae_lens.saes.sae import SAEMetadata
 from saes import HOOK_NAMES, random_sae
 
-from sae_lens_multilayer import evaluate
+from sae_lens_multilayer import cli, evaluate
 from sae_lens_multilayer.analysis import Suite, TransferMatrix, layer_distributions
 from sae_lens_multilayer.analysis.suite import first_position_ratio, most_active
 from sae_lens_multilayer.report import ReportContent, report_html
@@ -197,8 +199,6 @@ def test_first_positions_are_compared_by_length(model, tokens):
 
 
 def test_the_command_leaves_out_a_long_first_position(offline, model, capsys):
-    from sae_lens_multilayer import cli
-
     with torch.no_grad():
         model.W_pos[0] *= 1000
     cli.main(["report", "sae", *offline, "--output_path", "r.html"])
@@ -208,3 +208,54 @@ def test_the_command_leaves_out_a_long_first_position(offline, model, capsys):
     assert "60 of 64" in page
     with pytest.raises(SystemExit, match="is there already"):
         cli.main(["report", "sae", *offline, "--output_path", "r.html"])
+
+
+def test_a_report_reads_what_was_analysed(offline, model, monkeypatch):
+    for layer, name in enumerate(HOOK_NAMES):
+        metadata = SAEMetadata(hook_names=[name], model_name="tiny")
+        random_sae(metadata=metadata).save_model(f"layer_{layer}")
+    analysed = [*offline, "--single_layers", "layer_1", "--exclude_positions", "0"]
+    cli.main(["analyze", "sae", *analysed, "--latents", "5"])
+    shutil.rmtree("analyses/redundancy")
+    cli.main(["report", "sae", *analysed, "--latents", "5", "--output_path", "a.html"])
+    calls = count_calls(monkeypatch, model, "run_with_cache")
+    elsewhere = Path("elsewhere")
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    cli.main(["report", "../sae", "--analyses", "../analyses"])
+
+    # The one prompt, and SAELens' own call to learn the width; no analysis again.
+    assert [args[0].numel() for args, _ in calls] == [1, N_CTX]
+    read, computed = Path("report.html").read_text(), Path("../a.html").read_text()
+    assert pieces_of(read) == pieces_of(computed)
+    assert "Beside single-layer SAEs" in read
+    assert 'data-figure="transfer_matrix"' in read
+    assert 'data-figure="single_layer_comparison_kl_div"' in read
+
+
+def pieces_of(page: str) -> list[str]:
+    """The tables and data of a page."""
+    tables = re.findall(r"<tbody>.*?</tbody>", page, re.DOTALL)
+    return tables + re.findall(r'json" id=.*?</script>', page, re.DOTALL)
+
+
+def test_a_report_refuses_analyses_of_another_sae_or_text(offline):
+    options = [*offline, "--analyses", "variances"]
+    cli.main(["analyze", "sae", *options])
+    report = ["report", "sae", "--analyses", "analyses"]
+    with pytest.raises(SystemExit, match=r"--n_tokens was 64 for the analyses.*got 32"):
+        cli.main([*report, "--n_tokens", "32"])
+    with pytest.raises(SystemExit, match="sae must be a folder that `analyze` wrote"):
+        cli.main(["report", "sae", "--analyses", "sae"])
+    random_sae(d_sae=32).save_model("other")
+    with pytest.raises(SystemExit, match=r"are of another SAE\. Run `analyze` again"):
+        cli.main(["report", "other", "--analyses", "analyses"])
+    text = pd.read_parquet("text.parquet")
+    text[::-1].to_parquet("text.parquet")
+    with pytest.raises(SystemExit, match=r"are of another text\. Run"):
+        cli.main(report)
+    Path("analyses/analysis.json").write_text('{"options": {"model": {"a": 1}}}')
+    with pytest.raises(SystemExit, match="must be as `analyze` wrote it"):
+        cli.main(report)
+    assert not Path("report.html").exists()

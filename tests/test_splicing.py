@@ -263,8 +263,15 @@ class TestWhatIsReplaced:
         tokens = tokens.masked_fill(tokens == 7, 8)
         tokens[:, 0] = tokens[:, 3] = 7
         by_id, by_place = (
-            evaluate(sae, model, tokens, from_middle=from_middle, **options)
-            for options in ({"exclude_tokens": [7]}, {"exclude_positions": [0, 3]})
+            evaluate(
+                sae,
+                model,
+                tokens,
+                from_middle=from_middle,
+                exclude_tokens=ids,
+                exclude_positions=places,
+            )
+            for ids, places in [([7], []), ([], [0, 3])]
         )
         assert_same(by_id.to_dataframe(), by_place.to_dataframe())
         kept = evaluate(sae, model, tokens, keep_positions=[0, 3])

@@ -17,6 +17,7 @@ from sae_lens_multilayer.analysis.distributions import (
     layer_distributions,
     prompt_acts,
 )
+from sae_lens_multilayer.analysis.evaluated import Evaluation
 from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import (
     DecoderSimilarity,
@@ -44,7 +45,7 @@ from sae_lens_multilayer.analysis.stream import (
     TokenStream,
     analyze,
 )
-from sae_lens_multilayer.analysis.suite import Suite, save_results
+from sae_lens_multilayer.analysis.suite import Suite, load_results, save_results
 from sae_lens_multilayer.analysis.token_classes import (
     TokenClasses,
     TokenClassSums,
@@ -65,6 +66,7 @@ __all__ = [
     "Comparison",
     "DecoderSimilarity",
     "DistributionSums",
+    "Evaluation",
     "ExampleCollector",
     "Examples",
     "LayerDistributions",
@@ -88,6 +90,7 @@ __all__ = [
     "compare_with_single_layers",
     "decoder_similarity",
     "layer_distributions",
+    "load_results",
     "max_activating_examples",
     "prompt_acts",
     "redundancy",

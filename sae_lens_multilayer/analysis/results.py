@@ -77,16 +77,30 @@ def read_settings(path: str | Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it belongs to another kind of result, or is damaged.
     """
+    found, settings = _read(path)
+    if found != kind:
+        raise ValueError(f"{path} must hold a {kind}; it holds a {found}.")
+    return settings
+
+
+def kind_of(path: str | Path) -> str:
+    """The name of the class whose result is in a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged.
+    """
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[str, dict[str, Any]]:
     file = Path(path) / SETTINGS_FILE
     check_is_file(file)
     try:
         content = json.loads(file.read_text())
-        found, settings = content["kind"], dict(content["settings"])
+        return str(content["kind"]), dict(content["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} must be as `save` wrote it; {error!r}.") from error
-    if found != kind:
-        raise ValueError(f"{path} must hold a {kind}; it holds a {found}.")
-    return settings
 
 
 def check_is_file(file: Path) -> None:

@@ -1,7 +1,8 @@
 """All analyses by name, in as few passes over the tokens as they need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ from sae_lens_multilayer.analysis.distributions import (
     DistributionSums,
     LayerDistributions,
 )
+from sae_lens_multilayer.analysis.evaluated import Evaluation
 from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import (
     decoder_similarity,
@@ -26,7 +28,7 @@ from sae_lens_multilayer.analysis.geometry import (
 from sae_lens_multilayer.analysis.max_activating import ExampleCollector
 from sae_lens_multilayer.analysis.redundancy import redundancy
 from sae_lens_multilayer.analysis.residual import residual_stream
-from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.analysis.results import Result, kind_of
 from sae_lens_multilayer.analysis.stream import (
     Accumulator,
     PassOptions,
@@ -34,13 +36,20 @@ from sae_lens_multilayer.analysis.stream import (
     analyze,
 )
 from sae_lens_multilayer.analysis.token_classes import token_classes
-from sae_lens_multilayer.analysis.transfer import transfer_matrix
+from sae_lens_multilayer.analysis.transfer import (
+    Comparison,
+    single_layers_of,
+    transfer_matrix,
+)
 from sae_lens_multilayer.analysis.variances import VarianceSums
 from sae_lens_multilayer.checkpoints import check_free
+from sae_lens_multilayer.evaluation import evaluate
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.views import hook_names_of
 
 Analysis = Literal[
+    "evaluation",
+    "single_layer_comparison",
     "layer_distributions",
     "variances",
     "active_layers",
@@ -80,33 +89,47 @@ class Suite:
             latents: Latents for `token_classes`; None: those with the largest sums of
                 activations.
             n_examples: For `max_activating_examples`, of each latent at each layer.
-            single_layers: SAEs of single layers, for `transfer_matrix`.
+            single_layers: SAEs of one of its hooks each, for `single_layer_comparison`
+                and `transfer_matrix`.
             options: See `PassOptions`.
 
         Raises:
-            ValueError: If a latent is unknown.
+            ValueError: If a latent is unknown, or as `single_layers_of`.
         """
         if latents is not None:
             check_latents(latents, sae.cfg.d_sae)
         self._sae, self._model, self._tokens = sae, model, tokens
         self._latents, self._n_examples = latents, n_examples
-        self._single_layers = list(single_layers)
+        self._single_layers = (
+            single_layers_of(sae, single_layers) if single_layers else []
+        )
         self._options = options
 
     def available(self) -> list[Analysis]:
         """The analyses that this SAE allows."""
-        names: list[Analysis] = list(get_args(Analysis))
+        has_lens = any(map(lens_of, self._single_layers))
+        of_heads = self._sae.cfg.metadata.hook_head_index is not None
+        missing: set[Analysis] = set()
         if lens_of(self._sae) is None:
-            names.remove("residual_stream_after_lens")
-        if not self._single_layers:
-            names.remove("transfer_matrix")
-        return names
+            missing.add("residual_stream_after_lens")
+        if of_heads:
+            missing.add("evaluation")
+        if of_heads or not self._single_layers:
+            missing.add("single_layer_comparison")
+        if has_lens or not self._single_layers:
+            missing.add("transfer_matrix")
+        return [name for name in get_args(Analysis) if name not in missing]
 
-    def run(self, names: Sequence[str] | None = None) -> dict[str, Result]:
+    def run(
+        self,
+        names: Sequence[str] | None = None,
+        known: Mapping[str, Result] = MappingProxyType({}),
+    ) -> dict[str, Result]:
         """Run some of the analyses; those that can share a pass do.
 
         Args:
             names: Their names; None: all that are available.
+            known: Results of the same SAE and tokens by name, which are not run again.
 
         Returns:
             The result of each, by name, in the order of `Analysis`.
@@ -119,15 +142,23 @@ class Suite:
         if unknown:
             raise ValueError(
                 f"Analyses must be among {available}; got {unknown}. One after a lens "
-                "needs an SAE with a lens, and the transfer matrix single-layer SAEs."
+                "needs an SAE with a lens, the evaluation one of whole vectors, the "
+                "comparison single-layer SAEs, and the transfer matrix such without a "
+                "lens."
             )
         wanted = [n for n in available if names is None or n in names]
-        results = self._shared_pass(wanted)
+        results = dict(known)
         others = self._others(results)
-        results |= {name: others[name]() for name in wanted if name in others}
+        for name in wanted:
+            if name not in results and name in others:
+                results[name] = others[name]()
+            elif name not in results:
+                results |= self._shared_pass(wanted, results)
         return {name: results[name] for name in wanted}
 
-    def _shared_pass(self, wanted: Sequence[str]) -> dict[str, Result]:
+    def _shared_pass(
+        self, wanted: Sequence[str], known: Mapping[str, Result]
+    ) -> dict[str, Result]:
         makers: dict[str, Callable[[], Accumulator[Any]]] = {
             "layer_distributions": lambda: DistributionSums(self._sae),
             "variances": lambda: VarianceSums(self._sae),
@@ -141,9 +172,7 @@ class Suite:
             "token_classes" in wanted and self._latents is None
         ):
             needed.add("layer_distributions")
-        names = [name for name in makers if name in needed]
-        if not names:
-            return {}
+        names = [name for name in makers if name in needed and name not in known]
         accumulators = [makers[name]() for name in names]
         found = analyze(
             self._sae, self._model, self._tokens, *accumulators, **self._options
@@ -160,9 +189,23 @@ class Suite:
         hook_names, W_dec = hook_names_of(sae), sae.W_dec.detach()
 
         def distributions() -> LayerDistributions:
+            if "layer_distributions" not in results:
+                results.update(self._shared_pass(["layer_distributions"], results))
             found = results["layer_distributions"]
             assert isinstance(found, LayerDistributions)
             return found
+
+        def evaluation(saes: SAE[Any] | list[SAE[Any]]) -> Evaluation:
+            excluded = options.get("exclude_tokens") or ()
+            chosen: Any = {**options, "exclude_tokens": excluded}
+            return Evaluation.of(evaluate(saes, model, tokens, **chosen))
+
+        def comparison() -> Comparison:
+            if "evaluation" not in results:
+                results["evaluation"] = evaluation(sae)
+            multi = results["evaluation"].to_dataframe()
+            single = evaluation(self._single_layers).to_dataframe()
+            return Comparison.of_tables(multi.loc[single.index], single)
 
         def latents() -> list[int]:
             if self._latents is not None:
@@ -170,6 +213,8 @@ class Suite:
             return most_active(distributions(), N_TOKEN_CLASS_LATENTS).tolist()
 
         return {
+            "evaluation": lambda: evaluation(sae),
+            "single_layer_comparison": comparison,
             "token_classes": lambda: token_classes(
                 sae, model, tokens, latents(), **options
             ),
@@ -225,6 +270,26 @@ def save_results(
             result.save(path, tokenizer=tokenizer)
         else:
             result.save(path)
+
+
+def load_results(folder: str | Path) -> dict[str, Result]:
+    """Read what `save_results` wrote, by name.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If a result is damaged, or of an unknown kind.
+    """
+    kinds = {cls.__name__: cls for cls in Result.__subclasses__()}
+    found: dict[str, Result] = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_dir():
+            kind = kind_of(path)
+            if kind not in kinds:
+                raise ValueError(
+                    f"{path} must hold one of {sorted(kinds)}; got {kind}."
+                )
+            found[path.name] = kinds[kind].load(path)
+    return found
 
 
 def first_position_ratio(

@@ -7,6 +7,7 @@ first line of its docstring is its line of help.
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -37,6 +38,10 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+_STOPPED_BY_PIPE, _STOPPED_BY_USER = 128 + signal.SIGPIPE, 128 + signal.SIGINT
+"""What a shell gives for a program that ends by these signals."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that the arguments name.
 
@@ -65,6 +70,17 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("sae_lens_multilayer").setLevel(level)
     try:
         COMMANDS[options.command](options.arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output, such as `head`, has seen enough. Python would flush what
+        # is left once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_STOPPED_BY_PIPE)
+    except KeyboardInterrupt:
+        if options.traceback:
+            raise
+        print(f"\n{PROG} {options.command}: stopped.", file=sys.stderr)
+        sys.exit(_STOPPED_BY_USER)
     except InterruptedException:
         sys.exit(f"{PROG} {options.command}: stopped after a whole step, as asked for.")
     except (ValueError, OSError, ModuleNotFoundError, RankError) as error:

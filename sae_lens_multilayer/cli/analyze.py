@@ -4,10 +4,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from sae_lens_multilayer.analysis import Suite, TokenClasses, save_results
+import pandas as pd
+
+from sae_lens_multilayer.analysis import (
+    Comparison,
+    Suite,
+    TokenClasses,
+    save_results,
+)
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.token_classes import ClassKind
 from sae_lens_multilayer.checkpoints import check_writable, complete_or_absent
+from sae_lens_multilayer.cli.analysis_folder import write_settings
 from sae_lens_multilayer.cli.inputs import (
     Inputs,
     ModelOptions,
@@ -15,6 +23,7 @@ from sae_lens_multilayer.cli.inputs import (
     TextOptions,
     load_inputs,
     load_sae,
+    warn_of_first_position,
 )
 from sae_lens_multilayer.cli.parsing import parse
 from sae_lens_multilayer.plotting import PLOTS, plot_token_classes, save_figure
@@ -32,7 +41,8 @@ class AnalysisOptions:
     n_examples: int = 8
     """Examples to keep of each latent at each layer."""
     single_layers: list[str] = field(default_factory=list)
-    """Folders of SAEs of single layers, for the transfer matrix."""
+    """Folders of SAEs of single layers, to compare with: FVU, delta CE and KL at their
+    layers, and their FVU at the others (the transfer matrix)."""
 
 
 @dataclass
@@ -45,7 +55,7 @@ class Options:
     analysis: AnalysisOptions
     analyses: list[str] = field(default_factory=lambda: ["all"])
     """Their names, as the folders that are written; all: every one that the SAE
-    allows."""
+    allows. The evaluation takes longest."""
     output_path: str = "analyses"
     """New folder for the results and pictures."""
 
@@ -55,13 +65,19 @@ def analyze(arguments: list[str]) -> None:
     options = parse(analyze, Options, arguments)
     check_writable(options.output_path, "output_path")
     inputs = load_inputs(options.sae, options.model, options.text)
+    warn_of_first_position(inputs, options.text, options.analysis.exclude_positions)
     names = None if options.analyses == ["all"] else options.analyses
     results = suite_of(inputs, options.text, options.analysis).run(names)
     with complete_or_absent(options.output_path) as folder:
         save_results(results, folder, inputs.model.tokenizer)
+        write_settings(folder, inputs, options)
         for name, figure in _pictures(results, inputs).items():
             save_figure(figure, folder / f"{name}.png")
     for name, result in results.items():
+        if isinstance(result, Comparison):
+            columns = ["fvu", "delta_ce", "kl_div"]
+            table: pd.DataFrame = result.to_dataframe().loc[:, columns]
+            print(table.to_string(float_format="{:.4f}".format))
         print(f"Written: {Path(options.output_path) / name}, a {type(result).__name__}")
 
 

@@ -7,6 +7,7 @@ from sae_lens_multilayer.cli.inputs import (
     SAEOptions,
     TextOptions,
     load_inputs,
+    warn_of_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
 from sae_lens_multilayer.evaluation import Ablation
@@ -20,6 +21,10 @@ class Options:
     sae: SAEOptions
     model: ModelOptions
     text: TextOptions
+    exclude_positions: list[int] = field(default_factory=list)
+    """Positions in a prompt that keep their own vectors and are left out of all
+    averages: 0 where the vectors of the first position are many times longer than all
+    others."""
     keep_positions: list[int] = field(default_factory=list)
     """Positions in a prompt that keep their own vectors and are left out of the metrics
     of reconstruction."""
@@ -36,12 +41,15 @@ def evaluate(arguments: list[str]) -> None:
     options = parse(evaluate, Options, arguments)
     path = new_file(options.output_path, ".csv")
     inputs = load_inputs(options.sae, options.model, options.text)
+    left_out = [*options.exclude_positions, *options.keep_positions]
+    warn_of_first_position(inputs, options.text, left_out)
     metrics = evaluate_sae(
         inputs.sae,
         inputs.model,
         inputs.tokens,
         batch_size_prompts=options.text.batch_size_prompts,
         exclude_tokens=inputs.exclude_tokens,
+        exclude_positions=options.exclude_positions,
         keep_positions=options.keep_positions,
         ablation=options.ablation,
         together="all" if options.together else None,

@@ -1,10 +1,13 @@
 """The SAE, the model and the text that a command works on."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from sae_lens import SAE, LoggingConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -12,6 +15,7 @@ from simple_parsing import field as option
 from torch import Tensor
 
 from sae_lens_multilayer import hooks
+from sae_lens_multilayer.analysis.suite import first_position_ratio
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.sae_config import MultiLayerTrainingSAEConfig
 from sae_lens_multilayer.store.held_out import (
@@ -32,6 +36,12 @@ _OF_TRAINING: dict[str, Any] = {
 }
 """What is as the SAE was trained unless an option says otherwise, and what it is where
 the SAE does not say."""
+
+
+_SINK_RATIO = 4.0
+"""How many times longer vectors at the first position decide every average."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,6 +116,7 @@ def load_inputs(
         ValueError: If something does not fit together, or is not said anywhere.
         OSError: If something is not there.
     """
+    _check_device(model_options.device)
     sae = load_sae(sae_options, model_options.device)
     metadata = sae.cfg.metadata
     cfg = run_of(metadata, model_options, text_options, hook_names=hook_names_of(sae))
@@ -115,6 +126,38 @@ def load_inputs(
         special = metadata.exclude_special_tokens
     excluded = excluded_token_ids(special, model.tokenizer)
     return Inputs(sae, model, tokens, excluded)
+
+
+def long_first_position(
+    inputs: Inputs, options: TextOptions, left_out: Sequence[int]
+) -> float | None:
+    """How many times longer the first position's vectors are, if that is very much.
+
+    Args:
+        left_out: Positions that do not count.
+
+    Returns:
+        None if they do not decide every average, or do not count.
+    """
+    tokens = inputs.tokens[: options.batch_size_prompts]
+    n_pos = tokens.shape[1]
+    if n_pos < 2 or {0, -n_pos}.intersection(left_out):
+        return None
+    ratio = first_position_ratio(inputs.model, hook_names_of(inputs.sae), tokens)
+    return ratio if ratio >= _SINK_RATIO else None
+
+
+def warn_of_first_position(
+    inputs: Inputs, options: TextOptions, left_out: Sequence[int]
+) -> None:
+    """Log a warning if the first position decides every average."""
+    ratio = long_first_position(inputs, options, left_out)
+    if ratio is not None:
+        logger.warning(
+            "The vectors of position 0 are up to %.0f times as long as those of other "
+            "positions and decide every average; --exclude_positions 0 leaves it out.",
+            ratio,
+        )
 
 
 def load_sae(options: SAEOptions, device: str) -> SAE[Any]:
@@ -130,7 +173,21 @@ def load_sae(options: SAEOptions, device: str) -> SAE[Any]:
             f"{options.sae} must be the folder of a saved SAE; it is not there. For a "
             "published one, name its release and give --sae_id."
         )
-    return SAE.load_from_disk(Path(options.sae).expanduser(), device=device)
+    try:
+        return SAE.load_from_disk(Path(options.sae).expanduser(), device=device)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{options.sae} must be the folder of a saved SAE; "
+            f"{Path(str(error.filename)).name} is not there."
+        ) from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1).to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from error
 
 
 def load_model_and_tokens(
@@ -142,7 +199,16 @@ def load_model_and_tokens(
         ValueError: If the text is too short, or as the store.
     """
     check_n_tokens(options.n_tokens)
-    model = load_any_model(cfg)
+    try:
+        model = load_any_model(cfg)
+    except ValueError as error:
+        if "Valid official model names" not in str(error):
+            raise
+        # TransformerLens lists its hundreds of names.
+        raise ValueError(
+            f"TransformerLens knows no model {cfg.model_name!r}: give --model_name, "
+            "and for a Hugging Face folder --model_class_name TransformerBridge."
+        ) from error
     # The store checks that it fits the SAE; here is none, or one that is checked later.
     width = hooks.shape_of_model(model).d_model
     cfg.sae = MultiLayerTrainingSAEConfig(d_in=width, d_sae=width, k=1)

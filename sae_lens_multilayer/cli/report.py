@@ -4,8 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sae_lens_multilayer.analysis import layer_distributions
-from sae_lens_multilayer.analysis.suite import first_position_ratio
+from sae_lens_multilayer.analysis import (
+    Evaluation,
+    layer_distributions,
+    load_results,
+)
+from sae_lens_multilayer.cli.analysis_folder import check_same, with_settings
 from sae_lens_multilayer.cli.analyze import AnalysisOptions, suite_of
 from sae_lens_multilayer.cli.inputs import (
     Inputs,
@@ -13,15 +17,12 @@ from sae_lens_multilayer.cli.inputs import (
     SAEOptions,
     TextOptions,
     load_inputs,
+    long_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
-from sae_lens_multilayer.evaluation import evaluate
 from sae_lens_multilayer.report import ReportContent, report_html
 from sae_lens_multilayer.report.figures import short_labels
 from sae_lens_multilayer.views import hook_names_of
-
-_SINK_RATIO = 4.0
-"""How many times longer the first position's vectors are where it is left out."""
 
 
 @dataclass
@@ -34,6 +35,9 @@ class Options:
     analysis: AnalysisOptions
     n_latents: int = 1000
     """Latents that can be looked at: the most active ones, and --latents."""
+    analyses: str | None = None
+    """Folder that `analyze` wrote of this SAE: its results are shown, with its options
+    of text and analysis, and what is not there is computed. None: all is computed."""
     output_path: str = "report.html"
     """New HTML file."""
 
@@ -49,7 +53,11 @@ def report(arguments: list[str]) -> None:
     assert path is not None
     if options.n_latents < 1:
         raise ValueError(f"`n_latents` must be at least 1; got {options.n_latents}.")
+    if options.analyses is not None:
+        options = with_settings(options.analyses, options)
     inputs = load_inputs(options.sae, options.model, options.text)
+    if options.analyses is not None:
+        check_same(options.analyses, inputs)
     content = _content(inputs, options)
     write_new(path, report_html(content))
 
@@ -60,15 +68,10 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     positions, notes = _left_out(inputs, options)
     analysis = replace(options.analysis, exclude_positions=positions)
     suite = suite_of(inputs, options.text, analysis)
-    metrics = evaluate(
-        sae,
-        inputs.model,
-        tokens,
-        batch_size_prompts=options.text.batch_size_prompts,
-        exclude_tokens=inputs.exclude_tokens,
-        keep_positions=positions,
-    )
-    results = suite.run()
+    known = {} if options.analyses is None else load_results(options.analyses)
+    results = suite.run(known=known)
+    evaluation = results.pop("evaluation")
+    assert isinstance(evaluation, Evaluation)
     prompt = layer_distributions(
         sae,
         inputs.model,
@@ -79,6 +82,7 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     labels = short_labels(names)
     model_name = Path(str(sae.cfg.metadata.model_name)).name
     k: Any = getattr(sae.cfg, "k", None)
+    table = evaluation.to_dataframe()
     facts = {
         "SAE": options.sae.sae + (f", {options.sae.sae_id}" * bool(options.sae.sae_id)),
         "model": model_name,
@@ -87,15 +91,15 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
         **({} if k is None else {"k": str(k)}),
         "layers": f"{len(names)}, from {labels[0]} to {labels[-1]}",
         "text": options.text.dataset_path or str(sae.cfg.metadata.dataset_path),
-        "tokens": f"{metrics.reconstruction.n_tokens:,} of {tokens.numel():,}",
-        "CE of the model": f"{metrics.ce_loss_clean:.4f} nats",
-        "dead latents": f"{metrics.reconstruction.dead_fraction[0]:.1%}",
+        "tokens": f"{evaluation.n_tokens:,} of {tokens.numel():,}",
+        "CE of the model": f"{table.ce_loss_clean.iloc[0]:.4f} nats",
+        "dead latents": f"{table.dead_fraction.iloc[0]:.1%}",
     }
     return ReportContent(
         f"Multi-layer SAE of {model_name}",
         facts,
         notes,
-        metrics.to_dataframe(),
+        table,
         results,
         inputs.text_of,
         prompt,
@@ -114,17 +118,25 @@ def _left_out(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
         )
     given = options.analysis.exclude_positions
     if given:
-        notes.append(f"Positions {given} of each prompt are left out, as asked for.")
+        notes.append(
+            f"Positions {given} of each prompt are left out everywhere, as asked for. "
+            "When layers are replaced they keep their own vectors."
+        )
+    ratio = long_first_position(inputs, options.text, given)
+    if ratio is None:
         return given, notes
-    names = hook_names_of(inputs.sae)
-    some = inputs.tokens[: options.text.batch_size_prompts]
-    ratio = first_position_ratio(inputs.model, names, some)
-    if ratio < _SINK_RATIO:
-        return [], notes
-    notes.append(
-        f"Position 0 of each prompt is left out: its vectors are up to {ratio:.0f} "
-        "times as long as those of other positions, as the model attends to it when it "
-        "has nothing to attend to, and would decide every average. When layers are "
-        "replaced it keeps its own vectors."
+    long = (
+        f"its vectors are up to {ratio:.0f} times as long as those of other positions, "
+        "as the model attends to it when it has nothing to attend to"
     )
-    return [0], notes
+    if options.analyses is not None:
+        notes.append(
+            f"Position 0 of each prompt is not left out, as these analyses were made: "
+            f"{long}, and they decide every average."
+        )
+        return given, notes
+    notes.append(
+        f"Position 0 of each prompt is left out everywhere: {long}, and would decide "
+        "every average. When layers are replaced it keeps its own vectors."
+    )
+    return [*given, 0], notes

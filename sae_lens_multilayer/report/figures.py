@@ -14,7 +14,7 @@ from sae_lens_multilayer.analysis.redundancy import Redundancy
 from sae_lens_multilayer.analysis.residual import ResidualStream
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.token_classes import ClassKind, TokenClasses
-from sae_lens_multilayer.analysis.transfer import TransferMatrix
+from sae_lens_multilayer.analysis.transfer import Comparison, TransferMatrix
 from sae_lens_multilayer.analysis.variances import Variances
 from sae_lens_multilayer.hooks import layer_labels
 
@@ -61,6 +61,7 @@ def pictures_of(
         ResidualStream: _residual_stream,
         DecoderSimilarity: _decoder_similarity,
         Redundancy: _redundancy,
+        Comparison: _comparison,
         TransferMatrix: _transfer,
     }
     return makers[type(result)](name, result) if type(result) in makers else []
@@ -224,6 +225,28 @@ def _redundancy(name: str, redundancy: Redundancy) -> list[Picture]:
     return [
         Picture(name, "Is a direction learnt again for other layers?", caption, figure)
     ]
+
+
+def _comparison(name: str, comparison: Comparison) -> list[Picture]:
+    table = comparison.to_dataframe()
+    labels = short_labels(comparison.hook_names)
+    pictures: list[Picture] = []
+    for metric, title, y in [
+        ("fvu", "FVU", "fraction of variance unexplained"),
+        ("delta_ce", "ΔCE", "ΔCE (nats)"),
+        ("kl_div", "KL divergence", "KL divergence (nats)"),
+    ]:
+        one, each = (table[metric, which] for which in ("multi_layer", "single_layer"))
+        lines = {"this SAE": one, "one SAE for each layer": each}
+        figure = _lines(labels, lines, x="layer", y=y)
+        figure.update_xaxes(type="category")
+        caption = (
+            f"On the same tokens; means over these layers: {one.mean():.4g} and "
+            f"{each.mean():.4g}."
+        )
+        title = f"{title} beside single-layer SAEs"
+        pictures.append(Picture(f"{name}_{metric}", title, caption, figure))
+    return pictures
 
 
 def _transfer(name: str, transfer: TransferMatrix) -> list[Picture]:

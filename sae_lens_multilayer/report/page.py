@@ -14,6 +14,7 @@ from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import TokenSimilarity
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import most_active
+from sae_lens_multilayer.analysis.transfer import Comparison
 from sae_lens_multilayer.report.figures import Picture, pictures_of, short_labels
 from sae_lens_multilayer.report.latents import latents_data
 
@@ -65,7 +66,8 @@ def report_html(content: ReportContent) -> str:
         "title": html.escape(content.title),
         "facts": _facts(content.facts),
         "notes": "".join(f"<p>{html.escape(note)}</p>" for note in content.notes),
-        "evaluation": _table(content.evaluation),
+        "evaluation": _table(content.evaluation, _COLUMNS),
+        "comparison": "".join(map(_comparison, content.results.values())),
         "pictures": "".join(map(_section, pictures)),
         "css": _asset("page.css"),
         "js": _asset("page.js"),
@@ -119,10 +121,28 @@ def _facts(facts: dict[str, str]) -> str:
     )
 
 
-def _table(table: pd.DataFrame) -> str:
-    columns = [name for name in _COLUMNS if name in table]
+def _comparison(result: Result) -> str:
+    """The table of the SAE beside single-layer SAEs; nothing of other results."""
+    if not isinstance(result, Comparison):
+        return ""
+    table = result.to_dataframe()
+    table.columns = [f"{metric}/{which}" for metric, which in table.columns]
+    names = {"multi_layer": "this SAE", "single_layer": "single layer"}
+    columns = {
+        f"{metric}/{which}": f"{_COLUMNS[metric]}, {name}"
+        for metric in ("fvu", "delta_ce", "kl_div")
+        for which, name in names.items()
+    }
+    return (
+        "<h3>Beside single-layer SAEs</h3><p>The same tokens and metrics, with an SAE "
+        f"that was trained on the layer alone.</p>{_table(table, columns)}"
+    )
+
+
+def _table(table: pd.DataFrame, titles: dict[str, str]) -> str:
+    columns = [name for name in titles if name in table]
     head = "".join(
-        f'<th scope="col" title="{name}">{_COLUMNS[name]}</th>' for name in columns
+        f'<th scope="col" title="{name}">{titles[name]}</th>' for name in columns
     )
     labels = short_labels([str(name) for name in table.index])
     rows = [
@@ -137,8 +157,8 @@ def _table(table: pd.DataFrame) -> str:
         for label, row in rows
     )
     return (
-        f'<table><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>"
+        '<div class="scroll"><table><thead><tr><th scope="col">layer</th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

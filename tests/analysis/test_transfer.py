@@ -1,6 +1,7 @@
 """Authorities: `reconstruction_metrics` and `evaluate` of each SAE by itself."""
 
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -118,7 +119,7 @@ def test_comparison_is_the_two_evaluations(model, tokens, saes, tmp_path):
 
 def test_some_layers_are_compared(model, tokens, saes):
     multi = random_sae()
-    options = {"exclude_tokens": [0], "exclude_positions": [1]}
+    options: Any = {"exclude_tokens": [0], "exclude_positions": [1]}
     every = compare_with_single_layers(multi, saes, model, tokens, **options)
     one = compare_with_single_layers(multi, saes[1:], model, tokens, **options)
     assert one.hook_names == HOOK_NAMES[1:]
