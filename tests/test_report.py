@@ -223,7 +223,7 @@ def test_a_report_reads_what_was_analysed(offline, model, monkeypatch):
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
 
-    cli.main(["report", "../sae", "--analyses", "../analyses"])
+    cli.main(["report", "../sae", "--analysis_path", "../analyses"])
 
     # The one prompt, and SAELens' own call to learn the width; no analysis again.
     assert [args[0].numel() for args, _ in calls] == [1, N_CTX]
@@ -243,14 +243,14 @@ def pieces_of(page: str) -> list[str]:
 def test_a_report_refuses_analyses_of_another_sae_or_text(offline):
     options = [*offline, "--analyses", "variances"]
     cli.main(["analyze", "sae", *options])
-    report = ["report", "sae", "--analyses", "analyses"]
+    report = ["report", "sae", "--analysis_path", "analyses"]
     with pytest.raises(SystemExit, match=r"--n_tokens was 64 for the analyses.*got 32"):
         cli.main([*report, "--n_tokens", "32"])
     with pytest.raises(SystemExit, match="sae must be a folder that `analyze` wrote"):
-        cli.main(["report", "sae", "--analyses", "sae"])
+        cli.main(["report", "sae", "--analysis_path", "sae"])
     random_sae(d_sae=32).save_model("other")
     with pytest.raises(SystemExit, match=r"are of another SAE\. Run `analyze` again"):
-        cli.main(["report", "other", "--analyses", "analyses"])
+        cli.main(["report", "other", "--analysis_path", "analyses"])
     text = pd.read_parquet("text.parquet")
     text[::-1].to_parquet("text.parquet")
     with pytest.raises(SystemExit, match=r"are of another text\. Run"):

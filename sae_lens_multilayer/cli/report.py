@@ -35,7 +35,7 @@ class Options:
     analysis: AnalysisOptions
     n_latents: int = 1000
     """Latents that can be looked at: the most active ones, and --latents."""
-    analyses: str | None = None
+    analysis_path: str | None = None
     """Folder that `analyze` wrote of this SAE: its results are shown, with its options
     of text and analysis, and what is not there is computed. None: all is computed."""
     output_path: str = "report.html"
@@ -53,11 +53,11 @@ def report(arguments: list[str]) -> None:
     assert path is not None
     if options.n_latents < 1:
         raise ValueError(f"`n_latents` must be at least 1; got {options.n_latents}.")
-    if options.analyses is not None:
-        options = with_settings(options.analyses, options)
+    if options.analysis_path is not None:
+        options = with_settings(options.analysis_path, options)
     inputs = load_inputs(options.sae, options.model, options.text)
-    if options.analyses is not None:
-        check_same(options.analyses, inputs)
+    if options.analysis_path is not None:
+        check_same(options.analysis_path, inputs)
     content = _content(inputs, options)
     write_new(path, report_html(content))
 
@@ -68,7 +68,7 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     positions, notes = _left_out(inputs, options)
     analysis = replace(options.analysis, exclude_positions=positions)
     suite = suite_of(inputs, options.text, analysis)
-    known = {} if options.analyses is None else load_results(options.analyses)
+    known = {} if options.analysis_path is None else load_results(options.analysis_path)
     results = suite.run(known=known)
     evaluation = results.pop("evaluation")
     assert isinstance(evaluation, Evaluation)
@@ -129,7 +129,7 @@ def _left_out(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
         f"its vectors are up to {ratio:.0f} times as long as those of other positions, "
         "as the model attends to it when it has nothing to attend to"
     )
-    if options.analyses is not None:
+    if options.analysis_path is not None:
         notes.append(
             f"Position 0 of each prompt is not left out, as these analyses were made: "
             f"{long}, and they decide every average."

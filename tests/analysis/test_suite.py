@@ -1,0 +1,203 @@
+"""Authority: each analysis called by itself."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import D_VOCAB, N_CTX, count_calls
+from dense import batch_of, random_sparse, sae_of
+from sae_lens.saes.sae import SAEMetadata
+from saes import HOOK_NAMES, random_lens, random_sae
+
+from sae_lens_multilayer import evaluate
+from sae_lens_multilayer.analysis import (
+    ActiveLayerCounts,
+    DistributionSums,
+    ExampleCollector,
+    Suite,
+    TokenClassSums,
+    VarianceSums,
+    active_layers,
+    compare_with_single_layers,
+    decoder_similarity,
+    layer_distributions,
+    load_results,
+    max_activating_examples,
+    redundancy,
+    residual_stream,
+    save_results,
+    token_classes,
+    token_embeddings,
+    token_similarity,
+    token_unembeddings,
+    transfer_matrix,
+    variances,
+)
+from sae_lens_multilayer.analysis.suite import most_active
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, D_VOCAB, (5, N_CTX))
+
+
+@pytest.fixture
+def single_layers():
+    return [single_layer(name) for name in HOOK_NAMES]
+
+
+def single_layer(hook_name):
+    return random_sae(metadata=SAEMetadata(hook_names=[hook_name], model_name="tiny"))
+
+
+OPTIONS: Any = {"exclude_tokens": [3], "exclude_positions": [0, 2]}
+
+
+def test_each_is_the_analysis_by_itself(model, tokens, single_layers):
+    sae = random_sae()
+    sae.lens = random_lens()
+    suite = Suite(
+        sae, model, tokens, n_examples=2, single_layers=single_layers, **OPTIONS
+    )
+    found = suite.run()
+    assert list(found) == suite.available()
+    W_dec, call = sae.W_dec.detach(), (sae, model, tokens)
+    dists = layer_distributions(*call, **OPTIONS)
+    latents = most_active(dists, 4).tolist()
+    lens = sae.lens
+    expected = {
+        "evaluation": evaluate(*call, **OPTIONS),
+        "single_layer_comparison": compare_with_single_layers(
+            sae, single_layers, model, tokens, **OPTIONS
+        ),
+        "layer_distributions": dists,
+        "variances": variances(*call, **OPTIONS),
+        "active_layers": active_layers(*call, **OPTIONS),
+        "max_activating_examples": max_activating_examples(
+            *call, n_examples=2, **OPTIONS
+        ),
+        "token_classes": token_classes(*call, latents, **OPTIONS),
+        "residual_stream": residual_stream(model, HOOK_NAMES, tokens, **OPTIONS),
+        "residual_stream_after_lens": residual_stream(
+            model, HOOK_NAMES, tokens, lens=lens, **OPTIONS
+        ),
+        "decoder_similarity": decoder_similarity(W_dec),
+        "token_embeddings": token_similarity(W_dec, token_embeddings(model)),
+        "token_unembeddings": token_similarity(W_dec, token_unembeddings(model)),
+        "redundancy": redundancy(W_dec, dists),
+        "transfer_matrix": transfer_matrix(
+            single_layers, model, tokens, multi_layer=sae, **OPTIONS
+        ),
+    }
+    assert found.keys() == expected.keys()
+    for name, result in found.items():
+        pd.testing.assert_frame_equal(
+            result.to_dataframe(), expected[name].to_dataframe()
+        )
+
+
+def test_what_is_known_is_not_run_again(model, tokens, single_layers, monkeypatch):
+    suite = Suite(random_sae(), model, tokens, single_layers=single_layers, **OPTIONS)
+    known = suite.run()
+    calls = count_calls(monkeypatch, model, "forward")
+    assert suite.run(known=known) == known
+    assert not calls
+    names = ["redundancy", "token_classes"]
+    rest = {name: known[name] for name in known if name not in names}
+    again = suite.run(names, known=rest)
+    assert list(again) == ["token_classes", "redundancy"]
+    for name in names:
+        assert again[name].to_dataframe().equals(known[name].to_dataframe())
+
+
+@pytest.mark.parametrize("name", ["redundancy", "token_classes"])
+def test_one_needs_the_distributions_alone(model, tokens, name, monkeypatch):
+    suite = Suite(random_sae(), model, tokens)
+    calls = count_calls(monkeypatch, model, "run_with_cache")
+    assert list(suite.run([name])) == [name]
+    assert len(calls) == (1 if name == "redundancy" else 2)
+
+
+def test_prompts_that_predict_nothing_are_found_before_any_pass(
+    model, tokens, monkeypatch
+):
+    calls = count_calls(monkeypatch, model, "forward")
+    with pytest.raises(ValueError, match="at least one predicted token"):
+        Suite(random_sae(), model, tokens[:, :1]).run()
+    assert not calls
+
+
+def test_what_an_sae_does_not_allow_is_not_available(model, tokens, single_layers):
+    sae = random_sae()
+    available = Suite(sae, model, tokens).available()
+    assert {"evaluation", "redundancy"} <= set(available)
+    absent = {
+        "residual_stream_after_lens",
+        "single_layer_comparison",
+        "transfer_matrix",
+    }
+    assert not absent & set(available)
+    with pytest.raises(ValueError, match=r"must be among .*got \['transfer_matrix'\]"):
+        Suite(sae, model, tokens).run(["transfer_matrix"])
+    single_layers[0].lens = random_lens(HOOK_NAMES[:1])
+    available = Suite(sae, model, tokens, single_layers=single_layers).available()
+    assert absent & set(available) == {"single_layer_comparison"}
+    with pytest.raises(ValueError, match="of the multi-layer SAE's hooks"):
+        Suite(sae, model, tokens, single_layers=[single_layer("blocks.7.hook_mlp_out")])
+
+
+def test_results_are_read_back_by_name(model, tokens, single_layers, tmp_path):
+    sae = random_sae()
+    sae.lens = random_lens()
+    results = Suite(sae, model, tokens, single_layers=single_layers).run()
+    save_results(results, tmp_path / "all", model.tokenizer)
+    (tmp_path / "all" / "picture.png").touch()
+    found = load_results(tmp_path / "all")
+    assert found.keys() == results.keys()
+    for name, result in results.items():
+        assert type(found[name]) is type(result)
+        pd.testing.assert_frame_equal(found[name].to_dataframe(), result.to_dataframe())
+    with pytest.raises(FileExistsError):
+        save_results(results, tmp_path / "all")
+    settings = tmp_path / "all" / "variances" / "result.json"
+    settings.write_text('{"kind": "Path", "settings": {}}')
+    with pytest.raises(ValueError, match=r"must hold one of \[.*got Path"):
+        load_results(tmp_path / "all")
+
+
+def test_nothing_that_is_held_grows_with_the_tokens():
+    def held(n_batches: int) -> dict[str, int]:
+        sae = sae_of(random_sparse(0, 1, 3, 8))
+        sums = [
+            DistributionSums(sae),
+            VarianceSums(sae),
+            ActiveLayerCounts(sae),
+            TokenClassSums(sae, [0, 3]),
+            ExampleCollector(sae, 2),
+        ]
+        for i in range(n_batches):
+            batch = batch_of(random_sparse(i, 1000, 3, 8), first_prompt=i)
+            for one in sums:
+                one.update(batch)
+        return {type(s).__name__: sum(map(n_bytes, tensors_in(s))) for s in sums}
+
+    few, many = held(10), held(100)
+    for name, size in many.items():
+        assert size <= 1.1 * few[name], name
+        assert size > 0
+
+
+def n_bytes(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors_in(one)
+    elif hasattr(value, "__dict__"):
+        yield from tensors_in(list(vars(value).values()))
