@@ -1,5 +1,6 @@
 """What a piece of work takes: seconds, and memory at its peak."""
 
+import ctypes
 import gc
 import math
 import time
@@ -7,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +37,7 @@ class Cost:
 @contextmanager
 def measured() -> Generator[Cost, None, None]:
     """Measure the block; the numbers are there when it has ended, also by an error."""
-    gc.collect()
+    _free_memory()
     cost = Cost(memory_before_mib=_status_mib("VmRSS"))
     has_peak = _forget_peaks()
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -49,6 +51,17 @@ def measured() -> Generator[Cost, None, None]:
         cost.cpu_seconds = time.process_time() - cpu_start
         if has_peak:
             cost.peak_memory_mib = _status_mib("VmHWM")
+
+
+def _free_memory() -> None:
+    """Give back what earlier work has left, which would count as this one's.
+
+    glibc keeps much of what is freed, and Python some of what is not used any more.
+    """
+    gc.collect()
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _forget_peaks() -> bool:

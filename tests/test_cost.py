@@ -22,7 +22,8 @@ def test_the_peak_is_that_of_the_block_and_not_of_an_earlier_one():
     with measured() as second:
         pass
 
-    assert 64 <= first.peak_memory_mib - first.memory_before_mib < 100
+    # Some of its pages may have been there.
+    assert 60 <= first.peak_memory_mib - first.memory_before_mib < 100
     assert second.peak_memory_mib < first.peak_memory_mib - 50
 
 

@@ -85,7 +85,7 @@ def listing(folder: Path) -> dict[str, int]:
     return {
         str(file.relative_to(folder)): file.stat().st_mtime_ns
         for file in folder.rglob("*")
-        if file.is_file() and file.name not in ("table.csv", "sweep.png")
+        if file.is_file() and file.name not in ("table.csv", "sweep.png", ".lock")
     }
 
 
