@@ -37,6 +37,8 @@ from transformers import AutoTokenizer
 from sae_lens_multilayer import MultiLayerConfig, cli
 from sae_lens_multilayer.ranks import Ranks, ranks_of_environment
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.training import runner as runner_module
+from sae_lens_multilayer.training import trainer as trainer_module
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 TIMEOUT_SECONDS = 60
@@ -117,6 +119,7 @@ def train(
     streaming: bool = False,
     fail_at: int | None = None,
     value: float = math.nan,
+    break_at: int | None = None,
     stop_at: int | None = None,
     differ: str | None = None,
     seconds: float = 0,
@@ -130,6 +133,7 @@ def train(
     Args:
         fail_at: Model batch in which the last rank finds a value that no step takes.
         value: This one.
+        break_at: Tokens after which the last rank has an error of its own in a step.
         stop_at: Tokens after which the last rank is asked to stop.
         differ: What the last rank begins with another of: "weights" or "settings".
         seconds: How much longer each step takes.
@@ -169,6 +173,10 @@ def train(
         poison(runner.activations_store, fail_at, value)
     if is_last and stop_at is not None:
         ask_to_stop(stop_at)
+    if is_last and break_at is not None:
+        break_step(break_at)
+    if index > 0:
+        forbid_writing()
     if is_last and differ == "weights":
         runner.sae.W_dec.data[0, 0] += 1e-6
     try:
@@ -219,6 +227,25 @@ def ask_to_stop(n_tokens: int) -> None:
         return stats
 
     MultiLayerTrainer.step = stopping  # type: ignore[method-assign]
+
+
+def break_step(n_tokens: int) -> None:
+    gradients = MultiLayerTrainer._gradients
+
+    def breaking(self: Any, batch: torch.Tensor) -> Any:
+        if self.n_training_samples == n_tokens:
+            raise RuntimeError("no memory on this rank")
+        return gradients(self, batch)
+
+    MultiLayerTrainer._gradients = breaking  # type: ignore[method-assign]
+
+
+def forbid_writing() -> None:
+    def refuse(path: Path) -> None:
+        raise AssertionError(f"Only the first rank writes; {path}.")
+
+    for module in (runner_module, trainer_module):
+        vars(module)["complete_or_absent"] = refuse
 
 
 TASKS: dict[str, Any] = {f.__name__: f for f in (save_steps, train, command)}

@@ -24,7 +24,12 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 
 from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of, own_device
-from sae_lens_multilayer.training.run_ranks import check_number_of_ranks
+from sae_lens_multilayer.training.run_ranks import (
+    check_number_of_ranks,
+    load_random_states,
+    state_of_rank,
+    write_states,
+)
 
 SCRIPT = Path(__file__).with_name("ranked_runs.py")
 
@@ -244,6 +249,14 @@ class TestRuns:
         ranked.run("train", killed, resume_from_checkpoint="latest")
         assert saved(killed) == saved(whole)
 
+    def test_an_error_that_the_others_cannot_know_of_ends_all_without_a_checkpoint(
+        self, ranked, tmp_path
+    ):
+        said = ranked.fail(tmp_path, break_at=640)
+        assert "RuntimeError: no memory on this rank" in said
+        assert "Rank 0 of 2 has lost the others" in said
+        assert checkpoints(tmp_path) == []
+
     def test_ranks_that_do_not_begin_alike_are_refused(self, ranked, tmp_path):
         said = ranked.fail(tmp_path, differ="weights")
         assert "The SAE must be the same on all ranks; ranks 0 and 1" in said
@@ -289,6 +302,13 @@ class TestRuns:
 
 
 class TestRanks:
+    def test_random_numbers_go_on_on_every_rank(self, tmp_path):
+        torch.manual_seed(7)
+        write_states([b"", state_of_rank({})], tmp_path)
+        expected = torch.rand(3)
+        load_random_states(tmp_path, Ranks(1, 2))
+        assert torch.equal(torch.rand(3), expected)
+
     def test_bits_tell_exchanged_rows_and_equal_numbers_of_other_bits_apart(self):
         rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         assert bits_of({"a": rows}) == bits_of({"a": rows.clone()})
