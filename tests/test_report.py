@@ -46,7 +46,7 @@ def content(model, tokens) -> ReportContent:
     )
 
 
-def in_browser(page: str, script: str, folder: Path) -> dict:
+def in_browser(page: str, script: str, folder: Path, width: int = 1280) -> dict:
     """Open a page, run a script on it when it is drawn, and give what it returns."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
@@ -69,8 +69,8 @@ def in_browser(page: str, script: str, folder: Path) -> dict:
         [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu"),
             f"--user-data-dir={folder / 'profile'}",
-            *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=20000"),
-            *("--window-size=1280,900", "--dump-dom", file.as_uri()),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=200000"),
+            *(f"--window-size={width},900", "--dump-dom", file.as_uri()),
         ],
         capture_output=True,
         text=True,
@@ -153,6 +153,33 @@ def test_numbers_are_read_back_from_a_browser(content, tmp_path):
     assert seen["bar"] == "P(layer | latent)"
     assert "Position 0" in seen["notes"]
     assert seen["wide"] <= 1280
+
+
+def test_nothing_is_cut_off_on_a_narrow_screen(content, tmp_path):
+    script = """
+        const figures = Array.from(document.querySelectorAll(".figure"));
+        for (const div of figures) {
+            div.scrollIntoView();
+            for (let i = 0; i < 100 && !div.data; i++)
+                await new Promise((f) => setTimeout(f, 20));
+        }
+        const right = (one) => one.getBoundingClientRect().right;
+        const drawn = document.querySelectorAll(".main-svg, .example, #list, h2");
+        return {
+            n: drawn.length,
+            screen: innerWidth,
+            page: document.querySelector("main").scrollWidth,
+            farthest: Math.max(...Array.from(drawn, right)),
+        };
+    """
+    # No window of Chromium is narrower than 500 pixels.
+    page = report_html(content).replace("</style>", "body { width: 400px; }</style>", 1)
+    seen = in_browser(page, script, tmp_path, width=500)
+
+    assert seen["n"] > report_html(content).count('class="figure"')
+    assert seen["screen"] == 500
+    assert seen["page"] <= 400
+    assert seen["farthest"] <= 400
 
 
 def test_the_page_needs_nothing_from_outside(content):

@@ -78,7 +78,7 @@ class TextOptions:
 class SAEOptions:
     """The SAE."""
 
-    sae: str = option(positional=True)
+    sae: str = option(positional=True, metavar="sae")
     """Folder of a saved SAE, or the name of a release."""
     sae_id: str | None = None
     """Which SAE of a release."""

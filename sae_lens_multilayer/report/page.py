@@ -89,7 +89,9 @@ def _pictures(content: ReportContent) -> list[Picture]:
         pictures += pictures_of(name, result, content.text_of)
         if name == "layer_distributions" and content.prompt is not None:
             (prompt,) = pictures_of("one_prompt", content.prompt, content.text_of)
-            prompt.title = f"The same in one prompt of {content.prompt.n_tokens} tokens"
+            prompt.title = (
+                f"The same in one prompt of {content.prompt.n_tokens:,} tokens"
+            )
             pictures.append(prompt)
     return pictures
 

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import D_MODEL, D_VOCAB, PAPER_DATA
+from conftest import PAPER_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from paper import paper_numbers
@@ -80,8 +80,11 @@ def test_tokens_nearest_to_a_latent(elements):
 
 
 def test_embeddings_of_every_kind_of_model(model, tokenizer):
-    assert token_embeddings(model).shape == (D_VOCAB, D_MODEL)
-    assert token_unembeddings(model).shape == (D_VOCAB, D_MODEL)
+    ids, names = torch.tensor([[7, 500]]), ["hook_embed", "ln_final.hook_normalized"]
+    logits, cache = model.run_with_cache(ids)
+    assert token_embeddings(model)[ids].equal(cache[names[0]])
+    expected = cache[names[1]] @ token_unembeddings(model).T + model.b_U
+    torch.testing.assert_close(logits, expected)
     hf: Any = AutoModelForCausalLM.from_pretrained(PAPER_DATA / "model")
     proxy = HookedProxyLM(hf, tokenizer)
     assert token_embeddings(proxy).equal(hf.get_input_embeddings().weight)

@@ -136,6 +136,10 @@ def test_bins_hold_about_as_many_tokens():
     assert table.n_tokens.between(1150, 1400).all()
     assert table.index[0] == "1-50"
     assert table.index[-1] == "88-100"  # half of the tokens of id 86 are below 3/4
+    # The middle of an id's tokens says which bin it is in, not the first of them.
+    ids = torch.tensor([[0, 1, 1, 1]])
+    few = accumulate(TokenClassSums(sae_of(acts), [0]), [batch_of(acts[:4], ids)])
+    assert few.by_frequency(0, n_bins=2).n_tokens.to_dict() == {"1": 1, "3": 3}
 
 
 def test_table_and_disk(model, tmp_path):
