@@ -18,9 +18,7 @@ from sae_lens_multilayer import (
     MultiLayerConfig,
     MultiLayerTrainingSAEConfig,
 )
-from sae_lens_multilayer.cache import harvest as harvest_module
-from sae_lens_multilayer.cli import inputs
-from sae_lens_multilayer.training import runner as runner_module
+from sae_lens_multilayer.training import run_model
 
 PAPER_DATA = Path(__file__).parent / "data" / "paper"
 # Machines are shared, so no example is timed.
@@ -152,9 +150,8 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def offline(model, token_dataset, tmp_path, monkeypatch):
     """The tiny model under any name, its SAE and its text in files."""
-    for module in (runner_module, inputs, harvest_module):
-        monkeypatch.setattr(module, "load_any_model", lambda cfg: model)
-    monkeypatch.setattr(runner_module, "check_named_model", lambda cfg, lens: None)
+    monkeypatch.setattr(run_model, "load_any_model", lambda cfg: model)
+    monkeypatch.setattr(run_model, "check_named_model", lambda cfg, lens: None)
     token_dataset.to_parquet(tmp_path / "text.parquet")
     from saes import random_sae  # which takes sizes from here
 

@@ -23,7 +23,7 @@ from test_kills import N_KILLS, Runs, saved
 
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.training import evaluator as evaluator_module
-from sae_lens_multilayer.training import runner as runner_module
+from sae_lens_multilayer.training import run_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -35,7 +35,7 @@ def train(monkeypatch):
     def no_model(cfg):
         raise AssertionError("a run from a cache needs no model")
 
-    monkeypatch.setattr(runner_module, "load_any_model", no_model)
+    monkeypatch.setattr(run_model, "load_any_model", no_model)
 
     def train(cfg, **overrides):
         return LanguageModelSAETrainingRunner(cfg, **overrides).run()
@@ -161,8 +161,8 @@ def test_evaluates_on_text_that_is_not_trained_on(
     )
     settings = {"training_tokens": 512, "n_eval_batches": 2, "output_path": None}
     harvest(cache_config(**settings))
-    monkeypatch.setattr(runner_module, "load_any_model", lambda cfg: model)
-    monkeypatch.setattr(runner_module, "check_named_model", lambda *_: None)
+    monkeypatch.setattr(run_model, "load_any_model", lambda cfg: model)
+    monkeypatch.setattr(run_model, "check_named_model", lambda *_: None)
     calls = count_calls(monkeypatch, evaluator_module, "evaluate")
     cfg = cache_config(**settings, use_cached_activations=True, logger=log)
     LanguageModelSAETrainingRunner(cfg).run()

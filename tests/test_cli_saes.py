@@ -20,11 +20,11 @@ from sae_lens_multilayer.analysis import (
     TransferMatrix,
     compare_with_single_layers,
 )
-from sae_lens_multilayer.cli import inputs
 from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.lens.fit import ModelUnembed
-from sae_lens_multilayer.training.runner import load_any_model
+from sae_lens_multilayer.training import run_model
+from sae_lens_multilayer.training.run_model import load_any_model
 
 SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
 
@@ -223,7 +223,7 @@ def test_wrong_input_is_one_line(changes, message, offline):
 
 
 def test_a_model_that_transformer_lens_does_not_know_is_one_line(offline, monkeypatch):
-    monkeypatch.setattr(inputs, "load_any_model", load_any_model)
+    monkeypatch.setattr(run_model, "load_any_model", load_any_model)
     with pytest.raises(SystemExit) as stop:
         cli.main(["evaluate", "sae", *offline])
     assert "TransformerLens knows no model 'tiny': give --model_name" in str(stop.value)

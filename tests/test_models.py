@@ -19,8 +19,8 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
     views,
 )
-from sae_lens_multilayer.training import runner as runner_module
-from sae_lens_multilayer.training.runner import load_any_model
+from sae_lens_multilayer.training import run_model
+from sae_lens_multilayer.training.run_model import load_any_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -192,13 +192,13 @@ class TestErrors:
     @pytest.fixture
     def loads(self, monkeypatch) -> list[str]:
         calls: list[str] = []
-        original = runner_module.load_any_model
+        original = run_model.load_any_model
 
         def load(config):
             calls.append(config.model_name)
             return original(config)
 
-        monkeypatch.setattr(runner_module, "load_any_model", load)
+        monkeypatch.setattr(run_model, "load_any_model", load)
         return calls
 
     def check(self, config, token_dataset, match) -> None:

@@ -11,7 +11,6 @@ from datasets import Dataset
 from sae_lens import SAE
 from test_sweeps import BASE
 
-import sae_lens_multilayer.training.runner as runner_module
 from sae_lens_multilayer import (
     MultiLayerSAETrainingRunner,
     PointsFailedError,
@@ -27,6 +26,7 @@ from sae_lens_multilayer.analysis import (
     transfer_matrix,
 )
 from sae_lens_multilayer.sweeps import run as run_module
+from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 N_LAYERS = 3
@@ -157,14 +157,11 @@ def test_the_command_and_the_folders_that_analyze_takes(
     deep, token_dataset, held_out, tmp_path, monkeypatch, offline, capsys
 ):
     # `offline` has replaced the models by one of two layers.
-    monkeypatch.setattr(runner_module, "load_any_model", lambda cfg: deep)
+    monkeypatch.setattr(run_model, "load_any_model", lambda cfg: deep)
     monkeypatch.setattr(
-        "sae_lens_multilayer.cli.inputs.load_any_model", lambda cfg: deep
-    )
-    monkeypatch.setattr(
-        runner_module.hooks,
+        run_model.hooks,
         "shape_of_named_model",
-        lambda *args: runner_module.hooks.shape_of_model(deep),
+        lambda *args: run_model.hooks.shape_of_model(deep),
     )
     token_dataset.to_parquet(tmp_path / "train.parquet")
     held_out.to_parquet(tmp_path / "test.parquet")

@@ -14,7 +14,6 @@ from sae_lens import SAE
 from sae_lens.training._interruption import InterruptedException
 from safetensors.torch import load_file
 
-import sae_lens_multilayer.training.runner as runner_module
 from sae_lens_multilayer import (
     MultiLayerConfig,
     MultiLayerSAETrainingRunner,
@@ -29,6 +28,7 @@ from sae_lens_multilayer.analysis import variances as variances_of
 from sae_lens_multilayer.checkpoints import alone_in
 from sae_lens_multilayer.sweeps import run as run_module
 from sae_lens_multilayer.sweeps.points import combine, make_points
+from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 BASE: dict[str, Any] = {
@@ -395,10 +395,10 @@ class TestModels:
             return models[cfg.model_name]
 
         def shape(model_class_name, model_name, kwargs=None):
-            return runner_module.hooks.shape_of_model(models[model_name])
+            return run_model.hooks.shape_of_model(models[model_name])
 
-        monkeypatch.setattr(runner_module, "load_any_model", load)
-        monkeypatch.setattr(runner_module.hooks, "shape_of_named_model", shape)
+        monkeypatch.setattr(run_model, "load_any_model", load)
+        monkeypatch.setattr(run_model.hooks, "shape_of_named_model", shape)
         token_dataset.to_parquet(tmp_path / "train.parquet")
         held_out.to_parquet(tmp_path / "test.parquet")
         monkeypatch.chdir(tmp_path)

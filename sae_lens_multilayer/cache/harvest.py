@@ -43,8 +43,8 @@ from sae_lens_multilayer.checkpoints import (
 )
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_folder import remove_leftovers
-from sae_lens_multilayer.training.runner import load_any_model
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,9 @@ class MultiLayerCacheActivationsRunner:
         if not (self.path / MANIFEST_FILENAME).exists():
             check_free(self.path)
         self.model = (
-            override_model if override_model is not None else load_any_model(cfg)
+            override_model
+            if override_model is not None
+            else run_model.load_any_model(cfg)
         )
         self._dataset, self._has_begun = override_dataset, False
         self.activations_store = self._make_store(override_dataset)

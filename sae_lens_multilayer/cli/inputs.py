@@ -23,7 +23,7 @@ from sae_lens_multilayer.store.held_out import (
     excluded_token_ids,
     prompts_of_text,
 )
-from sae_lens_multilayer.training.runner import load_any_model
+from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.views import hook_names_of
 
 _OF_TRAINING: dict[str, Any] = {
@@ -200,7 +200,7 @@ def load_model_and_tokens(
     """
     check_n_tokens(options.n_tokens)
     try:
-        model = load_any_model(cfg)
+        model = run_model.load_any_model(cfg)
     except ValueError as error:
         if "Valid official model names" not in str(error):
             raise

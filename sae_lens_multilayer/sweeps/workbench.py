@@ -14,7 +14,7 @@ from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.store.local_datasets import resolve_dataset
 from sae_lens_multilayer.sweeps.evaluation import HeldOut, SweepEvaluation, held_out
 from sae_lens_multilayer.sweeps.points import Point
-from sae_lens_multilayer.training import runner
+from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_lens import lens_of_run
 
 _OF_MODEL = (
@@ -96,9 +96,9 @@ class Workbench:
         for point in self._points:
             lens = lens_of_run(point.cfg)
             if shape is None:
-                runner.check_named_model(point.cfg, lens)
+                run_model.check_named_model(point.cfg, lens)
             else:
-                runner.check_shape(point.cfg, shape, lens)
+                run_model.check_shape(point.cfg, shape, lens)
 
     def load(self, point: Point) -> tuple[Any, HeldOut]:
         """The model of a point and its held-out prompts."""
@@ -107,7 +107,7 @@ class Workbench:
             if self.given.model is None:
                 self._model = None
                 gc.collect()  # before the next one takes its place
-                self._model = runner.load_any_model(self._config_to_load(point))
+                self._model = run_model.load_any_model(self._config_to_load(point))
             self._current = model_of(point)
         if self._held_out is None:
             self._held_out = held_out(

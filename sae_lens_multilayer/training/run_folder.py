@@ -1,5 +1,6 @@
 """The folder with a run's checkpoints: which is the newest, which may go."""
 
+import copy
 import json
 import logging
 import shutil
@@ -10,7 +11,7 @@ from uuid import uuid4
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from sae_lens_multilayer.checkpoints import PARTIAL_PREFIX, read_json
-from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config import LATEST, MultiLayerConfig
 from sae_lens_multilayer.training.trainer_state import VALUES_FILENAME
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,20 @@ def latest_checkpoint(cfg: MultiLayerConfig[Any]) -> Path | None:
         len(states),
     )
     return None
+
+
+def resolve_latest(cfg: MultiLayerConfig[Any]) -> MultiLayerConfig[Any]:
+    """Replace "latest" by the newest checkpoint, and go on in its run's folder."""
+    if cfg.resume_from_checkpoint != LATEST:
+        return cfg
+    found = latest_checkpoint(cfg)
+    cfg = copy.copy(cfg)
+    cfg.resume_from_checkpoint = None
+    if found is not None:
+        cfg.resume_from_checkpoint = str(found)
+        cfg.checkpoint_path = str(found.parent)
+        remove_leftovers(found.parent)
+    return cfg
 
 
 def settings_that_differ(cfg: MultiLayerConfig[Any], checkpoint: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """The runner: model, store, SAE, trainer and checkpoints put together."""
 
-import copy
 import json
 import logging
 import math
@@ -25,7 +24,6 @@ from sae_lens.constants import (
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
 )
-from sae_lens.load_model import load_model
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
@@ -33,7 +31,6 @@ from sae_lens.util import temporary_seed
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.cache.reading import CachedActivationsStore
 from sae_lens_multilayer.checkpoints import (
     check_checkpoint,
@@ -43,20 +40,15 @@ from sae_lens_multilayer.checkpoints import (
     read_json,
     read_tensors,
 )
-from sae_lens_multilayer.config import LATEST, MultiLayerConfig
+from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
-from sae_lens_multilayer.lens.layer_lens import LayerLens
 from sae_lens_multilayer.ranks import AgreedError
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.store.batches import RunBatches
-from sae_lens_multilayer.training import trainer_state
+from sae_lens_multilayer.training import run_model, trainer_state
 from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.training.run_cache import cache_of_run, evaluates
-from sae_lens_multilayer.training.run_folder import (
-    latest_checkpoint,
-    remove_leftovers,
-    settings_that_differ,
-)
+from sae_lens_multilayer.training.run_folder import resolve_latest, settings_that_differ
 from sae_lens_multilayer.training.run_lens import (
     check_lens_of_model,
     check_same_lens,
@@ -162,10 +154,10 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         if override_model is None:
             if self._cache is not None and not evaluates(self.cfg):
                 return None
-            check_named_model(self.cfg, self._lens)
-        model = (
-            override_model if override_model is not None else load_any_model(self.cfg)
-        )
+            run_model.check_named_model(self.cfg, self._lens)
+        model = override_model
+        if model is None:
+            model = run_model.load_any_model(self.cfg)
         if self._cache is not None:
             self._cache.check(self.cfg, model)
         return model
@@ -462,20 +454,6 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         metadata.hook_name = names[0] if len(names) == 1 else None
 
 
-def resolve_latest(cfg: MultiLayerConfig[Any]) -> MultiLayerConfig[Any]:
-    """Replace "latest" by the newest checkpoint, and go on in its run's folder."""
-    if cfg.resume_from_checkpoint != LATEST:
-        return cfg
-    found = latest_checkpoint(cfg)
-    cfg = copy.copy(cfg)
-    cfg.resume_from_checkpoint = None
-    if found is not None:
-        cfg.resume_from_checkpoint = str(found)
-        cfg.checkpoint_path = str(found.parent)
-        remove_leftovers(found.parent)
-    return cfg
-
-
 def _identity(cfg: TrainingSAEConfig) -> dict[str, Any]:
     """What must agree for weights to be of the same SAE."""
     identity = {
@@ -485,66 +463,6 @@ def _identity(cfg: TrainingSAEConfig) -> dict[str, Any]:
     }
     k = getattr(cfg, "k", None)
     return identity if k is None else identity | {"k": k}
-
-
-def check_named_model(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> None:
-    """Check that a run fits the model it names, by the model's configuration alone.
-
-    Nothing is checked where that cannot be had without loading the model.
-
-    Raises:
-        ValueError: As `check_shape`, or if a Hugging Face model has no such module.
-    """
-    kwargs = cfg.model_from_pretrained_kwargs or {}
-    shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
-    if shape is None:
-        return
-    check_shape(cfg, shape, lens)
-    if cfg.model_class_name == "AutoModelForCausalLM":
-        names = cfg.resolve_hook_names(shape.n_layers)
-        hooks.check_hf_hook_names(cfg.model_name, names, kwargs)
-
-
-def check_shape(
-    cfg: MultiLayerConfig[Any], shape: hooks.ModelShape, lens: LayerLens | None
-) -> None:
-    """Check that a run fits a model of these sizes.
-
-    Raises:
-        ValueError: If a layer is not in the model, the context is too long for it, or
-            the lens or the SAE is of another width or depth.
-    """
-    if lens is not None:
-        lens.config.check_shape(shape, cfg.model_name)
-    names = cfg.resolve_hook_names(shape.n_layers)
-    hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
-    hooks.check_width(names, cfg.sae.d_in, shape)
-
-
-def load_any_model(cfg: MultiLayerConfig[Any]) -> Any:
-    """Load the model of a run: the host's kinds, and TransformerBridge.
-
-    Raises:
-        ValueError: If the model has no such hook or `model_class_name` is unknown.
-    """
-    kwargs = cfg.model_from_pretrained_kwargs or {}
-    if cfg.model_class_name == "TransformerBridge":
-        from transformer_lens.model_bridge import TransformerBridge
-
-        return TransformerBridge.boot_transformers(
-            cfg.model_name, device=cfg.llm_device, **kwargs
-        )
-    hook_names = None
-    if cfg.model_class_name == "AutoModelForCausalLM":
-        shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
-        hook_names = None if shape is None else cfg.resolve_hook_names(shape.n_layers)
-    return load_model(
-        cfg.model_class_name,
-        cfg.model_name,
-        device=cfg.llm_device,
-        model_from_pretrained_kwargs=kwargs,
-        hook_names=hook_names,
-    )
 
 
 @contextmanager
