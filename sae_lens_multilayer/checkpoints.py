@@ -199,7 +199,7 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 def _torn(path: Path, kind: str, error: Exception) -> str:
     return (
         f"{path} must be {kind}; {error}. The file is torn or was changed: use another "
-        "checkpoint."
+        "one, such as an earlier checkpoint's."
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from sae_lens import LoggingConfig, TrainingSAEConfig
@@ -50,7 +51,7 @@ def read_settings_file(path: str | Path) -> Any:
 
 
 def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
-    """A run's config from plain values, which may leave out what has a default.
+    """A new run's config from plain values, which may leave out what has a default.
 
     Args:
         settings: Fields of `MultiLayerConfig`; `sae` and `logger` hold those of their
@@ -72,7 +73,13 @@ def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
             f"The SAE needs `d_in`, the width of the model, and `d_sae`; {missing} "
             "must still be given."
         )
-    return MultiLayerConfig.from_dict({**settings, "sae": sae, "logger": logger})
+    cfg = MultiLayerConfig.from_dict({**settings, "sae": sae, "logger": logger})
+    if settings.get("checkpoint_path") is not None:
+        # `from_dict` leaves it as it is, as that of a run which goes on; each new run
+        # has a folder of its own in it, as one that is begun from Python.
+        run_id = cfg.logger.wandb_id or uuid4().hex[:8]
+        cfg.checkpoint_path = str(Path(settings["checkpoint_path"]) / run_id)
+    return cfg
 
 
 def check_known(given: Sequence[str] | dict[str, Any], known: Sequence[str]) -> None:

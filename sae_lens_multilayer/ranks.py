@@ -215,6 +215,20 @@ def ranks_of_environment(device: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+def check_one_process(what: str) -> None:
+    """Raise ValueError if torchrun has started this process among others.
+
+    Args:
+        what: The work that only training shares out.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if int(count) > 1:
+        raise ValueError(
+            f"{what} must run in one process; torchrun has started {count}. Start it "
+            "without torchrun."
+        )
+
+
 def own_device(device: str) -> str:
     """The GPU of this rank among those of its machine, if a device is a GPU.
 

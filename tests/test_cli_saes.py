@@ -43,7 +43,10 @@ def test_train_takes_a_saved_runner_config(make_config, tmp_path):
     file = tmp_path / "runner_cfg.json"
     file.write_text(json.dumps(before.to_dict()))
 
-    assert parse_config(["--config", str(file)]).to_dict() == before.to_dict()
+    again = parse_config(["--config", str(file)])
+    assert Path(again.checkpoint_path).parent == Path(before.checkpoint_path)
+    again.checkpoint_path = before.checkpoint_path
+    assert again.to_dict() == before.to_dict()
     changed = parse_config(["--config", str(file), "--lr", "0.5", "--device", "meta"])
     assert (changed.lr, changed.lr_end) == (0.5, 0.05)
     assert (changed.device, changed.llm_device) == ("meta", "meta")
@@ -96,6 +99,52 @@ def test_train_saves_an_sae(offline, tmp_path):
 
     sae = SAE.load_from_disk("out")
     assert (sae.cfg.d_sae, sae.cfg.metadata.model_name) == (64, "tiny")
+
+
+def train_in(folder: str, *options: str) -> set[str]:
+    """Train with checkpoints; the names of the runs' folders."""
+    cli.main(
+        [
+            *("train", *SIZES, "--k", "4", "--k_aux", "8", "--model_name", "tiny"),
+            *("--dataset_path", "text.parquet", "--context_size", str(N_CTX)),
+            *("--training_tokens", "256", "--train_batch_size_tokens", "64"),
+            *("--store_batch_size_prompts", "2", "--n_batches_in_buffer", "4"),
+            *("--log_to_wandb", "False", "--checkpoint_path", folder),
+            *("--n_checkpoints", "3", *options),
+        ]
+    )
+    return {path.name for path in Path(folder).iterdir()}
+
+
+def test_each_run_has_its_own_folder_of_checkpoints(offline):
+    (first,) = train_in("ck", "--output_path", "a", "--seed", "1")
+    keep = "--keep_last_n_checkpoints", "1"
+    runs = train_in("ck", "--output_path", "b", "--seed", "2", *keep)
+    (second,) = runs - {first}
+    assert len(list(Path("ck", first).iterdir())) == 3
+    assert len(list(Path("ck", second).iterdir())) == 1
+
+
+def test_latest_is_of_the_given_folder(offline):
+    latest = "--resume_from_checkpoint", "latest"
+    (run,) = train_in("here/ck", "--output_path", "a")
+    (other,) = train_in("here/new", "--output_path", "b", *latest)
+    assert other != run
+    torn = Path("here/ck/torn/64")
+    torn.mkdir(parents=True)
+    for name in ("trainer_state.json", "runner_cfg.json"):
+        (torn / name).write_text("{")
+    assert train_in("here/ck", "--output_path", "c", *latest) == {run, "torn"}
+    # As in a `runner_cfg.json`, which names the folder of its run.
+    assert train_in(f"here/ck/{run}", "--output_path", "d", *latest) >= {"128"}
+    assert {path.name for path in Path("here/ck").iterdir()} == {run, "torn"}
+
+
+@pytest.mark.parametrize("command", ["cache", "evaluate", "sweep"])
+def test_only_training_is_shared_out_by_torchrun(offline, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=f"`{command}` must run in one process; .* 2"):
+        cli.main([command, "x"])
 
 
 def test_evaluate_gives_what_the_function_gives(

@@ -42,6 +42,7 @@ from sae_lens_multilayer.checkpoints import (
     write_whole,
 )
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.ranks import check_one_process
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_folder import remove_leftovers
@@ -85,9 +86,10 @@ class MultiLayerCacheActivationsRunner:
 
         Raises:
             FileExistsError: If something else is at the path.
-            ValueError: If another cache is there, or the settings do not fit the model
-                or each other.
+            ValueError: If another cache is there, the settings do not fit the model
+                or each other, or torchrun has started several processes.
         """
+        check_one_process("A harvest")
         if cfg.cached_activations_path is None:
             raise ValueError(
                 "`cached_activations_path` must name the folder of the cache; got None."
@@ -190,8 +192,9 @@ class MultiLayerCacheActivationsRunner:
             ValueError: If the dataset gives no token.
         """
         if self._is_complete():
+            cache = ActivationCache(self.path)
             logger.info("The cache at %s is complete.", self.path)
-            return ActivationCache(self.path)
+            return cache
         self._check_room()
         if not (self.path / MANIFEST_FILENAME).exists():
             with complete_or_absent(self.path) as partial:

@@ -64,7 +64,7 @@ class ActivationCache:
         if faults:
             raise ValueError(
                 f"The cache at {self.path} must be as it was harvested: "
-                f"{explain(faults)}\nHarvest it again."
+                f"{explain(faults)}\nDelete the folder and harvest it again."
             )
         # Of the first block of each shard but the first, and of all blocks.
         self._ends = list(accumulate(shard.n_blocks for shard in self.shards))
@@ -152,7 +152,9 @@ class ActivationCache:
         path = self.path / EVALUATION_FOLDER / EVALUATION_FILENAME
         tokens = read_tensors(path)["tokens"]
         if checksum(tokens) != self.manifest.evaluation_checksum:
-            raise ValueError(f"{path} was changed. Harvest the cache again.")
+            raise ValueError(
+                f"{path} was changed. Delete the cache and harvest it again."
+            )
         return tokens.long()
 
     def check(self, cfg: MultiLayerConfig[Any], model: Any | None = None) -> None:

@@ -167,7 +167,7 @@ class Shard:
                     raise ValueError(
                         f"{self.folder} was changed: the vectors of its tokens {start} "
                         f"to {start + len(rows) - 1} at {name!r} are not those that "
-                        "were saved. Harvest the cache again."
+                        "were saved. Delete the cache and harvest it again."
                     )
                 yield rows
 
@@ -182,7 +182,7 @@ class Shard:
         if checksum(*tensors) != self.entry.tokens_checksum:
             raise ValueError(
                 f"{self.folder} was changed: its tokens are not those that were saved. "
-                "Harvest the cache again."
+                "Delete the cache and harvest it again."
             )
         return ShardTokens(*tensors)
 
@@ -210,8 +210,12 @@ def _opened(folder: Path) -> Generator[Any]:
     try:
         opened: Any = safe_open(folder / ACTIVATIONS_FILENAME, framework="pt")
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is missing. Harvest the cache again.") from error
+        raise ValueError(
+            f"{folder} is missing. Delete the cache and harvest it again."
+        ) from error
     except SafetensorError as error:
-        raise ValueError(f"{folder} is torn ({error}). Harvest it again.") from error
+        raise ValueError(
+            f"{folder} is torn ({error}). Delete it and harvest again."
+        ) from error
     with opened as file:
         yield file

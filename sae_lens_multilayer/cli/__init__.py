@@ -22,7 +22,7 @@ from sae_lens_multilayer.cli.published import evals, releases
 from sae_lens_multilayer.cli.report import report
 from sae_lens_multilayer.cli.sweep import compare, sweep
 from sae_lens_multilayer.cli.train import train
-from sae_lens_multilayer.ranks import RankError
+from sae_lens_multilayer.ranks import RankError, check_one_process
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     level = logging.INFO if is_first else logging.WARNING
     logging.getLogger("sae_lens_multilayer").setLevel(level)
     try:
+        if options.command != "train":
+            check_one_process(f"`{options.command}`")
         COMMANDS[options.command](options.arguments)
         sys.stdout.flush()
     except BrokenPipeError:

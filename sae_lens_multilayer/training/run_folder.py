@@ -36,17 +36,22 @@ _WITHOUT_EFFECT = (
 def latest_checkpoint(cfg: MultiLayerConfig[Any]) -> Path | None:
     """The newest checkpoint of a run with these settings; None if there is none.
 
-    It looks in all runs' folders beneath the `checkpoint_path` that the config was
-    made with, or in that of the run alone if it has a `wandb_id`.
+    It looks in the `checkpoint_path` that the config was made with, and in all runs'
+    folders beneath it, or in that of the run alone if it has a `wandb_id`.
     """
     assert cfg.checkpoint_path is not None  # checked by the config
     own = Path(cfg.checkpoint_path)
-    runs = [own] if cfg.logger.wandb_id else sorted(own.parent.glob("*"))
+    runs = [own] if cfg.logger.wandb_id else [own.parent, *own.parent.glob("*")]
     # A name with a dot at its beginning is of a folder that is not complete.
     states = [state for run in runs for state in run.glob(f"[!.]*/{VALUES_FILENAME}")]
     newest_first = sorted(states, key=lambda s: s.stat().st_mtime_ns, reverse=True)
     for state in newest_first:
-        if not settings_that_differ(cfg, state.parent):
+        try:
+            differing = settings_that_differ(cfg, state.parent)
+        except (OSError, ValueError) as error:
+            logger.warning("The checkpoint %s is left out: %s", state.parent, error)
+            continue
+        if not differing:
             return state.parent
     logger.info(
         "There is no checkpoint of this run under %s (%d of others); starting anew.",

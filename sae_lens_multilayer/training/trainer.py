@@ -412,7 +412,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         except (OSError, SafetensorError) as error:
             logger.error(
                 "The checkpoint %s/%s could not be saved: %s. Earlier checkpoints are "
-                "as they were, and the run goes on. Is the disk full?",
+                "as they were, and the run goes on.",
                 self.cfg.checkpoint_path,
                 checkpoint_name,
                 error,
