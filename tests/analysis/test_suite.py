@@ -35,6 +35,7 @@ from sae_lens_multilayer.analysis import (
     transfer_matrix,
     variances,
 )
+from sae_lens_multilayer.analysis import suite as suite_module
 from sae_lens_multilayer.analysis.suite import most_active
 
 
@@ -110,6 +111,18 @@ def test_what_is_known_is_not_run_again(model, tokens, single_layers, monkeypatc
     assert list(again) == ["token_classes", "redundancy"]
     for name in names:
         assert again[name].to_dataframe().equals(known[name].to_dataframe())
+
+
+def test_a_comparison_evaluates_each_side_once(
+    model, tokens, single_layers, monkeypatch
+):
+    multi_layer = random_sae()
+    suite = Suite(multi_layer, model, tokens, single_layers=single_layers)
+    calls = count_calls(monkeypatch, suite_module, "evaluate")
+    known = suite.run(["evaluation", "single_layer_comparison"])
+    assert len(calls) == 2
+    suite.run(["single_layer_comparison"], {"evaluation": known["evaluation"]})
+    assert [args[0] is multi_layer for args, _ in calls] == [True, False, False]
 
 
 @pytest.mark.parametrize("name", ["redundancy", "token_classes"])
