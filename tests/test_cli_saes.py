@@ -44,7 +44,7 @@ def test_train_takes_a_saved_runner_config(make_config, tmp_path):
     file.write_text(json.dumps(before.to_dict()))
 
     again = parse_config(["--config", str(file)])
-    assert Path(again.checkpoint_path).parent == Path(before.checkpoint_path)
+    assert Path(str(again.checkpoint_path)).parent == Path(str(before.checkpoint_path))
     again.checkpoint_path = before.checkpoint_path
     assert again.to_dict() == before.to_dict()
     changed = parse_config(["--config", str(file), "--lr", "0.5", "--device", "meta"])
