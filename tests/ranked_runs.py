@@ -260,7 +260,7 @@ def start_rank(index: int, port: int, folder: Path, count: int) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    log = os.open(folder / f"rank_{index}.log", os.O_CREAT | os.O_WRONLY)
+    log = os.open(folder / f"rank_{index}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
 

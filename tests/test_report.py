@@ -1,11 +1,17 @@
 """The report, in a real browser where there is one."""
 
-import html
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import Empty, Queue
 
 import pandas as pd
 import pytest
@@ -46,39 +52,82 @@ def content(model, tokens) -> ReportContent:
     )
 
 
+@contextmanager
+def served(page: str) -> Iterator[tuple[str, Queue[bytes]]]:
+    """Serve a page on this machine; its address, and what is posted back."""
+    posted: Queue[bytes] = Queue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = page.encode() if self.path == "/" else b""
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            posted.put(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", posted
+        finally:
+            server.shutdown()
+
+
 def in_browser(page: str, script: str, folder: Path, width: int = 1280) -> dict:
-    """Open a page, run a script on it when it is drawn, and give what it returns."""
+    """Open a page, run a script on it when it is drawn, and give what it returns.
+
+    The page sends that back itself, in its own time: what a browser prints when its
+    virtual time is over may come before the first frame is drawn.
+    """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("there is no Chromium here")
-    answer = (
-        "<script>const problems = [];"
-        "addEventListener('error', (e) => problems.push(e.message));</script>"
-    )
+    helpers = """<script>
+        const problems = [];
+        addEventListener("error", (e) => problems.push(e.message));
+        const drawAll = async (figures) => {
+            for (const div of figures) {
+                div.scrollIntoView();
+                while (!div.data) await new Promise((f) => setTimeout(f, 20));
+            }
+        };
+    </script>"""
     run = (
-        "<script>addEventListener('load', () => setTimeout(async () => {"
-        f"const value = await (async () => {{ {script} }})();"
-        "const box = document.createElement('pre'); box.id = 'answer';"
-        "box.textContent = JSON.stringify({value, problems});"
-        "document.body.replaceChildren(box); }, 500));</script>"
+        "<script>addEventListener('load', async () => { let value = null;"
+        f"try {{ value = await (async () => {{ {script} }})(); }}"
+        "catch (e) { problems.push(`${e}`); }"
+        "fetch('/', {method: 'POST', body: JSON.stringify({value, problems})});"
+        "});</script>"
     )
-    file = folder / "page.html"
-    page = page.replace("<head>", "<head>" + answer).replace("</body>", run + "</body>")
-    file.write_text(page, encoding="utf-8")
-    done = subprocess.run(
-        [
+    page = page.replace("<head>", "<head>" + helpers)
+    page = page.replace("</body>", run + "</body>")
+    with served(page) as (address, posted), open(folder / "browser.log", "w+b") as log:
+        command = [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu"),
             f"--user-data-dir={folder / 'profile'}",
-            *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=200000"),
-            *(f"--window-size={width},900", "--dump-dom", file.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stderr[-2000:]
-    result = json.loads(html.unescape(found[1]))
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            *(f"--window-size={width},900", address),
+        ]
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            result = json.loads(posted.get(timeout=120))
+        except Empty:
+            pytest.fail((folder / "browser.log").read_text(errors="replace")[-2000:])
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     assert result["problems"] == []
     return result["value"]
 
@@ -116,11 +165,7 @@ def test_numbers_are_read_back_from_a_browser(content, tmp_path):
             'tr[data-layer="1"] td[data-column="delta_ce"]');
         seen.delta_ce = cell.textContent;
         const figures = Array.from(document.querySelectorAll(".figure"));
-        for (const div of figures) {{
-            div.scrollIntoView();
-            for (let i = 0; i < 100 && !div.data; i++)
-                await new Promise((f) => setTimeout(f, 20));
-        }}
+        await drawAll(figures);
         seen.drawn = figures.filter((div) => div.querySelector("svg")).length;
         const map = figures.find((div) =>
             div.dataset.figure === "layer_distributions");
@@ -158,11 +203,7 @@ def test_numbers_are_read_back_from_a_browser(content, tmp_path):
 def test_nothing_is_cut_off_on_a_narrow_screen(content, tmp_path):
     script = """
         const figures = Array.from(document.querySelectorAll(".figure"));
-        for (const div of figures) {
-            div.scrollIntoView();
-            for (let i = 0; i < 100 && !div.data; i++)
-                await new Promise((f) => setTimeout(f, 20));
-        }
+        await drawAll(figures);
         const right = (one) => one.getBoundingClientRect().right;
         const drawn = document.querySelectorAll(".main-svg, .example, #list, h2");
         return {

@@ -261,7 +261,6 @@ class TestRuns:
             assert same(sae, plain)
             assert len(passes_ahead) == len(passes) == 8
 
-    @pytest.mark.slow
     def test_compiling_the_model_gives_the_same_weights(
         self, start, make_config, model, monkeypatch
     ):
