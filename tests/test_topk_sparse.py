@@ -753,7 +753,8 @@ def test_dense_and_sparse_auxiliary_activations_agree(monkeypatch, share):
 
 def test_no_more_pre_activations_than_a_block_are_held(monkeypatch):
     # The block is the only memory of d_sae columns; it is asked for once.
-    monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 64 * 5000)
+    monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 0)
+    monkeypatch.setattr(select, "_MIN_BLOCK_ROWS", 64)
     sizes = []
     original = Tensor.new_empty
 
@@ -765,6 +766,14 @@ def test_no_more_pre_activations_than_a_block_are_held(monkeypatch):
     z, (W_enc, _, b_dec) = make_case(300, 2, 8, 5000, torch.float32)
     encode_topk(z, W_enc, b_dec, 3, certified=False)
     assert [size for size in sizes if size[-1] > 3] == [(64, 5000)]
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_blocks_change_nothing(monkeypatch):
+    monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 0)
+    monkeypatch.setattr(select, "_MIN_BLOCK_ROWS", 3)
+    z, weights = make_case()
+    assert_parity(z, weights, 1e-10, dead_latents=some_dead(101), k_aux=3)
 
 
 # Inference

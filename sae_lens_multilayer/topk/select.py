@@ -20,6 +20,8 @@ from sae_lens_multilayer.topk.tile import row_chunks
 _GROUPS_PER_K = 8
 _MIN_DEPTH = 2
 _BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+# Each block reads all weights once, which few rows would wait for.
+_MIN_BLOCK_ROWS = 512
 _MIN_CERTIFIED_ROWS = 256
 _UNPROVEN_ROWS = 256
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -97,7 +99,8 @@ class Encoder:
     """Selects the k largest entries of `W_enc_rows v` for many vectors v.
 
     One block of pre-activations is allocated, [d_sae, block], and used for one block of
-    vectors after the other; it is small enough to stay in the cache.
+    vectors after the other; it is small enough to stay in the cache, if d_sae is not
+    very large.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Encoder:
         self.k = k
         self.dead = dead
         budget = _BLOCK_ELEMENTS.get(W_enc_rows.device.type, 2**24)
-        self.block_rows = min(max_rows, max(64, budget // len(W_enc_rows)))
+        self.block_rows = min(max_rows, max(_MIN_BLOCK_ROWS, budget // len(W_enc_rows)))
 
     def __call__(self, v: Float[Tensor, "act d_in"]) -> Selection:
         """Select from all latents and, where there are any, from the dead ones."""
