@@ -18,7 +18,7 @@ from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
 from sae_lens_multilayer.metrics import LayerMetrics, log_dict
 from sae_lens_multilayer.prompts import check_integers, check_positions, take_prompts
-from sae_lens_multilayer.scoring import RunSums, add_scores
+from sae_lens_multilayer.scoring import CrossEntropySums, RunSums, add_scores
 from sae_lens_multilayer.splicing import Edit, ResidualSplicer, Splicer, make_splicer
 
 _PROMPTS_PER_BLOCK = 64
@@ -271,10 +271,10 @@ class _Evaluation:
         self._use_error_term = use_error_term
         self._together = together
         self._means: list[Tensor] | None = None
-        self._clean = RunSums()
+        self._clean = CrossEntropySums()
         n_hooks = len(codec.hook_names)
         self._spliced = [RunSums() for _ in range(n_hooks)]
-        self._ablated = [RunSums() for _ in range(n_hooks)]
+        self._ablated = [CrossEntropySums() for _ in range(n_hooks)]
         self._joint = RunSums()
 
     def find_means(self, batches: Sequence[Tensor]) -> None:

@@ -14,23 +14,29 @@ _LOGITS_AT_A_TIME = 2**24
 
 
 @dataclass
-class RunSums:
+class CrossEntropySums:
     """Sums over positions of one kind of run, in nats."""
 
     ce: float = 0.0
     """Cross-entropy of the next token."""
-    kl: float = 0.0
-    """KL(clean ‖ this run)."""
-    kl_reverse: float = 0.0
-    """KL(this run ‖ clean)."""
     n_predicted: int = 0
     """Positions whose next token was scored."""
-    n_positions: int = 0
-    """Positions whose distribution was compared."""
 
     def ce_loss(self) -> float:
         """Mean cross-entropy over predicted tokens, nats."""
         return self.ce / self.n_predicted
+
+
+@dataclass
+class RunSums(CrossEntropySums):
+    """The same, of runs whose distributions are compared with the clean run's."""
+
+    kl: float = 0.0
+    """KL(clean ‖ this run)."""
+    kl_reverse: float = 0.0
+    """KL(this run ‖ clean)."""
+    n_positions: int = 0
+    """Positions whose distribution was compared."""
 
     def kl_div(self) -> float:
         """Mean KL divergence of the clean run from this one, nats per position."""
@@ -43,8 +49,8 @@ class RunSums:
 
 @torch.no_grad()
 def add_scores(
-    sums: Mapping[int, RunSums],
-    clean_sums: RunSums | None,
+    sums: Mapping[int, CrossEntropySums],
+    clean_sums: CrossEntropySums | None,
     clean: Run,
     runs: Mapping[int, Run],
     tokens: Int[Tensor, "prompt pos"],
@@ -53,7 +59,7 @@ def add_scores(
     """Add the scores of a batch of prompts, holding few logits at a time.
 
     Args:
-        sums: Sums of each run of `runs`, added to.
+        sums: Sums of each run of `runs`, added to; KL of those that are `RunSums`.
         clean_sums: Sums of the clean run, added to; None if it is counted elsewhere.
         scored: Positions that count.
     """
@@ -65,10 +71,13 @@ def add_scores(
         log_p = clean.logits(piece.positions).float().log_softmax(-1)
         if clean_sums is not None:
             piece.add_ce(clean_sums, log_p)
+        p = log_p.exp()
         for i, run in runs.items():
             log_q = run.logits(piece.positions).float().log_softmax(-1)
-            piece.add_ce(sums[i], log_q)
-            piece.add_kl(sums[i], log_p, log_q)
+            own = sums[i]
+            piece.add_ce(own, log_q)
+            if isinstance(own, RunSums):
+                piece.add_kl(own, p, log_p, log_q)
 
 
 @dataclass
@@ -80,7 +89,9 @@ class _Piece:
     positions: slice
 
     def add_ce(
-        self, sums: RunSums, log_p: Float[Tensor, "run_prompt chunk d_vocab"]
+        self,
+        sums: CrossEntropySums,
+        log_p: Float[Tensor, "run_prompt chunk d_vocab"],
     ) -> None:
         start, stop = self.positions.start, self.positions.stop
         targets = self.tokens[:, start + 1 : stop + 1].unsqueeze(-1)
@@ -94,16 +105,16 @@ class _Piece:
     def add_kl(
         self,
         sums: RunSums,
+        p: Float[Tensor, "prompt chunk d_vocab"],
         log_p: Float[Tensor, "prompt chunk d_vocab"],
-        log_q: Float[Tensor, "run_prompt chunk d_vocab"],
+        log_q: Float[Tensor, "prompt chunk d_vocab"],
     ) -> None:
+        """Add both divergences; `log_q` is overwritten."""
         keep = self.scored[:, self.positions]
         difference = log_p - log_q
-        sums.kl += _total(log_p, difference, keep)
-        sums.kl_reverse -= _total(log_q, difference, keep)
+        over_tokens = "b p v, b p v -> b p"
+        kl = torch.einsum(over_tokens, p, difference)
+        kl_reverse = -torch.einsum(over_tokens, log_q.exp_(), difference)
+        sums.kl += kl[keep].double().sum().item()
+        sums.kl_reverse += kl_reverse[keep].double().sum().item()
         sums.n_positions += int(keep.sum())
-
-
-def _total(log_weight: Tensor, values: Tensor, keep: Tensor) -> float:
-    """Sum over kept positions of the mean of `values` under `exp(log_weight)`."""
-    return (log_weight.exp() * values).sum(-1)[keep].double().sum().item()
