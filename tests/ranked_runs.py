@@ -41,7 +41,7 @@ from sae_lens_multilayer.training import runner as runner_module
 from sae_lens_multilayer.training import trainer as trainer_module
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 240
 SAES = {
     "multilayer": tiny_sae_config(d_sae=256, k=2, dead_after_tokens=100),
     "raw": tiny_sae_config(

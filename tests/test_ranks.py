@@ -237,7 +237,7 @@ class TestRuns:
     ):
         whole, killed = tmp_path / "whole", tmp_path / "killed"
         ranked.run("train", whole)
-        _, other = ranked.start("train", killed, 2, n_checkpoints=6, seconds=0.05)
+        _, other = ranked.start("train", killed, 2, n_checkpoints=6, seconds=0.25)
         while not checkpoints(killed):
             time.sleep(0.02)
         time.sleep(0.2)

@@ -743,7 +743,7 @@ class TestResuming:
             assert process.stdout.readline() == "ready\n"
             time.sleep(0.2)
             process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=300)
         finally:
             process.kill()
         assert process.returncode != 0
