@@ -184,9 +184,13 @@ class TestHarvest:
         assert harvest(cfg, data).n_tokens == 480
         assert not calls
 
-    def test_of_no_token_is_an_error(self, cache_config, harvest):
+    def test_of_no_token_is_an_error_and_leaves_the_place_free(
+        self, cache_config, harvest, tmp_path
+    ):
         with pytest.raises(ValueError, match="at least one token that has vectors"):
             harvest(cache_config(exclude_special_tokens=list(range(D_VOCAB))))
+        assert not files_of(tmp_path / "cache")
+        harvest(cache_config()).verify()
 
     def test_keeps_the_prompts_that_follow_for_evaluation(
         self, cache_config, harvest, token_dataset
@@ -264,6 +268,19 @@ class TestFaults:
     def test_no_cache(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no manifest\.json.*cache` makes"):
             ActivationCache(tmp_path)
+
+    def test_a_lost_manifest_is_named(self, cache, cache_config, cache_runner):
+        before = files_of(cache.path)
+        manifest = before.pop("manifest.json")
+        (cache.path / "manifest.json").unlink()
+        message = r"must have a manifest\.json.*Put it back from a copy, or delete"
+        with pytest.raises(FileNotFoundError, match=message):
+            ActivationCache(cache.path)
+        with pytest.raises(FileNotFoundError, match=message):
+            cache_runner(cache_config())
+        assert files_of(cache.path) == before
+        (cache.path / "manifest.json").write_bytes(manifest)
+        ActivationCache(cache.path).verify()
 
     def test_every_missing_torn_and_exchanged_shard_is_named(self, cache):
         shutil.rmtree(shard_of(cache, 1).parent)

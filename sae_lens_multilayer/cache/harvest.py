@@ -22,8 +22,10 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.cache.fingerprints import checksum
 from sae_lens_multilayer.cache.manifest import (
     MANIFEST_FILENAME,
+    SHARD_FOLDERS,
     Manifest,
     ShardEntry,
+    check_no_lost_manifest,
     explain,
     hashes_of,
     settings_of,
@@ -86,6 +88,7 @@ class MultiLayerCacheActivationsRunner:
 
         Raises:
             FileExistsError: If something else is at the path.
+            FileNotFoundError: If a cache is there that has lost its manifest.
             ValueError: If another cache is there, the settings do not fit the model
                 or each other, or torchrun has started several processes.
         """
@@ -97,6 +100,7 @@ class MultiLayerCacheActivationsRunner:
         self.cfg = cfg
         self.path = Path(cfg.cached_activations_path)
         if not (self.path / MANIFEST_FILENAME).exists():
+            check_no_lost_manifest(self.path)
             check_free(self.path)
         self.model = (
             override_model
@@ -234,7 +238,7 @@ class MultiLayerCacheActivationsRunner:
 
     def _shards(self) -> list[ShardEntry]:
         """Those that are there, in their order."""
-        folders = sorted(self.path.glob("shard-*"))
+        folders = sorted(self.path.glob(SHARD_FOLDERS))
         for number, folder in enumerate(folders):
             if folder.name != _shard_name(number):
                 raise ValueError(
@@ -319,6 +323,8 @@ class MultiLayerCacheActivationsRunner:
         """Keep prompts for evaluation, and write the manifest that makes it a cache."""
         entries = self._shards()
         if not entries:
+            # Or other settings would be refused as those of another cache.
+            (self.path / MANIFEST_FILENAME).unlink()
             raise ValueError(
                 "The dataset must give at least one token that has vectors; it gives "
                 f"none in whole contexts of {self.cfg.context_size} tokens."

@@ -14,6 +14,7 @@ from sae_lens_multilayer.checkpoints import read_json
 from sae_lens_multilayer.config import MultiLayerConfig
 
 MANIFEST_FILENAME = "manifest.json"
+SHARD_FOLDERS = "shard-*"
 FORMAT = 1
 
 _SETTINGS = (
@@ -115,6 +116,7 @@ class Manifest:
         """
         path = folder / MANIFEST_FILENAME
         if not path.is_file():
+            check_no_lost_manifest(folder)
             raise FileNotFoundError(
                 f"{folder} must be a cache of activations; it has no "
                 f"{MANIFEST_FILENAME}. `sae-lens-multilayer cache` makes one."
@@ -186,6 +188,16 @@ class Manifest:
         if missing:
             lines.append(f"the hooks {missing} are not in it; it has {self.hook_names}")
         return lines
+
+
+def check_no_lost_manifest(folder: Path) -> None:
+    """Raise FileNotFoundError if a folder has shards, but not what says of what."""
+    if any(folder.glob(SHARD_FOLDERS)) and not (folder / MANIFEST_FILENAME).exists():
+        raise FileNotFoundError(
+            f"{folder} must have a {MANIFEST_FILENAME}, without which its shards are "
+            "vectors of nobody knows what. Put it back from a copy, or delete the "
+            "folder and harvest the cache again."
+        )
 
 
 def settings_of(cfg: MultiLayerConfig[Any]) -> dict[str, Any]:
