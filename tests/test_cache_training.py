@@ -22,8 +22,10 @@ from saes import random_lens
 from test_kills import N_KILLS, Runs, saved
 
 from sae_lens_multilayer import cli
+from sae_lens_multilayer.ranks import Ranks
 from sae_lens_multilayer.training import evaluator as evaluator_module
 from sae_lens_multilayer.training import run_model
+from sae_lens_multilayer.training.run_cache import cache_of_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -114,6 +116,22 @@ def test_a_lens_of_a_model_of_another_depth_is_an_error(cache_config, harvest, t
     )
     with pytest.raises(ValueError, match=r"for 3 blocks of width 16; 'tiny' has 2"):
         train(cfg)
+
+
+def test_a_cache_that_is_smaller_than_the_run_is_warned_of(
+    cache_config, harvest, train, caplog
+):
+    harvest(cache_config())  # 1,024 tokens, the whole dataset
+    settings = {"use_cached_activations": True, "output_path": None}
+    train(cache_config(**settings, training_tokens=1024))
+    assert "epochs" not in caplog.text
+    cfg = cache_config(**settings, training_tokens=1536)
+    train(cfg)
+    assert "takes 1536 tokens and the cache at" in caplog.text
+    assert "has 1024: 1.50 epochs" in caplog.text
+    caplog.clear()
+    cache_of_run(cfg, Ranks(1, 2))  # what the first rank has said
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

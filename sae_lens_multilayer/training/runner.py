@@ -117,7 +117,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         self.cfg = cfg  # pyright: ignore[reportIncompatibleVariableOverride]
         with self.ranks.together():
             self._check_places()
-        self._cache = cache_of_run(cfg)
+        self._cache = cache_of_run(cfg, self.ranks)
         self._lens = lens_of_run(cfg)
         if override_sae is not None:
             self._check_given_sae(override_sae)
