@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import D_MODEL, N_CTX
+from conftest import D_MODEL, N_CTX, N_LAYERS
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from saes import HOOK_NAMES, random_sae
@@ -238,6 +238,48 @@ def test_single_layers_must_be_the_saes_own(offline, single_layers):
     random_sae(metadata=metadata).save_model("other")
     with pytest.raises(SystemExit, match=r"must be of the multi-layer SAE's hooks"):
         cli.main(["analyze", "sae", *offline, "--single_layers", "other"])
+
+
+def save_other_sae(hook: str, d_in: int, head: int | None = None) -> None:
+    """An SAE in "other", of vectors that are not the residual stream's."""
+    metadata = SAEMetadata(
+        hook_names=[f"blocks.{layer}.{hook}" for layer in range(N_LAYERS)],
+        hook_head_index=head,
+        model_name="tiny",
+        context_size=N_CTX,
+        prepend_bos=False,
+    )
+    random_sae(d_in=d_in, metadata=metadata).save_model("other")
+
+
+def test_an_sae_of_another_width_is_evaluated_and_analysed(
+    offline, model, token_dataset
+):
+    save_other_sae("mlp.hook_post", 32)
+    cli.main(["evaluate", "other", *offline, "--output_path", "e.csv"])
+    tokens = torch.tensor(token_dataset["input_ids"][:4])
+    expected = evaluate(SAE.load_from_disk("other"), model, tokens).to_dataframe()
+    table = pd.read_csv("e.csv", index_col=0)
+    pd.testing.assert_frame_equal(table, expected, rtol=1e-6)
+
+    cli.main(["analyze", "other", *offline, "--analyses", "active_layers"])
+    assert Path("analyses/active_layers").is_dir()
+    cli.main(["report", "other", *offline])
+    assert "64 (2 × d_in)" in Path("report.html").read_text()
+
+
+def test_an_sae_of_one_head_is_analysed(offline):
+    save_other_sae("attn.hook_z", 8, head=1)
+    cli.main(["analyze", "other", *offline, "--analyses", "variances"])
+    assert Path("analyses/variances").is_dir()
+    with pytest.raises(SystemExit, match=r"report: .*this one is of attention head 1"):
+        cli.main(["report", "other", *offline])
+
+
+def test_an_sae_that_does_not_fit_the_models_width_is_one_line(offline):
+    save_other_sae("mlp.hook_post", 16)
+    with pytest.raises(SystemExit, match=r"must be 32, the width of .*mlp.hook_post"):
+        cli.main(["evaluate", "other", *offline])
 
 
 def test_long_first_positions_are_a_warning(offline, model, caplog):

@@ -11,6 +11,7 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import Unpack
 
+from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.active import check_latents
 from sae_lens_multilayer.analysis.active_layers import ActiveLayerCounts
 from sae_lens_multilayer.analysis.distributions import (
@@ -114,6 +115,8 @@ class Suite:
             missing.add("residual_stream_after_lens")
         if of_heads:
             missing.add("evaluation")
+        if self._sae.cfg.d_in != hooks.shape_of_model(self._model).d_model:
+            missing |= {"token_embeddings", "token_unembeddings"}
         if of_heads or not self._single_layers:
             missing.add("single_layer_comparison")
         if has_lens or not self._single_layers:
@@ -142,9 +145,9 @@ class Suite:
         if unknown:
             raise ValueError(
                 f"Analyses must be among {available}; got {unknown}. One after a lens "
-                "needs an SAE with a lens, the evaluation one of whole vectors, the "
-                "comparison single-layer SAEs, and the transfer matrix such without a "
-                "lens."
+                "needs an SAE with a lens, the evaluation one of whole vectors, those "
+                "of token embeddings one of their width, the comparison single-layer "
+                "SAEs, and the transfer matrix such without a lens."
             )
         wanted = [n for n in available if names is None or n in names]
         results = dict(known)

@@ -119,8 +119,14 @@ def load_inputs(
     _check_device(model_options.device)
     sae = load_sae(sae_options, model_options.device)
     metadata = sae.cfg.metadata
-    cfg = run_of(metadata, model_options, text_options, hook_names=hook_names_of(sae))
-    model, tokens = load_model_and_tokens(cfg, text_options)
+    cfg = run_of(
+        metadata,
+        model_options,
+        text_options,
+        hook_names=hook_names_of(sae),
+        hook_head_index=metadata.hook_head_index,
+    )
+    model, tokens = load_model_and_tokens(cfg, text_options, sae.cfg.d_in)
     special = text_options.exclude_special_tokens
     if special is None:
         special = metadata.exclude_special_tokens
@@ -191,9 +197,12 @@ def _check_device(device: str) -> None:
 
 
 def load_model_and_tokens(
-    cfg: MultiLayerConfig[Any], options: TextOptions
+    cfg: MultiLayerConfig[Any], options: TextOptions, d_in: int | None = None
 ) -> tuple[Any, Int[Tensor, "prompt pos"]]:
     """A run's model, and the prompts of its text as its store makes them, on the CPU.
+
+    Args:
+        d_in: Width that the run's hooks must have; None: the residual stream's.
 
     Raises:
         ValueError: If the text is too short, or as the store.
@@ -209,8 +218,8 @@ def load_model_and_tokens(
             f"TransformerLens knows no model {cfg.model_name!r}: give --model_name, "
             "and for a Hugging Face folder --model_class_name TransformerBridge."
         ) from error
-    # The store checks that it fits the SAE; here is none, or one that is checked later.
-    width = hooks.shape_of_model(model).d_model
+    width = hooks.shape_of_model(model).d_model if d_in is None else d_in
+    # Of the SAE, the store looks at the width alone.
     cfg.sae = MultiLayerTrainingSAEConfig(d_in=width, d_sae=width, k=1)
     tokens = prompts_of_text(model, cfg, options.n_tokens, options.batch_size_prompts)
     return model, tokens
@@ -226,7 +235,7 @@ def run_of(
 
     Args:
         metadata: The SAE's.
-        changes: Other fields of the run: its hooks.
+        changes: Other fields of the run, which say what its hooks are.
 
     Raises:
         ValueError: If something is said by neither.

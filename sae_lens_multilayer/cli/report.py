@@ -68,6 +68,12 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     positions, notes = _left_out(inputs, options)
     analysis = replace(options.analysis, exclude_positions=positions)
     suite = suite_of(inputs, options.text, analysis)
+    if "evaluation" not in suite.available():
+        raise ValueError(
+            "A report begins with the evaluation, which needs an SAE of whole "
+            "activation vectors; this one is of attention head "
+            f"{sae.cfg.metadata.hook_head_index}. `analyze` runs its other analyses."
+        )
     known = {} if options.analysis_path is None else load_results(options.analysis_path)
     results = suite.run(known=known)
     evaluation = results.pop("evaluation")

@@ -157,6 +157,9 @@ def test_what_an_sae_does_not_allow_is_not_available(model, tokens, single_layer
     single_layers[0].lens = random_lens(HOOK_NAMES[:1])
     available = Suite(sae, model, tokens, single_layers=single_layers).available()
     assert absent & set(available) == {"single_layer_comparison"}
+    of_other_width = Suite(random_sae(d_in=32), model, tokens).available()
+    others = {"token_embeddings", "token_unembeddings"}
+    assert others == {*available} - {*of_other_width} - absent
     with pytest.raises(ValueError, match="of the multi-layer SAE's hooks"):
         Suite(sae, model, tokens, single_layers=[single_layer("blocks.7.hook_mlp_out")])
 
