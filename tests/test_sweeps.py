@@ -184,7 +184,7 @@ class TestSweep:
                 torch.testing.assert_close(sae.state_dict()[key], tensor)
             assert row.expansion_factor == point["expansion_factor"]
             assert row.d_sae == D_MODEL * point["expansion_factor"]
-            metrics = evaluate(sae, model, tokens, keep_positions=[0])
+            metrics = evaluate(sae, model, tokens, exclude_positions=[0])
             for column, value in metrics.mean().items():
                 assert row[column] == pytest.approx(value, rel=1e-6), column
             saved = pd.read_csv(folder / "analysis/evaluation.csv", index_col=0)

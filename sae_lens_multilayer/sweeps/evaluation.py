@@ -151,7 +151,7 @@ def measure(
         data.tokens,
         batch_size_prompts=evaluation.batch_size_prompts,
         exclude_tokens=data.exclude_tokens,
-        keep_positions=evaluation.exclude_positions,
+        exclude_positions=evaluation.exclude_positions,
     )
     suite = Suite(
         sae,
