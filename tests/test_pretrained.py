@@ -482,7 +482,7 @@ def test_a_folder_of_one_layer_is_a_stock_sae(tmp_path, paper):
     ],
 )
 def test_an_unknown_id_is_an_error_that_lists_the_nearest(sae_id, nearest):
-    with pytest.raises(ValueError, match="The nearest are") as error:
+    with pytest.raises(ValueError, match="Valid IDs are") as error:
         SAE.from_pretrained(RELEASE, sae_id)
 
     assert nearest in str(error.value)

@@ -135,8 +135,21 @@ def test_the_ids_can_be_copied():
 
     for copied in (copy.deepcopy(ids), pickle.loads(pickle.dumps(ids))):
         assert copied == ids
-        with pytest.raises(ValueError, match="not found in release 'mlsae-gpt2'"):
-            _ = "x" in copied
+        assert "x64-k32" in copied
+        assert "x" not in copied
+
+
+def test_an_unknown_id_changes_only_which_ids_are_named_first():
+    ids = get_pretrained_saes_directory()["mlsae-gpt2"].saes_map
+    plain = list(ids)
+
+    assert 3 not in ids
+    assert list(ids.keys())[:5] == plain[:5]
+    assert "x64-k33" not in ids
+    named = list(ids.keys())
+    assert named[0] == "x64-k32"
+    assert sorted(named) == sorted(plain)
+    assert list(ids.keys()) == list(ids) == list(dict(ids)) == plain
 
 
 def test_hooks_are_the_output_of_every_block():

@@ -125,23 +125,22 @@ def sae_ids(name: PublishedName) -> list[str]:
 class SaeIds(dict[str, str]):
     """Ids of a release with where to find them.
 
-    SAELens looks an id up only to raise an error if it is not there, and that error
-    lists five ids in the order of the file. Here the look-up raises the same error
-    with the nearest ids.
+    SAELens' error for an unknown id lists the first five of `keys()`. So that these
+    are the nearest, they come first once, after an id was not found.
     """
 
-    def __init__(self, release: str) -> None:
-        super().__init__()
-        self.release = release
+    _not_found: str | None = None
 
     def __contains__(self, sae_id: object) -> bool:
-        if super().__contains__(sae_id):
-            return True
-        raise ValueError(
-            f"ID {sae_id!r} not found in release {self.release!r}. The nearest are "
-            f"{nearest(str(sae_id), list(self))}; sae_lens_multilayer.releases() lists "
-            "the checkpoints."
-        )
+        found = super().__contains__(sae_id)
+        self._not_found = None if found else str(sae_id)
+        return found
+
+    def keys(self) -> Any:  # dict's own type of keys has no public name
+        sought, self._not_found = self._not_found, None
+        if sought is None:
+            return super().keys()
+        return ({i: self[i] for i in nearest(sought, list(self))} | self).keys()
 
 
 def nearest(name: str, known: list[str]) -> list[str]:
@@ -181,7 +180,7 @@ def _add(
 ) -> None:
     if release not in found:
         model_name = _model(name).name
-        found[release] = Release(release, place, model_name, SaeIds(release), {})
+        found[release] = Release(release, place, model_name, SaeIds(), {})
     for sae_id in sae_ids(name):
         hook = sae_id.partition("/")[2]
         path = "/".join(part for part in (stem, hook) if part)
