@@ -180,6 +180,18 @@ def test_an_unlisted_repository_loads_with_the_converter(offline_hub, paper):
     assert_reconstructs(one, paper["x"][4], paper["x_hat"][4])
 
 
+def test_a_repository_that_does_not_say_its_model_takes_a_name(offline_hub, paper):
+    put(offline_hub, "someone/weights", plain_files())
+    loader = partial(mlsae_huggingface_loader, model_name="pythia-70m-deduped")
+
+    sae = SAE.from_pretrained("someone/weights", "", converter=loader)
+    one = SAE.from_pretrained("someone/weights", HOOK_NAMES[4], converter=loader)
+
+    assert sae.cfg.metadata.hook_names == HOOK_NAMES
+    assert_reconstructs(sae, paper["x"], paper["x_hat"])
+    assert_reconstructs(one, paper["x"][4], paper["x_hat"][4])
+
+
 # With a tuned lens
 
 
@@ -268,6 +280,16 @@ def test_a_folder_takes_the_lens_that_is_given(offline_hub, paper_lens_path, tmp
     sae = SAE.load_from_disk(tmp_path, converter=converter)
 
     # The model is not known, and the lens says how many layers it has.
+    assert_reconstructs_with_lens(sae, paper_lens_path, range(5))
+
+
+def test_a_repository_takes_the_lens_that_is_given(offline_hub, paper_lens_path):
+    put(offline_hub, "someone/weights", lens_files())
+    lens = put_lens(offline_hub, n_layers=5)
+    converter = partial(mlsae_huggingface_loader, tuned_lens=lens)
+
+    sae = SAE.from_pretrained("someone/weights", "", converter=converter)
+
     assert_reconstructs_with_lens(sae, paper_lens_path, range(5))
 
 
@@ -452,6 +474,22 @@ def test_a_model_of_another_width_is_warned_of(published, caplog):
     SAE.from_pretrained(RELEASE, SAE_ID)
 
     assert "vectors of width 64, and those of EleutherAI/pythia-70m" in caplog.text
+
+
+def test_a_name_of_other_sizes_is_warned_of(offline_hub, caplog):
+    load = partial(SAE.from_pretrained, converter=mlsae_huggingface_loader)
+    for variant in ("x8-k8", "x8-k8-tfm"):
+        put(offline_hub, f"me/mlsae-gpt2-{variant}", plain_files())
+        load(f"me/mlsae-gpt2-{variant}", "")
+    assert "its name says" not in caplog.text
+    for variant in ("x9-k8", "x8-k9"):
+        put(offline_hub, f"me/mlsae-gpt2-{variant}", plain_files())
+        sae = load(f"me/mlsae-gpt2-{variant}", "")
+        assert (sae.cfg.d_sae, sae.cfg.k) == (8 * 64, 8)
+    assert "has the expansion factor 8 and k = 8, and its name says 9 and 8" in (
+        caplog.text
+    )
+    assert "and its name says 8 and 9" in caplog.text
 
 
 def test_a_folder_of_one_layer_is_a_stock_sae(tmp_path, paper):

@@ -24,7 +24,11 @@ from sae_lens_multilayer.lens.carrier import LENS_PREFIX
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.files import read_tuned_lens
 from sae_lens_multilayer.lens.layer_lens import LayerLens
-from sae_lens_multilayer.published.origin import Origin, find_origin
+from sae_lens_multilayer.published.origin import (
+    Origin,
+    find_origin,
+    warn_of_other_sizes,
+)
 from sae_lens_multilayer.sae_config import ARCHITECTURE
 
 logger = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ def load(
         prefix = _prefix(names, weights_path)
         shapes = [tuple(file.get_slice(prefix + n).get_shape()) for n in _TENSORS]
         d_in, d_sae = _check_sizes(settings, shapes, config_path)
+        warn_of_other_sizes(place, d_sae / d_in, settings["k"])
         n_layers = _n_layers_stored(names)
         if n_layers is None and translators is not None:
             n_layers = translators[0].num_hidden_layers

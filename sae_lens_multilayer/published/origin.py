@@ -85,7 +85,7 @@ def find_origin(
             "knows no hooks, has no views, and a tuned lens that it may have been "
             "trained with is not applied. Give the folder the repository's name, or "
             "name the model: converter=partial(mlsae_disk_loader, model_name=..., "
-            "tuned_lens=...)."
+            "tuned_lens=...), of a repository partial(mlsae_huggingface_loader, ...)."
         )
         if has_lens:
             raise ValueError(problem)
@@ -98,6 +98,27 @@ def find_origin(
         hooks.DEFAULT_HOOK_NAME, None, layers, n_layers, str(model_name)
     )
     return Origin(model_name, hook_names, n_layers, d_in, has_lens)
+
+
+def warn_of_other_sizes(place: str, expansion_factor: float, k: int) -> None:
+    """Warn if the name of a repository or folder says other sizes than its files.
+
+    Args:
+        place: The repository or folder.
+        expansion_factor: d_sae / d_in of the tensors.
+        k: Of the config.
+    """
+    name = _name_in(place)
+    if name and (name.expansion_factor, name.k) != (expansion_factor, k):
+        logger.warning(
+            "The MLSAE at %s has the expansion factor %g and k = %d, and its name says "
+            "%d and %d: its files may be those of another one.",
+            place,
+            expansion_factor,
+            k,
+            name.expansion_factor,
+            name.k,
+        )
 
 
 def _model(
@@ -144,8 +165,9 @@ def _shape_of(model_name: str) -> hooks.ModelShape:
         raise ValueError(
             f"The MLSAE was trained on {model_name!r}, which is not a model that "
             f"TransformerLens knows; the nearest are "
-            f"{nearest(model_name, OFFICIAL_MODEL_NAMES)}. Load a folder with "
-            "converter=partial(mlsae_disk_loader, model_name=...)."
+            f"{nearest(model_name, OFFICIAL_MODEL_NAMES)}. Name another: "
+            "converter=partial(mlsae_huggingface_loader, model_name=...), of a folder "
+            "partial(mlsae_disk_loader, ...)."
         ) from error
     if shape is None:
         raise FileNotFoundError(

@@ -27,11 +27,16 @@ def mlsae_huggingface_loader(
     device: str = "cpu",
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
+    *,
+    model_name: str | None = None,
+    tuned_lens: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], None]:
     """Load a published checkpoint, or one hook of it, from the hub or its cache.
 
     Any repository of this format loads with `SAE.from_pretrained(repository, hook_name,
-    converter=mlsae_huggingface_loader)`; a `hook_name` of "" means the whole SAE.
+    converter=mlsae_huggingface_loader)`; a `hook_name` of "" means the whole SAE. Where
+    neither its name nor its config says of which model it is, say it with
+    `functools.partial(mlsae_huggingface_loader, model_name=...)`.
 
     Args:
         repo_id: The repository, or its owner where `folder_name` begins with its name.
@@ -39,6 +44,7 @@ def mlsae_huggingface_loader(
         device: Where the tensors are read to.
         force_download: Whether to fetch the files again.
         cfg_overrides: Entries of the config that replace what was found.
+        model_name, tuned_lens: As in `mlsae_disk_loader`.
 
     Returns:
         Config, tensors and no sparsities, as SAELens' loaders.
@@ -52,7 +58,14 @@ def mlsae_huggingface_loader(
     config = download(repository, _CONFIG, force_download)
     weights = download(repository, _WEIGHTS, force_download)
     cfg, tensors = mlsae.load(
-        config, weights, repository, device, cfg_overrides, hook_name=hook_name
+        config,
+        weights,
+        repository,
+        device,
+        cfg_overrides,
+        hook_name=hook_name,
+        model_name=model_name,
+        tuned_lens=tuned_lens,
     )
     return cfg, tensors, None
 
