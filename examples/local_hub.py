@@ -48,6 +48,7 @@ def put(
         for path in (blob, link):
             path.parent.mkdir(parents=True, exist_ok=True)
         blob.write_bytes(content)
+        link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
     (folder / "refs").mkdir(exist_ok=True)
     (folder / "refs" / "main").write_text(_COMMIT)

@@ -231,6 +231,17 @@ def test_what_is_uploaded_is_what_saelens_reads(tmp_path):
     }
 
 
+def test_an_upload_replaces_what_was_uploaded_before(tmp_path):
+    with local_hub(tmp_path):
+        share.share(random_sae(k=2), layer=0)
+        sae = random_sae(k=5)
+        loaded = share.share(sae, layer=0)["all"]
+
+    assert loaded.cfg.k == 5
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
 def needs(package: str) -> pytest.MarkDecorator:
     is_missing = importlib.util.find_spec(package) is None
     return pytest.mark.skipif(is_missing, reason="needs `make neighbours`")
