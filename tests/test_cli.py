@@ -1,18 +1,22 @@
 """The command line, as a user calls it."""
 
 import json
+import logging
 import runpy
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import sae_lens.evals
 from conftest import tiny_model
 from published_files import plain_files
+from sae_lens.training._interruption import InterruptedException
 
 from examples.local_hub import put
 from sae_lens_multilayer import cli
+from sae_lens_multilayer.ranks import AgreedError, RankError
 
 
 def test_without_a_command_the_help_lists_them(capsys):
@@ -139,3 +143,30 @@ def test_a_stop_by_the_user_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nsae-lens-multilayer releases: stopped.\n"
     with pytest.raises(KeyboardInterrupt):
         cli.main(["--traceback", "releases"])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "others_say_it"),
+    [
+        (InterruptedException(), "stopped after a whole step, as asked for.", False),
+        (AgreedError("Rank 1 has failed: no."), "Rank 1 has failed: no.", False),
+        (RankError("Rank 1 has lost 0."), "Rank 1 has lost 0.", True),
+    ],
+)
+def test_the_first_rank_says_what_all_know(monkeypatch, error, message, others_say_it):
+    def fail(arguments):
+        raise error
+
+    # Later tests have the level that they had.
+    package = logging.getLogger("sae_lens_multilayer")
+    monkeypatch.setattr(package, "setLevel", lambda level: None)
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    said: list[Any] = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train"])
+        said.append(ended.value.code)
+
+    message = f"sae-lens-multilayer train: {message}"
+    assert said == [message, message if others_say_it else 1]

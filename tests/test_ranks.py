@@ -194,7 +194,8 @@ class TestRuns:
         assert not list(whole.glob("output-*"))
         assert len(checkpoints(whole)) == 2
         said = ranked.fail(stopped, stop_at=640)
-        assert "InterruptedException" in said
+        assert said.count("InterruptedException\n") == 2
+        assert said.count("The run has ended early; resume from") == 1
         assert checkpoints(stopped) == ["640"]
         ranked.run("train", stopped, resume_from_checkpoint="latest")
         assert saved(stopped) == saved(whole)

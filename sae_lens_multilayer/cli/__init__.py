@@ -22,7 +22,7 @@ from sae_lens_multilayer.cli.published import evals, releases
 from sae_lens_multilayer.cli.report import report
 from sae_lens_multilayer.cli.sweep import compare, sweep
 from sae_lens_multilayer.cli.train import train
-from sae_lens_multilayer.ranks import RankError, check_one_process
+from sae_lens_multilayer.ranks import AgreedError, RankError, check_one_process
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
@@ -84,9 +84,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n{PROG} {options.command}: stopped.", file=sys.stderr)
         sys.exit(_STOPPED_BY_USER)
     except InterruptedException:
-        sys.exit(f"{PROG} {options.command}: stopped after a whole step, as asked for.")
+        message = f"{PROG} {options.command}: stopped after a whole step, as asked for."
+        sys.exit(message if is_first else 1)
     except (ValueError, OSError, ModuleNotFoundError, RankError) as error:
         # What the library says of wrong input; the way it took there is of no help.
         if options.traceback:
             raise
-        sys.exit(f"{PROG} {options.command}: {error}")
+        is_said_by_first = isinstance(error, AgreedError) and not is_first
+        sys.exit(1 if is_said_by_first else f"{PROG} {options.command}: {error}")

@@ -390,7 +390,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             return
         if trainer.has_open_batch:
             self._batches.put_back()
-        if trainer.save_or_report(str(n_tokens)):
+        if trainer.save_or_report(str(n_tokens)) and self.ranks.is_first:
             logger.warning(
                 "The run has ended early; resume from %s/%d",
                 self.cfg.checkpoint_path,
@@ -480,7 +480,8 @@ def _signals_stop(trainer: MultiLayerTrainer) -> Generator[None]:
         # within a step, would look like a request to save.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        logger.warning("Stopping after this step; signal again to stop at once.")
+        if trainer.ranks.is_first:
+            logger.warning("Stopping after this step; signal again to stop at once.")
 
     for number in before:
         signal.signal(number, stop)
