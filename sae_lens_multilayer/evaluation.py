@@ -335,7 +335,7 @@ class _Evaluation:
     ) -> Float[Tensor, "prompt pos d_in"]:
         x_hat = self._codec.reconstruct(hook, x, counted)
         if self._use_error_term:
-            x_hat = x_hat + (x - x_hat)
+            x_hat = _with_error(x_hat, x)
         return torch.where(kept.to(x.device).unsqueeze(-1), x, x_hat)
 
     def _ablate(
@@ -364,6 +364,15 @@ class _Evaluation:
             together=together,
             reconstruction=self._codec.compute(),
         )
+
+
+def _with_error(
+    x_hat: Float[Tensor, "prompt pos d_in"], x: Float[Tensor, "prompt pos d_in"]
+) -> Float[Tensor, "prompt pos d_in"]:
+    """`x_hat + (x - x_hat)` in float32 or wider: bfloat16 would not give x back."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = x_hat.to(dtype)
+    return (wide + (x.to(dtype) - wide)).to(x.dtype)
 
 
 def _check_model(codec: Codec, model: Any) -> None:

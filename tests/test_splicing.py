@@ -251,6 +251,16 @@ class TestWhatIsReplaced:
         assert abs(metrics.together["delta_ce"]) < 1e-6
         assert (table["fvu"] > 0.1).all()
 
+    @pytest.mark.parametrize("sae_dtype", [torch.float32, torch.bfloat16])
+    def test_the_error_term_restores_a_model_in_bfloat16(
+        self, tokenizer, tokens, sae_dtype
+    ):
+        model = tiny_model(tokenizer, n_layers=4, dtype=torch.bfloat16)
+        sae = random_sae().to(sae_dtype)
+        table = evaluate(sae, model, tokens, use_error_term=True).to_dataframe()
+        assert table["delta_ce"].abs().max() < 1e-6
+        assert table["kl_div"].abs().max() < 1e-6
+
     def test_kept_positions_everywhere_change_nothing(self, model, tokens):
         with pytest.raises(ValueError, match="at least one token"):
             evaluate(random_sae(), model, tokens, keep_positions=range(N_CTX))
