@@ -38,8 +38,10 @@ class Codec:
                 is; None: the hooks that the SAEs were trained on.
 
         Raises:
-            ValueError: If an SAE does not name its hook, or two name the same one.
+            ValueError: If there is something else than SAEs, one does not name its
+                hook, or two name the same one.
         """
+        _check_saes(sae)
         if isinstance(sae, SAE) and hook_names is not None:
             self.hook_names = list(hook_names)
             self.saes = [sae] * len(self.hook_names)
@@ -144,6 +146,17 @@ def _encode_decode(
 
 def _no_sums(sae: SAE[Any], n_layers: int) -> LayerSums:
     return LayerSums.zeros(n_layers, sae.cfg.d_in, sae.cfg.d_sae)
+
+
+def _check_saes(sae: object) -> None:
+    several = list(sae) if isinstance(sae, Sequence) else [sae]
+    other = [one for one in several if not isinstance(one, SAE)]
+    if other:
+        raise ValueError(
+            "`sae` must be an SAE or a list of SAEs of one hook each; got "
+            f"{sae if isinstance(sae, str) else type(other[0]).__name__!r}. "
+            "`SAE.load_from_disk(folder)` loads one."
+        )
 
 
 def _is_of_one_hook(sae: SAE[Any]) -> bool:

@@ -25,6 +25,7 @@ from sae_lens_multilayer import (
     evaluate,
     reconstruction_metrics,
 )
+from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.prompts import take_prompts
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(4)]
@@ -520,6 +521,14 @@ class TestBadInput:
     def test_an_sae_of_several_hooks_in_a_list(self, model, tokens):
         with pytest.raises(ValueError, match="given by itself, not in a list"):
             evaluate([random_sae()], model, tokens)
+
+    @pytest.mark.parametrize(
+        ("sae", "found"), [("output", "'output'"), (None, "'NoneType'"), ([3], "'int'")]
+    )
+    def test_something_else_than_saes(self, sae, found):
+        codec = object.__new__(Codec)
+        with pytest.raises(ValueError, match=f"`sae` must be .*; got {found}"):
+            unannotated(Codec.__init__)(codec, sae)
 
     def test_two_saes_for_one_hook(self, model, tokens):
         view = random_sae().view(0)
