@@ -275,7 +275,7 @@ class MultiLayerTrainingSAE(
         """
         assert self.cfg.k_aux is not None  # set by the config
         return training_step(
-            x.to(self.dtype),
+            x,
             self.W_enc,
             self.W_dec,
             self.b_dec,

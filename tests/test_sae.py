@@ -504,6 +504,26 @@ def test_the_trainers_dense_loss_and_the_sparse_step_agree(with_dead):
         torch.testing.assert_close(p.grad, gradients[name])
 
 
+def test_a_batch_in_another_dtype_is_widened_a_part_at_a_time(monkeypatch):
+    wide, low = random_sae(True), random_acts(40, 2, dtype=torch.bfloat16)
+    parts = copy.deepcopy(wide)
+    expected = wide.accumulate_gradients(low.float(), None, micro_batch_size=5)
+    sizes = []
+    original = torch.Tensor.to
+
+    def record(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        sizes.append(0 if out is self else out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    step = parts.accumulate_gradients(low, None, micro_batch_size=5)
+    assert max(sizes) == 5 * D_MODEL
+    assert torch.equal(step.loss, expected.loss)
+    for a, b in zip(parts.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 def test_a_batch_of_rows_is_a_batch_of_one_layer():
     sae, x = random_sae(True), random_acts(12)
 
