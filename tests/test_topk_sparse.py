@@ -776,6 +776,40 @@ def test_blocks_change_nothing(monkeypatch):
     assert_parity(z, weights, 1e-10, dead_latents=some_dead(101), k_aux=3)
 
 
+@pytest.mark.parametrize("certified", [False, True])
+@pytest.mark.parametrize("is_native", ENGINES)
+def test_those_of_dead_latents_fit_into_the_micro_batch_too(
+    monkeypatch, certified, is_native
+):
+    z, weights = make_case(120, 1, 8, 5000, torch.float32)
+    dead = some_dead(5000)
+    n_dead = int(dead.sum())
+    sizes = {"new_empty": 0, "index_select": 0, "__matmul__": 0}
+    for name in sizes:
+        original = getattr(Tensor, name)
+
+        def record(*args, name=name, original=original, **kwargs):
+            out = original(*args, **kwargs)
+            if out.shape[-1] in (5000, n_dead):
+                sizes[name] = max(sizes[name], out.numel())
+            return out
+
+        monkeypatch.setattr(Tensor, name, record)
+    with kernel_used(is_native):
+        training_step(
+            z,
+            *copies(weights),
+            k=3,
+            dead_latents=dead,
+            k_aux=4,
+            aux_coefficient=1.0,
+            micro_batch_size=50,
+            certified=certified,
+        )
+    assert sizes["new_empty"] % 5000 == 0
+    assert 25 * 5000 < sum(sizes.values()) <= 50 * 5000
+
+
 # Inference
 
 

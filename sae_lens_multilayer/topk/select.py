@@ -98,9 +98,10 @@ def select_topk(
 class Encoder:
     """Selects the k largest entries of `W_enc_rows v` for many vectors v.
 
-    One block of pre-activations is allocated, [d_sae, block], and used for one block of
+    One block of pre-activations is allocated, [block, d_sae], and used for one block of
     vectors after the other; it is small enough to stay in the cache, if d_sae is not
-    very large.
+    very large. With those of the dead latents, which are gathered from it, it is no
+    more than [max_rows, d_sae].
     """
 
     def __init__(
@@ -115,7 +116,10 @@ class Encoder:
         self.k = k
         self.dead = dead
         budget = _BLOCK_ELEMENTS.get(W_enc_rows.device.type, 2**24)
-        self.block_rows = min(max_rows, max(_MIN_BLOCK_ROWS, budget // len(W_enc_rows)))
+        d_sae = len(W_enc_rows)
+        n_columns = d_sae if dead is None else d_sae + len(dead.indices)
+        most = max(1, max_rows * d_sae // n_columns)
+        self.block_rows = min(most, max(_MIN_BLOCK_ROWS, budget // n_columns))
 
     def __call__(self, v: Float[Tensor, "act d_in"]) -> Selection:
         """Select from all latents and, where there are any, from the dead ones."""
