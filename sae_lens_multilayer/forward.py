@@ -38,9 +38,9 @@ def check_lenses(model: Any, saes: Iterable[SAE[Any]], stacklevel: int) -> None:
     Raises:
         ValueError: If one is of another width or depth.
     """
-    # The lenses of several views are parts of one.
+    # The lenses of several views are parts of one, and hashing a model takes long.
     lenses = {
-        lens.config.unembed_hash: lens
+        (lens.config.unembed_hash, lens.config.n_layers, lens.config.d_in): lens
         for lens in map(lens_of, saes)
         if lens is not None
     }
