@@ -343,7 +343,7 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("given", ["nothing", "object", "settings"])
     def test_a_resumed_run_goes_on_in_its_space(
-        self, start, make_config, checkpoint, tuned_lens, given
+        self, start, make_config, checkpoint, tuned_lens, given, caplog
     ):
         saved = json.loads(Path(checkpoint, "runner_cfg.json").read_text())[
             "tuned_lens"
@@ -353,6 +353,8 @@ class TestCheckpoints:
             tuned_lens=lens, resume_from_checkpoint=checkpoint, training_tokens=640
         )
         sae = start(config).run()
+        # Of the settings that differ it names no lens, which is the same.
+        assert "does not end as it would have: training_tokens." in caplog.text
         x = torch.randn(3, D_MODEL)
         torch.testing.assert_close(
             sae.lens.transform(x, 0), tuned_lens.transform_hidden(x, 1)

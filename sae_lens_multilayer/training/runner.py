@@ -291,12 +291,14 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def _load(self, trainer: MultiLayerTrainer, folder: Path) -> None:
         logger.info("Resuming from %s", folder)
-        differing = settings_that_differ(self.cfg, folder)
+        differing = set(settings_that_differ(self.cfg, folder))
+        # However it is named, the lens is the checkpoint's, or there was an error.
+        differing.discard("tuned_lens")
         if differing and self.ranks.is_first:
             logger.warning(
                 "The run goes on with other settings than it had in the checkpoint, so "
                 "it does not end as it would have: %s.",
-                ", ".join(differing),
+                ", ".join(sorted(differing)),
             )
         trainer.load_trainer_state(folder)
         load_random_states(folder, self.ranks)
