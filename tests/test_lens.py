@@ -544,6 +544,12 @@ def test_an_ill_conditioned_translator_is_an_error(folder, smallest, number):
     layer_lens(folder, [POST[0]])  # which does not use it
 
 
+def test_a_translator_that_maps_all_to_nothing_is_an_error(folder):
+    rewrite(folder, {"2.weight": -torch.eye(D_IN)})
+    with pytest.raises(ValueError, match=r"Translator 2 .*cond\(I \+ W\) = inf"):
+        layer_lens(folder)
+
+
 class Harmful:
     def __reduce__(self):
         return (Path.touch, (Path("executed"),))

@@ -74,7 +74,7 @@ def _check_condition(matrix: Tensor, dtype: torch.dtype, what: str) -> None:
     condition = math.nan
     if matrix.isfinite().all():
         values = torch.linalg.svdvals(matrix.cpu().double())
-        condition = (values[0] / values[-1]).item()
+        condition = (values[0] / values[-1]).item() if values[-1] > 0 else math.inf
     if not condition <= MAX_CONDITION_NUMBER:
         raise ValueError(
             f"{what} cannot be inverted well: cond(I + W) = {condition:.3g} in "
