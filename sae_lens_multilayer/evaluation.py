@@ -174,14 +174,13 @@ def evaluate(
         use_error_term=use_error_term,
         together=hooks_together,
     )
-    batches = [
-        batch.to(hooks.device_of_model(model))
-        for batch in prompts.split(batch_size_prompts)
-    ]
+    prompts = prompts.to(hooks.device_of_model(model))
+    batches = prompts.split(batch_size_prompts)
     if ablation == "mean":
         evaluation.find_means(batches)
     for batch in tqdm(batches, desc="Splicing", unit="batch"):
         evaluation.add(batch)
+    evaluation.add_ablations(prompts)
     return evaluation.result()
 
 
@@ -296,11 +295,13 @@ class _Evaluation:
         self._means = [sums[hook] / n_tokens for hook in hooks_seen]
 
     def add(self, tokens: Int[Tensor, "prompt pos"]) -> None:
-        """Add the runs of a batch of prompts."""
+        """Add the runs of a batch of prompts, but those of `add_ablations`."""
         excluded = self._exclude.of(tokens)
         kept = excluded | self._keep.of(tokens)
-        edits = [*self._splices(kept), *self._ablations()]
-        sums = [*self._spliced, *self._ablated]
+        edits, sums = self._splices(kept), [*self._spliced]
+        if not isinstance(self._splicer, ResidualSplicer):
+            edits += self._ablations()
+            sums += self._ablated
         if self._together:
             replace = {h: partial(self._splice, h, kept, None) for h in self._together}
             edits.append(Edit(replace))
@@ -311,6 +312,20 @@ class _Evaluation:
             add_scores(by_run, clean_sums, clean, runs, tokens, ~excluded)
             clean_sums = None
 
+    def add_ablations(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+        """Add the ablated runs once for all prompts, if they are the same.
+
+        Nothing of a prompt is left where the whole residual stream is ablated; past
+        other hooks, such as an MLP's output, it goes on.
+        """
+        if not isinstance(self._splicer, ResidualSplicer):
+            return
+        sums = dict(enumerate(self._ablated))
+        scored = ~self._exclude.of(tokens)
+        edits = self._ablations()
+        for clean, runs in self._splicer.runs_of_any_prompt(tokens, edits):
+            add_scores(sums, None, clean, runs, tokens, scored)
+
     def _splices(self, kept: Bool[Tensor, "prompt pos"]) -> list[Edit]:
         return [
             Edit({hook: partial(self._splice, hook, kept, ~kept)})
@@ -318,11 +333,8 @@ class _Evaluation:
         ]
 
     def _ablations(self) -> list[Edit]:
-        # Nothing of the prompt is left where the whole residual stream is ablated; past
-        # other hooks, such as an MLP's output, it goes on.
-        n_prompts = 1 if isinstance(self._splicer, ResidualSplicer) else None
         return [
-            Edit({hook: partial(self._ablate, hook)}, n_prompts)
+            Edit({hook: partial(self._ablate, hook)})
             for hook in range(len(self._codec.hook_names))
         ]
 

@@ -58,13 +58,15 @@ def add_scores(
 ) -> None:
     """Add the scores of a batch of prompts, holding few logits at a time.
 
+    Runs of one prompt that are not compared with the clean one may stand for all.
+
     Args:
         sums: Sums of each run of `runs`, added to; KL of those that are `RunSums`.
         clean_sums: Sums of the clean run, added to; None if it is counted elsewhere.
         scored: Positions that count.
     """
     first = clean.logits(slice(0, 1))
-    chunk = max(1, _LOGITS_AT_A_TIME // (len(tokens) * first.shape[-1]))
+    chunk = max(1, _LOGITS_AT_A_TIME // first.numel())
     tokens, scored = tokens.to(first.device), scored.to(first.device)
     for start in range(0, tokens.shape[1], chunk):
         piece = _Piece(tokens, scored, slice(start, start + chunk))
@@ -96,7 +98,6 @@ class _Piece:
         start, stop = self.positions.start, self.positions.stop
         targets = self.tokens[:, start + 1 : stop + 1].unsqueeze(-1)
         n = targets.shape[1]
-        # One prompt may stand for all.
         log_p = log_p[:, :n].expand(len(targets), -1, -1)
         keep = self.scored[:, self.positions][:, :n]
         sums.ce -= log_p.gather(-1, targets).squeeze(-1)[keep].double().sum().item()

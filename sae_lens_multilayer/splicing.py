@@ -22,9 +22,6 @@ class Edit:
 
     replace: Mapping[int, Replace]
     """From the position of a hook on the layer axis to its replacement."""
-    n_prompts: int | None = None
-    """Prompts of the batch that are run, from the first on; None: all. One prompt is
-    enough where the replacement does not depend on the prompt."""
 
 
 @runtime_checkable
@@ -138,11 +135,20 @@ class ResidualSplicer:
             for hook in self._hooks_at.get(depth, []):
                 for i, edit in enumerate(edits):
                     if hook in edit.replace:
-                        before = streams.get(i, clean[: edit.n_prompts])
+                        before = streams.get(i, clean)
                         after = edit.replace[hook](before)
                         streams[i] = after.to(clean.device, clean.dtype)
         runs = {i: _Residual(self._model, stream) for i, stream in streams.items()}
         yield _Residual(self._model, clean), runs
+
+    def runs_of_any_prompt(
+        self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
+    ) -> Iterator[tuple[Run, Mapping[int, Run]]]:
+        """Runs of one prompt of this length, for edits that leave nothing of it."""
+        tokenizer = self._model.tokenizer
+        # Of any token but padding, which would be masked.
+        token = int(tokenizer is not None and tokenizer.pad_token_id == 0)
+        return self.runs(torch.full_like(tokens[:1], token), edits)
 
     def _step(
         self,
@@ -150,12 +156,11 @@ class ResidualSplicer:
         block: int,
         mask: Int[Tensor, "prompt pos"] | None,
     ) -> list[Float[Tensor, "_ pos d_model"]]:
-        """Pass several batches of the first prompts or all through a block as one."""
+        """Pass several batches of the same prompts through a block as one."""
         parts = torch.cat(streams).split(self._max_prompts)
         masks: Sequence[Tensor | None] = [None] * len(parts)
         if mask is not None:
-            mask_of_each = torch.cat([mask[: len(stream)] for stream in streams])
-            masks = mask_of_each.split(self._max_prompts)
+            masks = mask.repeat(len(streams), 1).split(self._max_prompts)
         after = [
             self._model(
                 part,
@@ -165,7 +170,7 @@ class ResidualSplicer:
             )
             for part, part_mask in zip(parts, masks, strict=True)
         ]
-        return list(torch.cat(after).split([len(stream) for stream in streams]))
+        return list(torch.cat(after).split(len(streams[0])))
 
 
 @dataclass
@@ -195,7 +200,7 @@ class HookSplicer:
                 for hook, replace in edit.replace.items()
             ]
             logits = self._model.run_with_hooks(
-                tokens[: edit.n_prompts], return_type="logits", fwd_hooks=fwd_hooks
+                tokens, return_type="logits", fwd_hooks=fwd_hooks
             )
             yield clean, {i: _Logits(logits)}
 

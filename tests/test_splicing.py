@@ -193,6 +193,9 @@ class TestOneResult:
         # Authority: each prompt alone and without padding.
         changes = {"positional_embedding_type": positions, "rotary_dim": 8}
         model: Any = tiny_model(tokenizer, n_layers=4, **changes)
+        for block in model.blocks:
+            # Where all is masked, as padding is, an attention does not even give this.
+            block.attn.b_V.data.normal_()
         monkeypatch.setattr(model.tokenizer, "padding_side", "left")
         pad = model.tokenizer.pad_token_id
         sae, tokens = random_sae(), tokens.masked_fill(tokens == pad, pad + 1)[:3]
@@ -223,9 +226,10 @@ class TestOneResult:
             block.register_forward_hook(
                 lambda module, args, out, i=i: calls.append((i, len(out)))
             )
-        evaluate(random_sae(), model, tokens, batch_size_prompts=5)
-        # The clean prompts, and for each hook below the spliced ones and one ablated.
-        assert calls == [(i, 5 + i * (5 + 1)) for i in range(4)]
+        evaluate(random_sae(), model, tokens, batch_size_prompts=3)
+        # The clean prompts and for each hook below the spliced ones, of each batch; and
+        # one prompt, ablated at each hook below, for both batches.
+        assert calls == [(i, n + i * n) for n in (3, 2, 1) for i in range(4)]
 
     def test_tokens_may_come_from_a_store(self, model, make_config, token_dataset):
         cfg = make_config()
