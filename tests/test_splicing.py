@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import D_VOCAB, N_CTX, PAPER_DATA, tiny_model
+from conftest import D_VOCAB, N_CTX, PAPER_DATA, count_calls, tiny_model
 from sae_lens import (
     HookedSAETransformer,
     StandardSAE,
@@ -24,6 +24,7 @@ from sae_lens_multilayer import (
     MultiLayerSAEConfig,
     evaluate,
     reconstruction_metrics,
+    scoring,
 )
 from sae_lens_multilayer.codec import Codec
 from sae_lens_multilayer.prompts import take_prompts
@@ -230,6 +231,13 @@ class TestOneResult:
         # The clean prompts and for each hook below the spliced ones, of each batch; and
         # one prompt, ablated at each hook below, for both batches.
         assert calls == [(i, n + i * n) for n in (3, 2, 1) for i in range(4)]
+
+    def test_only_spliced_runs_are_compared_with_the_clean_one(
+        self, model, tokens, monkeypatch
+    ):
+        calls = count_calls(monkeypatch, scoring._Piece, "add_kl")
+        evaluate(random_sae(), model, tokens, together="all")
+        assert len(calls) == len(HOOKS) + 1
 
     def test_tokens_may_come_from_a_store(self, model, make_config, token_dataset):
         cfg = make_config()
