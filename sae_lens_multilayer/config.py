@@ -110,8 +110,8 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """Tokens worked on at a time; must divide `train_batch_size_tokens`. The update
     does not depend on it. A multi-layer SAE takes one layer of them at a time and holds
     pre-activations of `micro_batch_size_tokens` x `d_sae`; a stock SAE takes all layers
-    at once (and BatchTopK takes its k over them). None: chosen to fit the cache, or the
-    whole batch for a stock SAE."""
+    at once (and BatchTopK takes its k over them). None: as many as fit the cache, and
+    512 at least, or the whole batch for a stock SAE."""
     tuned_lens: TunedLens | LayerLens | str | Path | dict[str, Any] | None = None
     """A lens in whose space the multi-layer SAE is trained: a lens of tuned-lens, a
     folder that it saved, its name in tuned-lens' hub space, or a `LayerLens` of this

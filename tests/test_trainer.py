@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import D_MODEL, N_LAYERS, tiny_sae_config
+from conftest import D_MODEL, N_LAYERS, count_calls, tiny_sae_config
 from sae_lens import (
     GatedTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TrainingSAE,
 )
+from saes import random_acts, random_sae
 from torch import Tensor
 
-from sae_lens_multilayer import MultiLayerConfig
+from sae_lens_multilayer import MultiLayerConfig, MultiLayerTrainingSAE
+from sae_lens_multilayer.training import steps
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 RESID_POST = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
@@ -220,6 +222,16 @@ class TestSteps:
         expected = weiszfeld(vectors)
         found = trainer.sae.b_dec.double()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize(("given", "taken"), [(None, 512), (100, 100)])
+    def test_weights_are_not_read_again_for_every_few_vectors(
+        self, monkeypatch, given, taken
+    ):
+        monkeypatch.setattr(steps, "_VALUES_IN_CACHE", 64)  # as if d_sae were large
+        calls = count_calls(monkeypatch, MultiLayerTrainingSAE, "accumulate_gradients")
+        dead = torch.zeros(64, dtype=torch.bool)
+        steps.topk_gradients(random_sae(True), random_acts(600, 2), dead, given)
+        assert calls[0][0][3] == taken
 
     @pytest.mark.parametrize("micro", [None, 16])
     def test_stats_of_a_step_are_those_by_brute_force(self, make_config, micro):

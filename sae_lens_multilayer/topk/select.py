@@ -17,11 +17,13 @@ from sae_lens_multilayer.topk import native
 from sae_lens_multilayer.topk.products import row_dots
 from sae_lens_multilayer.topk.tile import row_chunks
 
+MIN_BLOCK_ROWS = 512
+"""Vectors in a block of pre-activations, if there are as many. Each block reads all
+weights once, which few vectors would wait for."""
+
 _GROUPS_PER_K = 8
 _MIN_DEPTH = 2
 _BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
-# Each block reads all weights once, which few rows would wait for.
-_MIN_BLOCK_ROWS = 512
 _MIN_CERTIFIED_ROWS = 256
 _UNPROVEN_ROWS = 256
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -119,7 +121,7 @@ class Encoder:
         d_sae = len(W_enc_rows)
         n_columns = d_sae if dead is None else d_sae + len(dead.indices)
         most = max(1, max_rows * d_sae // n_columns)
-        self.block_rows = min(most, max(_MIN_BLOCK_ROWS, budget // n_columns))
+        self.block_rows = min(most, max(MIN_BLOCK_ROWS, budget // n_columns))
 
     def __call__(self, v: Float[Tensor, "act d_in"]) -> Selection:
         """Select from all latents and, where there are any, from the dead ones."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
+from sae_lens_multilayer.topk.select import MIN_BLOCK_ROWS
 from sae_lens_multilayer.topk.tile import LayerMoments
 
 _VALUES_IN_CACHE = 2**23
@@ -74,10 +75,12 @@ def topk_gradients(
 
     Args:
         micro_batch_size_tokens: Tokens whose vectors at one layer are encoded at a
-            time; None: as many as fit the cache. The gradients do not depend on it.
+            time; None: as many as fit the cache, and 512 at least. The gradients do not
+            depend on it.
         ranks: Each holds as many other tokens of the batch.
     """
-    micro = micro_batch_size_tokens or max(1, _VALUES_IN_CACHE // sae.cfg.d_sae)
+    default = max(MIN_BLOCK_ROWS, _VALUES_IN_CACHE // sae.cfg.d_sae)
+    micro = micro_batch_size_tokens or default
     step = sae.accumulate_gradients(x, dead_latents, min(micro, len(x)), ranks)
     return StepStats(
         n_tokens=x.shape[0] * ranks.count,
