@@ -239,6 +239,22 @@ class TestOneResult:
         evaluate(random_sae(), model, tokens, together="all")
         assert len(calls) == len(HOOKS) + 1
 
+    def test_divergences_over_a_large_vocabulary(self):
+        # Authority: float64. Sums over so many float32 numbers lose what they may.
+        logits = 6 * torch.randn(2, 3, 50_000)
+        log_p = logits.log_softmax(-1)
+        log_q = (logits + torch.randn_like(logits)).log_softmax(-1)
+        p, q = log_p.double().exp(), log_q.double().exp()
+        difference = log_p.double() - log_q.double()
+        sums, everywhere = scoring.RunSums(), torch.ones(2, 3, dtype=torch.bool)
+        tokens = torch.zeros(2, 3, dtype=torch.long)
+        piece = scoring._Piece(tokens, everywhere, slice(0, 3))
+        piece.add_kl(sums, log_p.exp(), log_p, log_q)
+        kl = (p * difference).sum(-1).mean().item()
+        assert sums.kl_div() == pytest.approx(kl, abs=5e-7)
+        reverse = -(q * difference).sum(-1).mean().item()
+        assert sums.kl_div_reverse() == pytest.approx(reverse, abs=5e-7)
+
     def test_tokens_may_come_from_a_store(self, model, make_config, token_dataset):
         cfg = make_config()
         store = MultiLayerActivationsStore.from_config(model, cfg, token_dataset)
