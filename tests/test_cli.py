@@ -2,11 +2,12 @@
 
 import json
 import logging
+import re
 import runpy
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import sae_lens.evals
@@ -16,6 +17,7 @@ from sae_lens.training._interruption import InterruptedException
 
 from examples.local_hub import put
 from sae_lens_multilayer import cli
+from sae_lens_multilayer.analysis.suite import Analysis
 from sae_lens_multilayer.ranks import AgreedError, RankError
 
 
@@ -170,3 +172,22 @@ def test_the_first_rank_says_what_all_know(monkeypatch, error, message, others_s
 
     message = f"sae-lens-multilayer train: {message}"
     assert said == [message, message if others_say_it else 1]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_names_what_is_meant(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    # What simple-parsing and dataclasses say where nobody has said more.
+    assert not re.search(r"^  str  |= <factory>", text, re.MULTILINE)
+
+
+def test_the_help_of_analyze_lists_the_analyses(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["analyze", "--help"])
+
+    words = capsys.readouterr().out.replace(",", " ").split()
+    assert {*get_args(Analysis)} <= {*words}

@@ -161,6 +161,22 @@ def test_evaluate_gives_what_the_function_gives(
         cli.main(["evaluate", "sae", *offline, "--output_path", "new/e.csv"])
 
 
+@pytest.mark.parametrize("command", ["evaluate", "report", "analyze", "lens"])
+def test_nothing_in_the_home_folder_is_overwritten(
+    offline, command, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    name = {"evaluate": "x.csv", "report": "x.html"}.get(command, "x")
+    there = tmp_path / "home" / name
+    there.parent.mkdir()
+    there.write_text("mine")
+    # A shell leaves a "~" after "=" as it is.
+    options = [*offline, f"--output_path=~/{name}", "--model_name", "tiny"]
+    with pytest.raises(SystemExit, match=r"overwritten"):
+        cli.main([command, *(["sae"] * (command != "lens")), *options])
+    assert there.read_text() == "mine"
+
+
 def random_sae_on_disk():
     return SAE.load_from_disk("sae")
 

@@ -1,10 +1,10 @@
 """Run the analyses of an SAE."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
+from simple_parsing import field as option
 
 from sae_lens_multilayer.analysis import (
     Comparison,
@@ -13,8 +13,9 @@ from sae_lens_multilayer.analysis import (
     save_results,
 )
 from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.analysis.suite import Analysis
 from sae_lens_multilayer.analysis.token_classes import ClassKind
-from sae_lens_multilayer.checkpoints import check_writable, complete_or_absent
+from sae_lens_multilayer.checkpoints import complete_or_absent
 from sae_lens_multilayer.cli.analysis_folder import write_settings
 from sae_lens_multilayer.cli.inputs import (
     Inputs,
@@ -25,7 +26,7 @@ from sae_lens_multilayer.cli.inputs import (
     load_sae,
     warn_of_first_position,
 )
-from sae_lens_multilayer.cli.parsing import parse
+from sae_lens_multilayer.cli.parsing import new_folder, parse
 from sae_lens_multilayer.plotting import PLOTS, plot_token_classes, save_figure
 
 
@@ -53,9 +54,11 @@ class Options:
     model: ModelOptions
     text: TextOptions
     analysis: AnalysisOptions
-    analyses: list[str] = field(default_factory=lambda: ["all"])
-    """Their names, as the folders that are written; all: every one that the SAE
-    allows. The evaluation takes longest."""
+    analyses: list[str] = option(  # noqa: RUF009  (it makes a field, with a help)
+        default_factory=lambda: ["all"],
+        help=f"Any of {', '.join(get_args(Analysis))}, as the folders that are written;"
+        " all: every one that the SAE allows. The evaluation takes longest.",
+    )
     output_path: str = "analyses"
     """New folder for the results and pictures."""
 
@@ -63,12 +66,12 @@ class Options:
 def analyze(arguments: list[str]) -> None:
     """Run analyses of an SAE, and write results and pictures."""
     options = parse(analyze, Options, arguments)
-    check_writable(options.output_path, "output_path")
+    output = new_folder(options.output_path)
     inputs = load_inputs(options.sae, options.model, options.text)
     warn_of_first_position(inputs, options.text, options.analysis.exclude_positions)
     names = None if options.analyses == ["all"] else options.analyses
     results = suite_of(inputs, options.text, options.analysis).run(names)
-    with complete_or_absent(options.output_path) as folder:
+    with complete_or_absent(output) as folder:
         save_results(results, folder, inputs.model.tokenizer)
         write_settings(folder, inputs, options)
         for name, figure in _pictures(results, inputs).items():
@@ -78,7 +81,7 @@ def analyze(arguments: list[str]) -> None:
             columns = ["fvu", "delta_ce", "kl_div"]
             table: pd.DataFrame = result.to_dataframe().loc[:, columns]
             print(table.to_string(float_format="{:.4f}".format))
-        print(f"Written: {Path(options.output_path) / name}, a {type(result).__name__}")
+        print(f"Written: {output / name}, a {type(result).__name__}")
 
 
 def suite_of(inputs: Inputs, text: TextOptions, options: AnalysisOptions) -> Suite:

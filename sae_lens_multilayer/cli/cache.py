@@ -13,7 +13,7 @@ from sae_lens_multilayer.config_files import config_from_settings, read_settings
 class Options:
     """What is cached, and where."""
 
-    config: str = option(positional=True)
+    config: str = option(positional=True, metavar="config")
     """JSON or YAML file with fields of the config of a training run: its model, layers,
     dataset, `training_tokens` (all of them are cached) and `dtype`."""
     output: str | None = None

@@ -6,14 +6,13 @@ from typing import Literal
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.checkpoints import check_writable
 from sae_lens_multilayer.cli.inputs import (
     ModelOptions,
     TextOptions,
     load_model_and_tokens,
     run_of,
 )
-from sae_lens_multilayer.cli.parsing import parse
+from sae_lens_multilayer.cli.parsing import new_folder, parse
 from sae_lens_multilayer.lens.fit import fit_tuned_lens
 
 
@@ -43,7 +42,7 @@ class Options:
 def lens(arguments: list[str]) -> None:
     """Fit a tuned lens to a model, to train an SAE with."""
     options = parse(lens, Options, arguments)
-    check_writable(options.output_path, "output_path")
+    output = new_folder(options.output_path)
     cfg = run_of(
         SAEMetadata(), options.model, options.text, hook_name=options.hook_name
     )
@@ -57,6 +56,6 @@ def lens(arguments: list[str]) -> None:
         optimizer=options.optimizer,
         lr=options.lr,
         seed=options.seed,
-        output_path=options.output_path,
+        output_path=output,
     )
-    print(f"Written: {options.output_path}. Train with --tuned_lens.")
+    print(f"Written: {output}. Train with --tuned_lens.")

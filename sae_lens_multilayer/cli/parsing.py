@@ -40,12 +40,25 @@ def new_file(path: str | None, suffix: str) -> Path | None:
     """
     if path is None:
         return None
-    if Path(path).suffix != suffix:
+    file = Path(path).expanduser()
+    if file.suffix != suffix:
         raise ValueError(f"`output_path` must end in {suffix}; got {path}.")
-    if Path(path).exists():
+    if file.exists():
         raise FileExistsError(f"{path} is there already; nothing is overwritten.")
-    check_writable(path, "output_path")
-    return Path(path).expanduser()
+    check_writable(file, "output_path")
+    return file
+
+
+def new_folder(path: str) -> Path:
+    """The path of a folder that will be made, where nothing is yet.
+
+    Raises:
+        FileExistsError: If something is there.
+        OSError: If no folder can be made there.
+    """
+    folder = Path(path).expanduser()
+    check_writable(folder, "output_path")
+    return folder
 
 
 def write_new(path: Path, text: str) -> None:

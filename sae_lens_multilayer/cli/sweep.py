@@ -23,7 +23,7 @@ _SHOWN = ("status", "fvu", "delta_ce", "kl_div", "token_ratio", "training_second
 class Options:
     """What is trained."""
 
-    file: str = option(positional=True)
+    file: str = option(positional=True, metavar="file")
     """JSON or YAML file with `base` (settings of a run), `evaluation` and, for a sweep,
     `grid` (values for each setting), `points` (a list of settings) or both."""
     output: str = option()

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import field, make_dataclass
 from typing import Any
 
+from sae_lens import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from simple_parsing import ArgumentParser
 
@@ -79,12 +80,22 @@ def _options(architecture: str) -> type:
         "SAEConfig",
         [("d_in", int, field(default=512)), ("d_sae", int, field(default=64 * 512))],
         bases=(sae_config_class(architecture),),
+        namespace={"__doc__": f"The SAE, of the architecture {architecture!r}."},
+    )
+    # Without a docstring, a dataclass has all of its fields in one line as its own.
+    logger = make_dataclass(
+        "LoggingConfig",
+        [],
+        bases=(LoggingConfig,),
+        namespace={"__doc__": "What is logged to Weights & Biases."},
     )
     return make_dataclass(
         "MultiLayerConfig",
         [
             ("sae", sizes, field(default_factory=sizes)),
+            ("logger", logger, field(default_factory=logger)),
             ("tuned_lens", str | None, field(default=None)),
         ],
         bases=(MultiLayerConfig,),
+        namespace={"__doc__": "The model, the text and the training."},
     )
