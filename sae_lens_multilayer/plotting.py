@@ -256,7 +256,10 @@ def plot_token_classes(
     probs = table.filter(like="p_").to_numpy().T
     names = [str(name) for name in table.index]
     if kind == "token" and token_texts is not None:
-        names = _plain([repr(token_texts[i])[1:-1] for i in table.index])
+        # A model's vocabulary may be padded beyond its tokenizer's.
+        n_known = len(token_texts)
+        texts = [token_texts[i] if i < n_known else f"[{i}]" for i in table.index]
+        names = _plain([repr(text)[1:-1] for text in texts])
     every = -(-len(names) // 40)
     figure, axes = _figure(max(5.0, 2.5 + 0.2 * min(len(names), 40)), 4.5)
     image = axes.imshow(probs, aspect="auto", origin="lower", vmin=0)

@@ -137,11 +137,15 @@ def test_redundancy(n_pairs, tmp_path):
     save(figure, tmp_path)
 
 
+def most_active_latent(sae, model, tokens) -> int:
+    counts = layer_distributions(sae, model, tokens).counts.sum(0)
+    return int(counts.argmax())
+
+
 @pytest.mark.parametrize("kind", ["position", "frequency", "token"])
 def test_token_classes(model, tokens, kind, tmp_path):
     sae = random_sae()
-    dists = layer_distributions(sae, model, tokens)
-    latent = int(dists.counts.sum(0).argmax())
+    latent = most_active_latent(sae, model, tokens)
     classes = token_classes(sae, model, tokens, [latent])
     texts = [f"w{i}" for i in range(D_VOCAB)]
     figure = plotting.plot_token_classes(
@@ -159,6 +163,15 @@ def test_token_classes(model, tokens, kind, tmp_path):
         ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
         assert ticks == [f"w{i}" for i in table.index]
     save(figure, tmp_path)
+
+
+def test_a_token_that_the_tokenizer_lacks_has_its_number(model, tokens):
+    sae = random_sae()
+    latent = most_active_latent(sae, model, tokens)
+    classes = token_classes(sae, model, tokens, [latent])
+    figure = plotting.plot_token_classes(classes, latent, "token", token_texts=["a"])
+    ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert ticks == [f"[{i}]" for i in classes.by_token(latent).index[:30]]
 
 
 @pytest.mark.parametrize("n_layers", [2, 30])

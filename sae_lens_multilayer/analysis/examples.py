@@ -132,7 +132,8 @@ class Examples(Result):
             width = settings.pop("width")
             tensors: dict[str, Any] = _from_table(table, settings["n_before"], width)
             return cls(**settings, **tensors)
-        except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        # Arrow has OSError for a page that cannot be unpacked.
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} must hold examples as their `save` wrote them; {error!r}."
             ) from error

@@ -149,7 +149,8 @@ def cos_sim_chunks(
     n_rows = max(1, _ELEMENTS // len(targets))
     starts = range(0, len(unit), n_rows)
     for start in tqdm(starts, desc="Comparing", unit="chunk"):
-        yield start, unit[start : start + n_rows] @ targets.T
+        # Rounding can go beyond the ends.
+        yield start, (unit[start : start + n_rows] @ targets.T).clamp_(-1, 1)
 
 
 def _unit(vectors: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:

@@ -148,7 +148,8 @@ def _overlap(
         torch.minimum(probs[some[:, 0]], probs[some[:, 1]]).sum(1)
         for some in pairs.split(_PAIRS_AT_A_TIME)
     ]
-    return torch.cat(parts) if parts else probs.new_empty(0)
+    # Rounding can go beyond what equal distributions have.
+    return torch.cat(parts).clamp(max=1) if parts else probs.new_empty(0)
 
 
 def _check(

@@ -177,9 +177,15 @@ def test_a_damaged_file_is_an_error(tmp_path):
     found.save(tmp_path / "examples")
     with pytest.raises(FileExistsError):
         found.save(tmp_path / "examples")
-    (tmp_path / "examples" / "examples.parquet").write_bytes(b"PAR1 no PAR1")
-    with pytest.raises(ValueError, match="must hold examples"):
-        Examples.load(tmp_path / "examples")
+    file = tmp_path / "examples" / "examples.parquet"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 3 : len(whole) // 2] = b"\xff" * (
+        len(whole) // 2 - len(whole) // 3
+    )
+    for damaged in (b"PAR1 no PAR1", whole):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="must hold examples"):
+            Examples.load(tmp_path / "examples")
     (tmp_path / "examples" / "examples.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"examples\.parquet is not there"):
         Examples.load(tmp_path / "examples")

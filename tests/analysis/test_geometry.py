@@ -33,6 +33,15 @@ def cosines(a, b):
     return torch.cosine_similarity(a.unsqueeze(1), b.unsqueeze(0), dim=-1)
 
 
+def test_no_similarity_is_beyond_one():
+    W_dec = torch.randn(200, 7).repeat(2, 1)
+    unit = W_dec / W_dec.norm(dim=1, keepdim=True)
+    assert (unit @ unit.T).max() > 1  # by rounding
+    assert decoder_similarity(W_dec).max_cos_sim.max() == 1
+    assert decoder_similarity(-W_dec).max_cos_sim.max() == 1
+    assert token_similarity(W_dec, W_dec, n_top=2).cos_sim.max() == 1
+
+
 @given(st.integers(0, 2**32), st.integers(2, 20), st.integers(1, 5))
 def test_is_the_maximum_over_all_others(seed, n, d):
     generator = torch.Generator().manual_seed(seed)

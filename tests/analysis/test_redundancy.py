@@ -47,6 +47,14 @@ def test_finds_all_pairs_and_their_overlaps(seed, min_cos_sim, max_overlap):
     assert len(found.null_overlap) == 50
 
 
+def test_no_overlap_is_beyond_one():
+    counts = torch.randint(1, 9, (7, 100)).repeat(1, 2)
+    dists = distributions(counts)
+    assert dists.probs.sum(0).max() > 1  # by rounding
+    found = redundancy(torch.randn(100, 9).repeat(2, 1), dists, min_cos_sim=0.999)
+    assert found.overlap.max() == 1
+
+
 def test_the_null_is_pairs_of_different_active_latents():
     # Three active latents: 0 and 1 share their layer, 3 has another.
     counts = torch.tensor([[5, 2, 0, 0], [0, 0, 0, 7]])
