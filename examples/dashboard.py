@@ -7,6 +7,7 @@ SAE; the page is FOLDER/dashboard.html.
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from examples.smollm2 import held_out_prompts, load_smollm2
 
 def main(folder: str) -> None:
     """Draw five latents that are active at the middle layer."""
+    if find_spec("sae_dashboard") is None:
+        sys.exit("SAEDashboard is not installed: `make neighbours` installs it.")
     sae: Any = SAE.load_from_disk(folder)
     model: Any = load_smollm2(HookedSAETransformer)
     tokens = held_out_prompts(model, n_prompts=16)

@@ -5,6 +5,7 @@ It pins older libraries, so it is installed apart, by `make neighbours`. Run
 """
 
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from datasets import Dataset
@@ -16,6 +17,8 @@ from examples.smollm2 import MODEL_NAME, english_text, load_smollm2
 
 def main(folder: str) -> None:
     """Print sae-bench's core metrics of one view."""
+    if find_spec("sae_bench") is None:
+        sys.exit("sae-bench is not installed: `make neighbours` installs it.")
     sae: Any = SAE.load_from_disk(folder)
     views = sae.views()
     view = views[len(views) // 2]
