@@ -67,6 +67,14 @@ def test_a_pattern_without_a_match_is_an_error(pattern, message, capsys):
     assert message in str(stop.value) + capsys.readouterr().err
 
 
+def test_evals_takes_regular_expressions_alone(capsys):
+    with pytest.raises(SystemExit, match=r"evals: '\(' is not a regular expression"):
+        cli.main(["evals", "mlsae-.*", "("])
+    with pytest.raises(SystemExit):
+        cli.main(["evals"])
+    assert "usage: sae-lens-multilayer evals [-h]" in capsys.readouterr().err
+
+
 def test_evals_refuses_saes_of_all_hooks_before_it_loads_any():
     with pytest.raises(
         SystemExit, match=r"2 of all hooks, as 'x64-k32' .*'x64-k32/\.\*'"

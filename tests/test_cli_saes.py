@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import D_MODEL, N_CTX, N_LAYERS
+from published_files import transformer_files
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from saes import HOOK_NAMES, random_sae
 from tuned_lens import TunedLens
 
-from sae_lens_multilayer import cli, evaluate
+from sae_lens_multilayer import MultiLayerSAE, cli, evaluate
 from sae_lens_multilayer.analysis import (
     Comparison,
     LayerDistributions,
@@ -20,6 +21,7 @@ from sae_lens_multilayer.analysis import (
     TransferMatrix,
     compare_with_single_layers,
 )
+from sae_lens_multilayer.cli.inputs import SAEOptions, load_sae
 from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.lens.fit import ModelUnembed
@@ -316,8 +318,12 @@ def test_long_first_positions_are_a_warning(offline, model, caplog):
         (["empty"], r"empty must be the folder of a saved SAE; cfg\.json is not there"),
         (["sae", "--device", "nope"], "--device nope cannot be used here: "),
         (["sae", "--n_tokens", "0"], "`n_tokens` must be at least 1"),
-        (["sae", "--n_tokens", "9999"], "`n_prompts` must be at most 64"),
+        (
+            ["sae", "--n_tokens", "9999"],
+            "`n_tokens` must be at most 1024, .* 64 whole prompts",
+        ),
         (["sae", "--analyses", "foo"], r"must be among .*got \['foo'\]"),
+        (["sae", "--analyses"], "`analyses` must name at least one"),
         (["sae", "--latents", "64"], r"in \[0, d_sae = 64\)"),
         (["sae", "--exclude_positions", "99"], "`exclude_positions` must be in"),
     ],
@@ -327,6 +333,45 @@ def test_wrong_input_is_one_line(changes, message, offline):
     Path("empty").mkdir()
     with pytest.raises(SystemExit, match=f"^sae-lens-multilayer analyze: .*{message}"):
         cli.main(["analyze", sae, *offline, *rest])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("sae_weights.safetensors", None, r"sae_weights\.safetensors is not there"),
+        ("sae_weights.safetensors", b"torn", "must hold a whole SAE .* SafetensorErr"),
+        ("cfg.json", b'{"d_sae":', "must hold a whole SAE that .* JSONDecodeError"),
+        (
+            "cfg.json",
+            {"architecture": "new"},
+            "must hold a whole SAE .* KeyError: 'new",
+        ),
+        ("cfg.json", {"d_sae": 65}, "must hold a whole SAE .* size mismatch for W_dec"),
+    ],
+)
+@pytest.mark.parametrize("option", [["other"], ["sae", "--single_layers", "other"]])
+def test_a_damaged_sae_is_one_line(file, change, message, option, offline):
+    random_sae().save_model("other")
+    path = Path("other", file)
+    if change is None:
+        path.unlink()
+    elif isinstance(change, dict):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    else:
+        path.write_bytes(change)
+    with pytest.raises(
+        SystemExit, match=f"^sae-lens-multilayer analyze: .*{message}"
+    ) as e:
+        cli.main(["analyze", *option, *offline])
+    assert "\n" not in str(e.value)
+
+
+def test_published_files_are_taken_from_a_folder(tmp_path):
+    for name, content in transformer_files().items():
+        (tmp_path / name).write_bytes(content)
+    sae = load_sae(SAEOptions(str(tmp_path)), "cpu")
+    assert isinstance(sae, MultiLayerSAE)
+    assert len(sae.views()) == 5
 
 
 def test_a_model_that_transformer_lens_does_not_know_is_one_line(offline, monkeypatch):

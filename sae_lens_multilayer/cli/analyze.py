@@ -66,6 +66,8 @@ class Options:
 def analyze(arguments: list[str]) -> None:
     """Run analyses of an SAE, and write results and pictures."""
     options = parse(analyze, Options, arguments)
+    if not options.analyses:
+        raise ValueError("`analyses` must name at least one analysis, or be all.")
     output = new_folder(options.output_path)
     inputs = load_inputs(options.sae, options.model, options.text)
     warn_of_first_position(inputs, options.text, options.analysis.exclude_positions)

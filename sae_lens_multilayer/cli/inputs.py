@@ -4,19 +4,26 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from sae_lens import SAE, LoggingConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAEMetadata
+from safetensors import SafetensorError
 from simple_parsing import field as option
 from torch import Tensor
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.suite import first_position_ratio
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.published.pretrained import (
+    has_published_files,
+    own_or_mlsae_disk_loader,
+)
 from sae_lens_multilayer.sae_config import MultiLayerTrainingSAEConfig
 from sae_lens_multilayer.store.held_out import (
     check_n_tokens,
@@ -79,7 +86,7 @@ class SAEOptions:
     """The SAE."""
 
     sae: str = option(positional=True, metavar="sae")
-    """Folder of a saved SAE, or the name of a release."""
+    """Folder of a saved SAE or of published files, or the name of a release."""
     sae_id: str | None = None
     """Which SAE of a release."""
 
@@ -167,24 +174,35 @@ def warn_of_first_position(
 
 
 def load_sae(options: SAEOptions, device: str) -> SAE[Any]:
-    """Load an SAE from a folder or a release.
+    """Load an SAE from a folder, SAELens' own or of published files, or a release.
 
     Raises:
-        FileNotFoundError: If there is neither.
+        FileNotFoundError: If there is neither, or a file is missing.
+        ValueError: If the files are damaged.
     """
     if options.sae_id is not None:
         return SAE.from_pretrained(options.sae, options.sae_id, device=device)
-    if not Path(options.sae).expanduser().is_dir():
+    folder = Path(options.sae).expanduser()
+    if not folder.is_dir():
         raise FileNotFoundError(
             f"{options.sae} must be the folder of a saved SAE; it is not there. For a "
             "published one, name its release and give --sae_id."
         )
+    if not has_published_files(folder):
+        for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} must be the folder of a saved SAE; {name} is not there."
+                )
     try:
-        return SAE.load_from_disk(Path(options.sae).expanduser(), device=device)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{options.sae} must be the folder of a saved SAE; "
-            f"{Path(str(error.filename)).name} is not there."
+        return SAE.load_from_disk(
+            folder, device=device, converter=own_or_mlsae_disk_loader
+        )
+    except (SafetensorError, JSONDecodeError, KeyError, RuntimeError) as error:
+        # What SAELens lets through of files that are torn or do not fit together.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{folder} must hold a whole SAE that SAELens can load; {reason}"
         ) from error
 
 

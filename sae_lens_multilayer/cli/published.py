@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from unittest import mock
 
 from sae_lens.evals import get_saes_from_regex, process_args, run_evals_cli
 
@@ -17,8 +18,13 @@ def evals(arguments: list[str]) -> None:
     The arguments are those of `python -m sae_lens.evals`: a regular expression for
     releases, one for ids, and options.
     """
-    options = process_args(arguments)
-    chosen = get_saes_from_regex(options.sae_regex_pattern, options.sae_block_pattern)
+    # Its parser takes the program's name from there.
+    with mock.patch.object(sys, "argv", [f"{PROG} evals"]):
+        options = process_args(arguments)
+    patterns = options.sae_regex_pattern, options.sae_block_pattern
+    for pattern in patterns:
+        _check_pattern(pattern)
+    chosen = get_saes_from_regex(*patterns)
     wholes = multi_layer_ids().intersection((sae[0], sae[1]) for sae in chosen)
     if wholes:
         release, sae_id = min(wholes)
@@ -43,12 +49,18 @@ def releases(arguments: list[str]) -> None:
     )
     parser.add_argument("--csv", action="store_true", help="print a CSV file")
     options = parser.parse_args(arguments)
-    try:
-        pattern = re.compile(options.pattern)
-    except re.error as error:
-        parser.error(f"{options.pattern!r} is not a regular expression: {error}")
+    pattern = _check_pattern(options.pattern)
     table = published_releases()
     table = table[table.repository.map(lambda name: bool(pattern.search(name)))]
     if table.empty:
         sys.exit(f"{parser.prog}: no published SAE matches {options.pattern!r}.")
     print(table.to_csv(index=False) if options.csv else table.to_string(index=False))
+
+
+def _check_pattern(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{pattern!r} is not a regular expression: {error}."
+        ) from error

@@ -39,7 +39,7 @@ def parse_config(arguments: list[str]) -> MultiLayerConfig[Any]:
         ValueError: If a setting is unknown or wrong.
         FileNotFoundError: If the file is not there.
     """
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(prog=f"{PROG} train", add_help=False)
     first.add_argument(
         "--config",
         help="JSON or YAML file with fields of the config, such as a runner_cfg.json",

@@ -137,6 +137,11 @@ def mlsae_disk_loader(
     )
 
 
+def has_published_files(path: Path) -> bool:
+    """Whether a folder has the config of a published checkpoint."""
+    return (path / _CONFIG).is_file()
+
+
 def own_or_mlsae_disk_loader(
     path: str | Path,
     device: str = "cpu",

@@ -8,7 +8,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.prompts import take_prompts
+from sae_lens_multilayer.prompts import next_rows, take_prompts
 from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 
 
@@ -41,8 +41,16 @@ def prompts_of_text(
     check_n_tokens(n_tokens)
     store = MultiLayerActivationsStore.from_config(model, cfg, dataset)
     n_prompts = -(-n_tokens // cfg.context_size)
-    tokens = take_prompts(model, cfg.model_name, store, n_prompts, batch_size_prompts)
-    return tokens.cpu()
+    rows, ended = next_rows(store, n_prompts)
+    if rows is None or ended:
+        n_there = 0 if rows is None else len(rows)
+        raise ValueError(
+            f"`n_tokens` must be at most {n_there * cfg.context_size}, as the text has "
+            f"{n_there} whole prompts of {cfg.context_size} tokens; got {n_tokens}. "
+            "Give more text, or shorter prompts with `context_size`."
+        )
+    prompts = take_prompts(model, cfg.model_name, rows, None, batch_size_prompts)
+    return prompts.cpu()
 
 
 def excluded_token_ids(
