@@ -105,7 +105,7 @@ def plot_variances(variances: Variances) -> "Figure":
     from matplotlib.figure import Figure
 
     history = variances.history
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for column, label in [
         ("var_l", "Var(L): all"),
@@ -135,13 +135,15 @@ def plot_variances(variances: Variances) -> "Figure":
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens seen")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        _legend_below(axes)
     figure.suptitle("Variance of the layer of an activation")
     return figure
 
 
 def plot_active_layers(active: ActiveLayers) -> "Figure":
     """Draw at how many layers latents are active, for one token and over all."""
+    from matplotlib.ticker import MaxNLocator
+
     n_layers = len(active.hook_names)
     was_active = active.n_active_tokens > 0
     bins = np.arange(n_layers + 1) + 0.5
@@ -151,13 +153,14 @@ def plot_active_layers(active: ActiveLayers) -> "Figure":
         (active.overall(0.01), "over all tokens (each with over 1% of the times)"),
     ]:
         axes.hist(values[was_active], bins, alpha=0.6, label=label)  # type: ignore[arg-type]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"layers at which a latent is active, of {n_layers}")
     axes.set_ylabel("latents")
     axes.set_title(
         f"{int(was_active.sum()):,} latents active above {active.threshold:g} on "
         f"{active.n_tokens:,} tokens"
     )
-    axes.legend(fontsize=8)
+    _legend_below(axes, n_columns=2)
     return figure
 
 
@@ -226,7 +229,7 @@ def plot_redundancy(redundancy: Redundancy) -> "Figure":
         f"{len(redundancy.pairs):,} near-duplicates (cosine similarity "
         f"≥ {redundancy.min_cos_sim:g}) among {redundancy.n_active:,} active latents"
     )
-    axes.legend(fontsize=8)
+    _legend_below(axes, n_columns=2)
     return figure
 
 
@@ -360,6 +363,13 @@ def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _legend_below(axes: "Axes", n_columns: int = 1) -> None:
+    """Name what is drawn, where it covers nothing of it."""
+    axes.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=n_columns
+    )
 
 
 def _mark_layers(

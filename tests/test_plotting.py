@@ -19,6 +19,7 @@ from sae_lens_multilayer.analysis import (
     decoder_similarity,
     layer_distributions,
     prompt_acts,
+    redundancy,
     residual_stream,
     token_classes,
     variances,
@@ -97,6 +98,8 @@ def test_histograms_count_latents(model, tokens, tmp_path):
     bars: list[Any] = list(figure.axes[0].patches)
     n_active = int((active.n_active_tokens > 0).sum())
     assert sum(bar.get_height() for bar in bars) == 2 * n_active
+    ticks = figure.axes[0].get_xticks()
+    assert ticks == pytest.approx(np.round(ticks))
     save(figure, tmp_path)
     similarity = decoder_similarity(sae.W_dec)
     figure = plotting.plot_decoder_similarity(similarity)
@@ -104,6 +107,25 @@ def test_histograms_count_latents(model, tokens, tmp_path):
     assert sum(bar.get_height() for bar in bars) == 64
     assert f"mean: {similarity.mean:.3f}" in lines_of(figure.axes[0])
     save(figure, tmp_path)
+
+
+def test_legends_cover_nothing(model, tokens):
+    sae = random_sae()
+    W_dec = sae.W_dec.detach()
+    dists = layer_distributions(sae, model, tokens)
+    for figure in (
+        plotting.plot_active_layers(active_layers(sae, model, tokens)),
+        plotting.plot_variances(variances(sae, model, tokens)),
+        plotting.plot_redundancy(redundancy(W_dec, dists, min_cos_sim=0.0)),
+    ):
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            legend = axes.get_legend()
+            assert legend is not None
+            box = legend.get_window_extent()
+            assert not axes.xaxis.label.get_window_extent().overlaps(box)
+            assert not axes.bbox.overlaps(box)
+            assert figure.bbox.y0 <= box.y0
 
 
 def test_residual_stream(model, tokens, tmp_path):

@@ -191,7 +191,7 @@ def test_numbers_are_read_back_from_a_browser(content, tmp_path):
     assert seen["none"] == "0 of 5 latents"
     assert str(second) in seen["token"]
     expected = content.evaluation["delta_ce"].iloc[1]
-    assert seen["delta_ce"] == f"{expected:.4g}"
+    assert seen["delta_ce"] == f"{expected:#.4g}"
     assert seen["drawn"] == report_html(content).count('class="figure"')
     heat = dists.probs[:, dists.active_latents()]
     assert torch.tensor(seen["heat"]).numpy() == pytest.approx(heat.float().numpy())

@@ -146,6 +146,7 @@ def _active_layers(name: str, active: ActiveLayers) -> list[Picture]:
         x=f"layers at which a latent is active, of {n_layers}",
         y="latents",
     )
+    figure.update_xaxes(tick0=0, dtick=-(-n_layers // 10))  # whole numbers
     caption = (
         f"{int(was_active.sum()):,} latents active above {active.threshold:g} on "
         f"{active.n_tokens:,} tokens."

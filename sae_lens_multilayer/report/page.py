@@ -154,7 +154,7 @@ def _table(table: pd.DataFrame, titles: dict[str, str]) -> str:
     body = "".join(
         f'<tr data-layer="{html.escape(label)}"><th scope="row">{html.escape(label)}'
         "</th>"
-        + "".join(f'<td data-column="{name}">{row[name]:.4g}</td>' for name in columns)
+        + "".join(f'<td data-column="{name}">{row[name]:#.4g}</td>' for name in columns)
         + "</tr>"
         for label, row in rows
     )
