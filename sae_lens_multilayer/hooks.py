@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,11 +96,36 @@ def shape_of_named_model(
         return None
 
 
+@contextmanager
+def short_unknown_model_error(model_name: str) -> Generator[None, None, None]:
+    """TransformerLens' error for an unknown model, with the nearest names of hundreds.
+
+    Raises:
+        ValueError: If the model is unknown.
+    """
+    from transformer_lens.loading_from_pretrained import (
+        OFFICIAL_MODEL_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (of 2.x, too)
+    )
+
+    try:
+        yield
+    except ValueError as error:
+        if "Valid official model names" not in str(error):
+            raise
+        near = difflib.get_close_matches(model_name, OFFICIAL_MODEL_NAMES, 5, 0.3)
+        raise ValueError(
+            f"TransformerLens knows no model {model_name!r}"
+            + f" (the nearest are {near})" * bool(near)
+            + "; for a Hugging Face folder, model_class_name must be TransformerBridge."
+        ) from error
+
+
 def _shape_of_hooked_transformer(name: str, kwargs: dict[str, Any]) -> ModelShape:
     from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
     given = _only(kwargs, *_HUB_KWARGS, "n_ctx", "first_n_layers")
-    cfg = get_pretrained_model_config(name, **given)
+    with short_unknown_model_error(name):
+        cfg = get_pretrained_model_config(name, **given)
     return ModelShape(cfg.n_layers, cfg.d_model, cfg.n_ctx)
 
 

@@ -26,7 +26,7 @@ from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.lens.fit import ModelUnembed
 from sae_lens_multilayer.training import run_model
-from sae_lens_multilayer.training.run_model import load_any_model
+from sae_lens_multilayer.training.run_model import check_named_model, load_any_model
 
 SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
 
@@ -374,12 +374,20 @@ def test_published_files_are_taken_from_a_folder(tmp_path):
     assert len(sae.views()) == 5
 
 
-def test_a_model_that_transformer_lens_does_not_know_is_one_line(offline, monkeypatch):
+@pytest.mark.parametrize(
+    "command",
+    [["evaluate", "sae"], ["train", *SIZES, "--k", "4", "--log_to_wandb", "False"]],
+)
+def test_a_model_that_transformer_lens_does_not_know_is_one_line(
+    command, offline, monkeypatch
+):
     monkeypatch.setattr(run_model, "load_any_model", load_any_model)
+    monkeypatch.setattr(run_model, "check_named_model", check_named_model)
+    dataset = offline[:2]
     with pytest.raises(SystemExit) as stop:
-        cli.main(["evaluate", "sae", *offline])
-    assert "TransformerLens knows no model 'tiny': give --model_name" in str(stop.value)
-    assert len(str(stop.value)) < 300
+        cli.main([*command, *dataset, "--model_name", "tiny"])
+    assert "TransformerLens knows no model 'tiny'; for a" in str(stop.value)
+    assert len(str(stop.value)) < 400
 
 
 def test_what_is_not_known_must_be_given(offline):

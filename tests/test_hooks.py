@@ -314,9 +314,11 @@ def test_an_unknown_name_is_left_to_the_loader(kind, name):
     assert shape_of_named_model(kind, name) is None
 
 
-def test_a_name_that_transformer_lens_does_not_know_is_an_error_that_lists_its_names():
-    with pytest.raises(ValueError, match=r"no-such-model not found.*pythia-70m"):
-        shape_of_named_model("HookedTransformer", "no-such-model")
+def test_a_name_that_transformer_lens_does_not_know_is_an_error_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no model 'pythia-7m' .*pythia-70m.*Bridge"):
+        shape_of_named_model("HookedTransformer", "pythia-7m")
+    with pytest.raises(ValueError, match=r"no model '0!0'; for"):
+        shape_of_named_model("HookedTransformer", "0!0")
 
 
 def test_a_class_without_a_small_configuration_has_no_shape():

@@ -226,16 +226,7 @@ def load_model_and_tokens(
         ValueError: If the text is too short, or as the store.
     """
     check_n_tokens(options.n_tokens)
-    try:
-        model = run_model.load_any_model(cfg)
-    except ValueError as error:
-        if "Valid official model names" not in str(error):
-            raise
-        # TransformerLens lists its hundreds of names.
-        raise ValueError(
-            f"TransformerLens knows no model {cfg.model_name!r}: give --model_name, "
-            "and for a Hugging Face folder --model_class_name TransformerBridge."
-        ) from error
+    model = run_model.load_any_model(cfg)
     width = hooks.shape_of_model(model).d_model if d_in is None else d_in
     # Of the SAE, the store looks at the width alone.
     cfg.sae = MultiLayerTrainingSAEConfig(d_in=width, d_sae=width, k=1)

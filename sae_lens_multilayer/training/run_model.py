@@ -47,7 +47,8 @@ def load_any_model(cfg: MultiLayerConfig[Any]) -> Any:
     """Load the model of a run: the host's kinds, and TransformerBridge.
 
     Raises:
-        ValueError: If the model has no such hook or `model_class_name` is unknown.
+        ValueError: If the model or `model_class_name` is unknown, or it has no such
+            hook.
     """
     kwargs = cfg.model_from_pretrained_kwargs or {}
     if cfg.model_class_name == "TransformerBridge":
@@ -60,10 +61,11 @@ def load_any_model(cfg: MultiLayerConfig[Any]) -> Any:
     if cfg.model_class_name == "AutoModelForCausalLM":
         shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
         hook_names = None if shape is None else cfg.resolve_hook_names(shape.n_layers)
-    return load_model(
-        cfg.model_class_name,
-        cfg.model_name,
-        device=cfg.llm_device,
-        model_from_pretrained_kwargs=kwargs,
-        hook_names=hook_names,
-    )
+    with hooks.short_unknown_model_error(cfg.model_name):
+        return load_model(
+            cfg.model_class_name,
+            cfg.model_name,
+            device=cfg.llm_device,
+            model_from_pretrained_kwargs=kwargs,
+            hook_names=hook_names,
+        )
