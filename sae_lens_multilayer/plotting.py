@@ -292,7 +292,9 @@ def plot_transfer_matrix(transfer: TransferMatrix) -> "Figure":
     table = transfer.to_dataframe()
     rows = [str(name).removeprefix("layer_").replace("_", "-") for name in table.index]
     n_rows, n_columns = table.shape
-    figure, axes = _figure(2.5 + 0.32 * n_columns, 1.5 + 0.28 * n_rows)
+    # No smaller than what is written around it.
+    size = max(5.0, 2.5 + 0.32 * n_columns), max(3.5, 1.5 + 0.28 * n_rows)
+    figure, axes = _figure(*size)
     image = axes.imshow(table.to_numpy(), vmin=0, vmax=1, cmap="viridis_r")
     label = "fraction of variance unexplained"
     figure.colorbar(image, label=label, extend="max")

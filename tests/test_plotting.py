@@ -205,6 +205,12 @@ def test_transfer_matrix(n_layers, tmp_path):
     )
     assert image_of(figure.axes[0]) == pytest.approx(torch.cat([fvu, fvu[:1]]).numpy())
     assert len(figure.axes[0].texts) == (6 if n_layers == 2 else 0)
+    figure.draw_without_rendering()
+    bar_label = figure.axes[1].yaxis.label
+    for text in (figure.axes[0].title, bar_label):
+        box, whole = text.get_window_extent(), figure.bbox
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
     assert "fraction of variance unexplained" in labels_of(figure)
     save(figure, tmp_path)
 

@@ -106,3 +106,17 @@ def test_costs_are_those_of_both():
     assert heights(right) == [9, 8]
     labels = [label.get_text() for label in left.get_xticklabels()]
     assert labels == ["one SAE", "2 single-layer SAEs"]
+
+
+def test_short_times_are_not_drawn_as_zero():
+    index = ["multi_layer", "single_layers", "layer_0"]
+    costs = pd.DataFrame(
+        {
+            "training_seconds": [0.134, 1234.6, 0.2],
+            "training_peak_memory_mib": [1559.0, 10.0, 10.0],
+        },
+        index=index,
+    )
+    left, right = plot_costs(costs).axes
+    assert [text.get_text() for text in left.texts] == ["0.13", "1,235"]
+    assert [text.get_text() for text in right.texts] == ["1,559", "10"]

@@ -92,7 +92,8 @@ def plot_costs(costs: pd.DataFrame) -> "Figure":
         strict=True,
     ):
         bars = axes.bar(labels, rows[column], color=["C0", "C1"], width=0.6)
-        axes.bar_label(bars, fmt="{:,.0f}")
+        values = [f"{v:,.0f}" if v >= 10 else f"{v:.2g}" for v in rows[column]]
+        axes.bar_label(bars, values)
         axes.set_ylabel(label)
         axes.margins(y=0.15)
     return figure
