@@ -121,7 +121,7 @@ def in_browser(page: str, script: str, folder: Path, width: int = 1280) -> dict:
             command, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            result = json.loads(posted.get(timeout=120))
+            result = json.loads(posted.get(timeout=300))
         except Empty:
             pytest.fail((folder / "browser.log").read_text(errors="replace")[-2000:])
         finally:
