@@ -594,6 +594,7 @@ def _changed(name: str, tensor: torch.Tensor) -> bytes:
         ("config.json", b"[]", "is not the config of an MLSAE"),
         ("config.json", b'{"model_type": "gpt_neox"}', "is not the config of an MLSAE"),
         ("config.json", paper_config("mlsae", k="8"), "the whole number 'k'"),
+        ("config.json", paper_config("mlsae", standardize="no"), "true or false"),
         (
             "config.json",
             paper_config("mlsae", k=513),

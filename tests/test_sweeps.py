@@ -313,6 +313,16 @@ class TestSweep:
         assert len(trainings) == 1
         assert (run(POINTS[:2]).status == "done").all()
 
+    def test_a_position_that_no_prompt_has_is_found_before_training(
+        self, run, trainings
+    ):
+        evaluation = SweepEvaluation(n_tokens=N_CTX, exclude_positions=(N_CTX,))
+        table = run(POINTS[:1], evaluation=evaluation)
+        assert "`exclude_positions` must be in [-16, 16)" in table.error.iloc[0]
+        assert trainings == []
+        with pytest.raises(ValueError, match="must be a list of whole numbers"):
+            SweepEvaluation(exclude_positions=(True,))
+
     def test_two_processes_do_not_work_on_the_same(self, run, tmp_path, trainings):
         at_work = pytest.raises(BlockingIOError, match="Another process is at work")
         with alone_in(tmp_path / "sweep"), at_work:

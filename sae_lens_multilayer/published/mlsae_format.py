@@ -155,6 +155,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
             f"{path} is not the config of an MLSAE, which has the whole number 'k' and "
             f"'n_latents' or 'expansion_factor'; it holds {str(settings)[:300]}."
         )
+    if not isinstance(settings.get("standardize", True), bool):
+        raise ValueError(
+            f"'standardize' in {path} must be true or false; it is "
+            f"{settings['standardize']!r}."
+        )
     return settings
 
 

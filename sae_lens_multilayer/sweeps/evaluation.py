@@ -17,6 +17,7 @@ from sae_lens_multilayer.analysis.suite import Analysis, Suite
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.config_files import check_known
 from sae_lens_multilayer.evaluation import SpliceMetrics, evaluate
+from sae_lens_multilayer.prompts import check_integers, check_positions
 from sae_lens_multilayer.store.held_out import (
     check_n_tokens,
     excluded_token_ids,
@@ -82,6 +83,7 @@ class SweepEvaluation:
                 f"`batch_size_prompts` must be at least 1; got "
                 f"{self.batch_size_prompts}."
             )
+        check_integers("exclude_positions", self.exclude_positions)
         known = [name for name in get_args(Analysis) if name not in _NEED_MORE]
         if unknown := [name for name in self.analyses if name not in known]:
             raise ValueError(f"`analyses` must be among {known}; got {unknown}.")
@@ -129,6 +131,9 @@ def held_out(
     Args:
         cfg: One of these points.
         dataset: The text, instead of `evaluation.dataset_path`.
+
+    Raises:
+        ValueError: If the text is too short, or a prompt has no such position.
     """
     cfg = copy.copy(cfg)
     for name, value in text.items():
@@ -137,6 +142,7 @@ def held_out(
     tokens = prompts_of_text(
         model, cfg, evaluation.n_tokens, evaluation.batch_size_prompts, dataset
     )
+    check_positions("exclude_positions", evaluation.exclude_positions, tokens)
     excluded = excluded_token_ids(cfg.exclude_special_tokens, model.tokenizer)
     return HeldOut(tokens, excluded)
 
