@@ -22,7 +22,11 @@ from sae_lens_multilayer.training import run_model
 
 PAPER_DATA = Path(__file__).parent / "data" / "paper"
 # Machines are shared, so no example is timed.
-hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.register_profile(
+    "shared",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("shared")
 
 N_LAYERS, D_MODEL, N_CTX, D_VOCAB = 2, 16, 16, 512
