@@ -6,7 +6,7 @@ cache that is not interrupted.
 
 import os
 import random
-import signal
+import shutil
 import time
 
 import pytest
@@ -249,23 +249,34 @@ def test_kills_at_any_moment_change_neither_a_cache_nor_a_run(tmp_path):
         for what in ("harvest", "cached"):
             runs.start(tmp_path / "whole", 0, what)
             assert runs.wait() == 0
-        expected = saved(tmp_path / "whole")
         shards = sorted((tmp_path / "whole" / "cache").glob("shard-*/*"))
         assert len(shards) > 10
+        killed = tmp_path / "killed"
+
+        def check() -> None:
+            for path in shards:
+                copy = killed / path.relative_to(tmp_path / "whole")
+                assert copy.read_bytes() == path.read_bytes()
+            if (killed / "output").exists():
+                assert saved(killed) == saved(tmp_path / "whole")
+
         choose = random.Random(0)
-        killed = {"harvest": 0, "cached": 0}
-        for what in killed:
-            while killed[what] < N_KILLS // 2:
-                process = runs.start(tmp_path / "killed", 0.01, what)
+        made = {"harvest": ["cache"], "cached": ["output", "checkpoints"]}
+        for what, folders in made.items():
+            n_kills = 0
+            while n_kills < N_KILLS // 2:
+                process = runs.start(killed, 0.01, what)
                 time.sleep(choose.uniform(0, 0.4))
-                os.kill(process, signal.SIGKILL)
-                killed[what] += runs.wait() == signal.SIGKILL
-            runs.start(tmp_path / "killed", 0, what)
+                was_killed = runs.kill(process)
+                n_kills += was_killed
+                if not was_killed or (killed / "output").exists():
+                    check()
+                    for folder in folders:
+                        shutil.rmtree(killed / folder)
+            runs.start(killed, 0, what)
             assert runs.wait() == 0
-        for path in shards:
-            copy = tmp_path / "killed" / path.relative_to(tmp_path / "whole")
-            assert copy.read_bytes() == path.read_bytes()
-        assert saved(tmp_path / "killed") == expected
+            check()
+        assert (killed / "output").exists()
     finally:
         runs.process.kill()
         runs.process.communicate()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ class Runs:
     def wait(self) -> int:
         """Wait until it has ended; how, as `os.waitpid` says it."""
         return self._answer("ended")
+
+    def kill(self, process: int) -> bool:
+        """Kill it and wait; whether it had not ended before."""
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        return self.wait() == signal.SIGKILL
 
     def _answer(self, word: str) -> int:
         assert self.process.stdout is not None
@@ -81,8 +88,7 @@ def test_kills_at_any_moment_do_not_change_where_a_run_ends(runs, tmp_path):
         folder = tmp_path / f"killed-{n_runs}"
         process = runs.start(folder, STEP_SECONDS)
         time.sleep(choose.uniform(0, 70 * STEP_SECONDS))
-        os.kill(process, signal.SIGKILL)
-        if runs.wait() == signal.SIGKILL:
+        if runs.kill(process):
             n_kills += 1
             n_while_writing += any(folder.glob("checkpoints/*/.partial-*"))
         if (folder / "output").exists():
