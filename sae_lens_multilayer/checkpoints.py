@@ -1,6 +1,5 @@
 """Folders and files on disk that are complete or not there."""
 
-import fcntl
 import itertools
 import json
 import logging
@@ -10,7 +9,7 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 import torch
@@ -75,14 +74,34 @@ def alone_in(folder: Path) -> Generator[None, None, None]:
         BlockingIOError: If one is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                error.errno, "Another process is at work here; wait for it", str(folder)
-            ) from error
+    with (
+        (folder / ".lock").open("w") as file,
+        locked(file, "Another process is at work here; wait for it", folder),
+    ):
         yield
+
+
+@contextmanager
+def locked(
+    file: IO[str] | int, problem: str, path: Path
+) -> Generator[None, None, None]:
+    """Lock an open file or folder until it is closed, at the latest by its process.
+
+    Args:
+        problem: What the error says if another process has locked it.
+        path: What the error names.
+
+    Raises:
+        BlockingIOError: If another process has.
+    """
+    # Where there is none, as on Windows, what needs no lock can still be used.
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, problem, str(path)) from error
+    yield
 
 
 def check_free(path: str | Path) -> None:

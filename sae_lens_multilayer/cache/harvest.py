@@ -40,6 +40,7 @@ from sae_lens_multilayer.cache.shards import Shard, ShardInMemory, describe
 from sae_lens_multilayer.checkpoints import (
     check_free,
     complete_or_absent,
+    locked,
     read_tensors,
     write_whole,
 )
@@ -364,16 +365,9 @@ def _shard_name(number: int) -> str:
 @contextmanager
 def _alone(folder: Path) -> Generator[None]:
     """Keep other processes from harvesting the same cache; ends with the process."""
-    # Where there is none, as on Windows, caches can still be read.
-    import fcntl
-
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise OSError(
-            errno.EWOULDBLOCK, "Another process is harvesting this cache", str(folder)
-        ) from error
+        with locked(descriptor, "Another process is harvesting this cache", folder):
+            yield
     finally:
         os.close(descriptor)
