@@ -151,12 +151,7 @@ class Manifest:
 
     def differences_from_plan(self, plan: "Manifest") -> list[str]:
         """How this cache differs from one to be harvested; empty: in nothing."""
-        wanted, found = _plan(plan), _plan(self)
-        return [
-            _line(name, found[name], wanted[name])
-            for name in wanted
-            if found[name] != wanted[name]
-        ]
+        return _differences(_plan(self), _plan(plan))
 
     def differences_from_run(
         self, cfg: MultiLayerConfig[Any], model: Any | None = None
@@ -178,11 +173,7 @@ class Manifest:
             "weights_hash": self.weights_hash,
             "tokenizer_hash": self.tokenizer_hash,
         }
-        lines = [
-            _line(name, found[name], wanted[name])
-            for name in wanted
-            if found[name] != wanted[name]
-        ]
+        lines = _differences(found, wanted)
         needed = cfg.resolve_hook_names(self.n_layers)
         missing = [name for name in needed if name not in self.hook_names]
         if missing:
@@ -239,5 +230,9 @@ def _plan(manifest: Manifest) -> dict[str, Any]:
     return values.pop("settings") | values
 
 
-def _line(name: str, found: object, wanted: object) -> str:
-    return f"`{name}`: {found!r} in the cache, {wanted!r} here"
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return [
+        f"`{name}`: {found[name]!r} in the cache, {value!r} here"
+        for name, value in wanted.items()
+        if found[name] != value
+    ]
