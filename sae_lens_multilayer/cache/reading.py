@@ -4,6 +4,7 @@ import copy
 import logging
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class ActivationCache:
         """Of the model that it was harvested from; its longest context is not kept."""
         return hooks.ModelShape(self.manifest.n_layers, self.manifest.d_model, None)
 
-    @property
+    @cached_property
     def identity(self) -> int:
         """A positive number by which this cache is known from every other."""
         entries = [
