@@ -382,6 +382,7 @@ class TestSweep:
         ({"n_tokens": 0}, "`n_tokens` must be at least 1"),
         ({"batch_size_prompts": 0}, "`batch_size_prompts` must be at least 1"),
         ({"analyses": ["transfer_matrix"]}, "`analyses` must be among"),
+        ({"analyses": ["single_layer_comparison"]}, "`analyses` must be among"),
         ({"tokens": 1}, "no setting 'tokens'"),
     ],
 )

@@ -11,7 +11,12 @@ from sae_lens import SAE
 from sae_lens.config import HfDataset
 from torch import Tensor
 
-from sae_lens_multilayer.analysis import ActiveLayers, DecoderSimilarity, Variances
+from sae_lens_multilayer.analysis import (
+    ActiveLayers,
+    DecoderSimilarity,
+    Evaluation,
+    Variances,
+)
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import Analysis, Suite
 from sae_lens_multilayer.config import MultiLayerConfig
@@ -34,7 +39,11 @@ _OF_TEXT = (
     "exclude_special_tokens",
 )
 """Settings of a run that say how text becomes prompts."""
-_NEED_MORE = ("transfer_matrix", "residual_stream_after_lens")
+_NEED_MORE = (
+    "transfer_matrix",
+    "single_layer_comparison",
+    "residual_stream_after_lens",
+)
 """Analyses that not every SAE allows by itself."""
 
 
@@ -151,23 +160,15 @@ def measure(
     sae: SAE[Any], model: Any, data: HeldOut, evaluation: SweepEvaluation
 ) -> tuple[SpliceMetrics, dict[str, Result]]:
     """Evaluate an SAE and analyse it."""
-    metrics = evaluate(
-        sae,
-        model,
-        data.tokens,
-        batch_size_prompts=evaluation.batch_size_prompts,
-        exclude_tokens=data.exclude_tokens,
-        exclude_positions=evaluation.exclude_positions,
-    )
-    suite = Suite(
-        sae,
-        model,
-        data.tokens,
-        batch_size_prompts=evaluation.batch_size_prompts,
-        exclude_tokens=data.exclude_tokens,
-        exclude_positions=evaluation.exclude_positions,
-    )
-    return metrics, suite.run(evaluation.analyses)
+    options: Any = {
+        "batch_size_prompts": evaluation.batch_size_prompts,
+        "exclude_tokens": data.exclude_tokens,
+        "exclude_positions": evaluation.exclude_positions,
+    }
+    metrics = evaluate(sae, model, data.tokens, **options)
+    suite = Suite(sae, model, data.tokens, **options)
+    known = {"evaluation": Evaluation.of(metrics)}
+    return metrics, suite.run(evaluation.analyses, known)
 
 
 def summary(metrics: SpliceMetrics, results: dict[str, Result]) -> dict[str, float]:
