@@ -754,7 +754,7 @@ def test_dense_and_sparse_auxiliary_activations_agree(monkeypatch, share):
 def test_no_more_pre_activations_than_a_block_are_held(monkeypatch):
     # The block is the only memory of d_sae columns; it is asked for once.
     monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 0)
-    monkeypatch.setattr(select, "MIN_BLOCK_ROWS", 64)
+    monkeypatch.setattr(select, "_MIN_BLOCK_ROWS", 64)
     sizes = []
     original = Tensor.new_empty
 
@@ -771,7 +771,7 @@ def test_no_more_pre_activations_than_a_block_are_held(monkeypatch):
 @pytest.mark.usefixtures("poisoned")
 def test_blocks_change_nothing(monkeypatch):
     monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 0)
-    monkeypatch.setattr(select, "MIN_BLOCK_ROWS", 3)
+    monkeypatch.setattr(select, "_MIN_BLOCK_ROWS", 3)
     z, weights = make_case()
     assert_parity(z, weights, 1e-10, dead_latents=some_dead(101), k_aux=3)
 

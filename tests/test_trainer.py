@@ -23,6 +23,7 @@ from saes import random_acts, random_sae
 from torch import Tensor
 
 from sae_lens_multilayer import MultiLayerConfig, MultiLayerTrainingSAE
+from sae_lens_multilayer.topk import select
 from sae_lens_multilayer.training import steps
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
@@ -227,7 +228,7 @@ class TestSteps:
     def test_weights_are_not_read_again_for_every_few_vectors(
         self, monkeypatch, given, taken
     ):
-        monkeypatch.setattr(steps, "_VALUES_IN_CACHE", 64)  # as if d_sae were large
+        monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 64)  # as if d_sae were large
         calls = count_calls(monkeypatch, MultiLayerTrainingSAE, "accumulate_gradients")
         dead = torch.zeros(64, dtype=torch.bool)
         steps.topk_gradients(random_sae(True), random_acts(600, 2), dead, given)

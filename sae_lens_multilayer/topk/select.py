@@ -17,13 +17,10 @@ from sae_lens_multilayer.topk import native
 from sae_lens_multilayer.topk.products import row_dots
 from sae_lens_multilayer.topk.tile import row_chunks
 
-MIN_BLOCK_ROWS = 512
-"""Vectors in a block of pre-activations, if there are as many. Each block reads all
-weights once, which few vectors would wait for."""
-
 _GROUPS_PER_K = 8
 _MIN_DEPTH = 2
 _BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+_MIN_BLOCK_ROWS = 512
 _MIN_CERTIFIED_ROWS = 256
 _UNPROVEN_ROWS = 256
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -85,6 +82,19 @@ def exact_topk(
     return values, torch.where(places < n_kept, indices, beyond_groups)
 
 
+def block_rows(n_columns: int, device_type: str) -> int:
+    """Vectors whose pre-activations are computed at a time: as many as fit the cache.
+
+    And 512 at least, as each block reads all weights once, for which few vectors would
+    wait.
+
+    Args:
+        n_columns: Pre-activations of a vector.
+    """
+    budget = _BLOCK_ELEMENTS.get(device_type, 2**24)
+    return max(_MIN_BLOCK_ROWS, budget // n_columns)
+
+
 def select_topk(
     h: Float[Tensor, "act latent"], k: int
 ) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"]]:
@@ -117,11 +127,10 @@ class Encoder:
         self.W_enc_rows = W_enc_rows
         self.k = k
         self.dead = dead
-        budget = _BLOCK_ELEMENTS.get(W_enc_rows.device.type, 2**24)
         d_sae = len(W_enc_rows)
         n_columns = d_sae if dead is None else d_sae + len(dead.indices)
         most = max(1, max_rows * d_sae // n_columns)
-        self.block_rows = min(most, max(MIN_BLOCK_ROWS, budget // n_columns))
+        self.block_rows = min(most, block_rows(n_columns, W_enc_rows.device.type))
 
     def __call__(self, v: Float[Tensor, "act d_in"]) -> Selection:
         """Select from all latents and, where there are any, from the dead ones."""

@@ -16,11 +16,8 @@ from torch import Tensor
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
-from sae_lens_multilayer.topk.select import MIN_BLOCK_ROWS
+from sae_lens_multilayer.topk.select import block_rows
 from sae_lens_multilayer.topk.tile import LayerMoments
-
-_VALUES_IN_CACHE = 2**23
-"""Pre-activations worked on at a time by default: 32 MiB of float32."""
 
 
 @dataclass
@@ -79,8 +76,7 @@ def topk_gradients(
             depend on it.
         ranks: Each holds as many other tokens of the batch.
     """
-    default = max(MIN_BLOCK_ROWS, _VALUES_IN_CACHE // sae.cfg.d_sae)
-    micro = micro_batch_size_tokens or default
+    micro = micro_batch_size_tokens or block_rows(sae.cfg.d_sae, x.device.type)
     step = sae.accumulate_gradients(x, dead_latents, min(micro, len(x)), ranks)
     return StepStats(
         n_tokens=x.shape[0] * ranks.count,
