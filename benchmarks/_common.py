@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from sae_lens_multilayer.cost import measured
+from sae_lens_multilayer.sweeps.cost import measured
 
 
 def print_versions(*packages: str) -> None:

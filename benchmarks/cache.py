@@ -40,7 +40,7 @@ from sae_lens_multilayer import (
     MultiLayerConfig,
     MultiLayerTrainingSAEConfig,
 )
-from sae_lens_multilayer.cache.reading import CachedActivationsStore
+from sae_lens_multilayer.store.cache import CachedActivationsStore
 
 CONTEXT, BATCH = 128, 256
 

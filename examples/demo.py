@@ -29,7 +29,10 @@ from sae_lens_multilayer import (
     MultiLayerTrainingSAEConfig,
     reconstruction_metrics,
 )
-from sae_lens_multilayer.plotting import plot_fvu_by_layer, save_figure
+from sae_lens_multilayer.pictures.matplotlib_figures import (
+    plot_fvu_by_layer,
+    save_figure,
+)
 
 CONTEXT_SIZE = 128
 

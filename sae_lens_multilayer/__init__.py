@@ -1,29 +1,30 @@
 """Multi-layer sparse autoencoders for SAELens: one SAE, tied across all layers."""
 
 from sae_lens_multilayer._registration import register
-from sae_lens_multilayer.cache.harvest import MultiLayerCacheActivationsRunner
-from sae_lens_multilayer.cache.reading import ActivationCache
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.evaluation import (
+from sae_lens_multilayer.evaluation.evaluation import (
     SpliceMetrics,
     evaluate,
     reconstruction_metrics,
 )
+from sae_lens_multilayer.evaluation.metrics import LayerMetrics
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
-from sae_lens_multilayer.lens.layer_lens import LayerLens
-from sae_lens_multilayer.metrics import LayerMetrics
-from sae_lens_multilayer.published.pretrained import (
+from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.published.loader import (
     mlsae_disk_loader,
     mlsae_huggingface_loader,
 )
 from sae_lens_multilayer.published.releases import releases
-from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
-from sae_lens_multilayer.sae_config import (
+from sae_lens_multilayer.sae.config import (
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
 )
-from sae_lens_multilayer.store.activations import (
+from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.views import view, views
+from sae_lens_multilayer.store.cache import ActivationCache
+from sae_lens_multilayer.store.harvest import MultiLayerCacheActivationsRunner
+from sae_lens_multilayer.store.store import (
     MultiLayerActivationsStore,
     NonFiniteActivationError,
 )
@@ -36,7 +37,6 @@ from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import grid
 from sae_lens_multilayer.sweeps.run import sweep
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
-from sae_lens_multilayer.views import view, views
 
 __version__ = "0.1.0.dev0"
 

@@ -22,18 +22,18 @@ from sae_lens.registry import (
 )
 
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.published.pretrained import (
+from sae_lens_multilayer.published.loader import (
     LOADER_NAME,
     get_mlsae_config_from_hf,
     mlsae_huggingface_loader,
 )
 from sae_lens_multilayer.published.releases import Release, published_releases
-from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
-from sae_lens_multilayer.sae_config import (
+from sae_lens_multilayer.sae.config import (
     ARCHITECTURE,
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
 )
+from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 _MARK = "_sae_lens_multilayer"

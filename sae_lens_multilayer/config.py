@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.config import Alignment, LensConfig
-from sae_lens_multilayer.lens.files import local_config
-from sae_lens_multilayer.lens.layer_lens import LayerLens
-from sae_lens_multilayer.sae_config import (
+from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.lens.tuned_lens_files import local_config
+from sae_lens_multilayer.sae.config import (
     MultiLayerTrainingSAEConfig,
     check_sizes,
     check_whole_number,

@@ -14,7 +14,7 @@ from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.sae_config import ARCHITECTURE
+from sae_lens_multilayer.sae.config import ARCHITECTURE
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.carrier import lens_of
-from sae_lens_multilayer.store.activations import one_vector_per_position
+from sae_lens_multilayer.store.store import one_vector_per_position
 
 
 def check_model(model: Any, hook_names: Sequence[str], d_in: int | None) -> None:

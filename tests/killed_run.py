@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from sae_lens_multilayer import (
     MultiLayerCacheActivationsRunner,
     MultiLayerConfig,
-    checkpoints,
+    files,
 )
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
@@ -51,7 +51,7 @@ def main(
     what: str, folder: Path, seconds: float, data: Dataset, tokenizer: Any
 ) -> None:
     slow_down(MultiLayerTrainer, "step", seconds)
-    slow_down(checkpoints, "_flush", seconds)
+    slow_down(files, "_flush", seconds)
     config = MultiLayerConfig(
         sae=tiny_sae_config(dead_after_tokens=500),
         model_name="tiny",

@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 
 from sae_lens_multilayer import MultiLayerConfig, cli
 from sae_lens_multilayer.ranks import Ranks, ranks_of_environment
-from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.training import runner as runner_module
 from sae_lens_multilayer.training import trainer as trainer_module
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer

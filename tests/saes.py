@@ -22,7 +22,7 @@ from sae_lens_multilayer import (
     MultiLayerTrainingSAEConfig,
 )
 from sae_lens_multilayer.lens.config import Alignment, LensConfig
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
 
 HOOK_NAMES = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 

@@ -26,9 +26,9 @@ from sae_lens_multilayer import (
     MultiLayerCacheActivationsRunner,
     NonFiniteActivationError,
 )
-from sae_lens_multilayer.cache import shards as shards_module
-from sae_lens_multilayer.cache.reading import CachedActivationsStore
 from sae_lens_multilayer.ranks import Ranks
+from sae_lens_multilayer.store import shards as shards_module
+from sae_lens_multilayer.store.cache import CachedActivationsStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from sae_lens_multilayer import ActivationCache, MultiLayerActivationsStore
-from sae_lens_multilayer.cache import harvest as harvest_module
-from sae_lens_multilayer.cache import shards as shards_module
-from sae_lens_multilayer.cache.fingerprints import tokenizer_hash, weights_hash
-from sae_lens_multilayer.cache.reading import CachedActivationsStore
+from sae_lens_multilayer.fingerprints import tokenizer_hash, weights_hash
+from sae_lens_multilayer.store import harvest as harvest_module
+from sae_lens_multilayer.store import shards as shards_module
+from sae_lens_multilayer.store.cache import CachedActivationsStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import tiny_sae_config
 from sae_lens import TrainingSAE
 
-from sae_lens_multilayer import checkpoints
-from sae_lens_multilayer.checkpoints import (
+from sae_lens_multilayer import files as checkpoints
+from sae_lens_multilayer.files import (
     check_checkpoint,
     check_writable,
     complete_or_absent,

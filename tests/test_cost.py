@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lens_multilayer import cost as cost_module
-from sae_lens_multilayer.cost import measured
+from sae_lens_multilayer.sweeps import cost as cost_module
+from sae_lens_multilayer.sweeps.cost import measured
 
 needs_linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak"

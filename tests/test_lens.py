@@ -32,7 +32,7 @@ from sae_lens_multilayer.hooks import ModelShape, model_hook_names
 from sae_lens_multilayer.lens import fit as lens_fit
 from sae_lens_multilayer.lens.config import LensConfig, translator_of
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.unembedding import ModelUnembed, unembedding_hash
 
 FOLDER = str(PAPER_DATA / "model")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_lens_multilayer import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.lens.carrier import saved_lens
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.topk import reference
 
 N = len(HOOK_NAMES)

@@ -27,7 +27,7 @@ from tuned_lens import TunedLens
 from sae_lens_multilayer import LayerLens, MultiLayerConfig, evaluate
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import new_tuned_lens
-from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.geometric_median import geometric_median

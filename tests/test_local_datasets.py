@@ -12,7 +12,7 @@ from conftest import D_VOCAB, N_CTX
 from datasets import Dataset, DatasetDict, IterableDataset
 from sae_lens.training.activations_store import ActivationsStore
 
-from sae_lens_multilayer.store.local_datasets import resolve_dataset
+from sae_lens_multilayer.text.dataset import resolve_dataset
 
 STREAMING = pytest.mark.parametrize("streaming", [True, False])
 

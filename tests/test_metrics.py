@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sae_lens.evals import ExplainedVarianceCalculator
 from safetensors.torch import load_file
 
-from sae_lens_multilayer.metrics import LayerSums
+from sae_lens_multilayer.evaluation.metrics import LayerSums
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in (0, 3, 4)]
 COLUMNS = ["fvu", "fvu_scalar", "mse", "l0", "l1", "silent_fraction", "dead_fraction"]

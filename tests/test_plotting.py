@@ -8,7 +8,7 @@ import torch
 from conftest import D_VOCAB, N_CTX
 from saes import HOOK_NAMES, random_sae
 
-from sae_lens_multilayer import evaluate, plotting
+from sae_lens_multilayer import evaluate
 from sae_lens_multilayer.analysis import (
     Comparison,
     LayerDistributions,
@@ -25,6 +25,7 @@ from sae_lens_multilayer.analysis import (
     variances,
 )
 from sae_lens_multilayer.analysis.transfer import COMPARED
+from sae_lens_multilayer.pictures import matplotlib_figures as plotting
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ from sae_lens_multilayer import (
     mlsae_disk_loader,
     mlsae_huggingface_loader,
 )
-from sae_lens_multilayer.published import hub, mlsae_format
+from sae_lens_multilayer.published import format as mlsae_format
+from sae_lens_multilayer.published import hub
 
 RELEASE, SAE_ID = "mlsae-pythia-70m-deduped", "x64-k32"
 REPOSITORY = f"tim-lawson/{RELEASE}-{SAE_ID}"

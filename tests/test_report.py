@@ -23,7 +23,7 @@ from saes import HOOK_NAMES, random_sae
 from sae_lens_multilayer import cli, evaluate
 from sae_lens_multilayer.analysis import Suite, TransferMatrix, layer_distributions
 from sae_lens_multilayer.analysis.suite import first_position_ratio, most_active
-from sae_lens_multilayer.report import ReportContent, report_html
+from sae_lens_multilayer.pictures.page import ReportContent, report_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 NASTY = "</script><b>$&\n"

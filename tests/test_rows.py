@@ -12,8 +12,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from sae_lens_multilayer.store import rows
-from sae_lens_multilayer.store.rows import read_rows
+from sae_lens_multilayer.text import rows
+from sae_lens_multilayer.text.rows import read_rows
 
 N_ROWS = 12
 

@@ -24,10 +24,10 @@ from sae_lens_multilayer import (
     MultiLayerSAEConfig,
     evaluate,
     reconstruction_metrics,
-    scoring,
 )
-from sae_lens_multilayer.codec import Codec
-from sae_lens_multilayer.prompts import take_prompts
+from sae_lens_multilayer.evaluation import scores
+from sae_lens_multilayer.evaluation.encoder import Codec
+from sae_lens_multilayer.text.prompts import take_prompts
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(4)]
 COLUMNS = [
@@ -168,9 +168,11 @@ class TestOneResult:
         sae = random_sae()
         whole = evaluate(sae, model, tokens).to_dataframe()
         monkeypatch.setattr(
-            "sae_lens_multilayer.scoring._LOGITS_AT_A_TIME", 3 * 5 * D_VOCAB
+            "sae_lens_multilayer.evaluation.scores._LOGITS_AT_A_TIME", 3 * 5 * D_VOCAB
         )
-        monkeypatch.setattr("sae_lens_multilayer.evaluation._PROMPTS_PER_BLOCK", 2)
+        monkeypatch.setattr(
+            "sae_lens_multilayer.evaluation.evaluation._PROMPTS_PER_BLOCK", 2
+        )
         assert_same(evaluate(sae, model, tokens).to_dataframe(), whole)
 
     @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ class TestOneResult:
     def test_only_spliced_runs_are_compared_with_the_clean_one(
         self, model, tokens, monkeypatch
     ):
-        calls = count_calls(monkeypatch, scoring._Piece, "add_kl")
+        calls = count_calls(monkeypatch, scores._Piece, "add_kl")
         evaluate(random_sae(), model, tokens, together="all")
         assert len(calls) == len(HOOKS) + 1
 
@@ -246,9 +248,9 @@ class TestOneResult:
         log_q = (logits + torch.randn_like(logits)).log_softmax(-1)
         p, q = log_p.double().exp(), log_q.double().exp()
         difference = log_p.double() - log_q.double()
-        sums, everywhere = scoring.RunSums(), torch.ones(2, 3, dtype=torch.bool)
+        sums, everywhere = scores.RunSums(), torch.ones(2, 3, dtype=torch.bool)
         tokens = torch.zeros(2, 3, dtype=torch.long)
-        piece = scoring._Piece(tokens, everywhere, slice(0, 3))
+        piece = scores._Piece(tokens, everywhere, slice(0, 3))
         piece.add_kl(sums, log_p.exp(), log_p, log_q)
         kl = (p * difference).sum(-1).mean().item()
         assert sums.kl_div() == pytest.approx(kl, abs=5e-7)

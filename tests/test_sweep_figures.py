@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from sae_lens_multilayer import grid
-from sae_lens_multilayer.sweeps.figures import plot_costs, plot_sweep
+from sae_lens_multilayer.pictures.sweep_figures import plot_costs, plot_sweep
 
 
 def table(points, **columns) -> pd.DataFrame:

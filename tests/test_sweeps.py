@@ -25,7 +25,7 @@ from sae_lens_multilayer import (
 )
 from sae_lens_multilayer.analysis import Variances, active_layers, decoder_similarity
 from sae_lens_multilayer.analysis import variances as variances_of
-from sae_lens_multilayer.checkpoints import alone_in
+from sae_lens_multilayer.files import alone_in
 from sae_lens_multilayer.sweeps import run as run_module
 from sae_lens_multilayer.sweeps.points import combine, make_points
 from sae_lens_multilayer.training import run_model

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 
 from sae_lens_multilayer import MultiLayerActivationsStore
-from sae_lens_multilayer.store.token_stream import unread_after
+from sae_lens_multilayer.text.stream import unread_after
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 

@@ -34,7 +34,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from saes import HOOK_NAMES, random_acts, random_sae, run_fresh
 from safetensors.torch import load_file, save_file
 
-from sae_lens_multilayer import view, views
+from sae_lens_multilayer import view
+from sae_lens_multilayer.sae import views
 
 both_classes = pytest.mark.parametrize(
     "training", [False, True], ids=["inference", "training"]

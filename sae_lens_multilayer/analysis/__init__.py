@@ -2,7 +2,7 @@
 
 Each analysis is a function from an SAE, its model and tokens (or a store of them) to a
 result, which becomes a table (`to_dataframe`), a folder (`save`, `load`) or a picture
-(`sae_lens_multilayer.plotting`). `analyze` runs several in one pass over the tokens.
+(`sae_lens_multilayer.pictures`). `analyze` runs several in one pass over the tokens.
 """
 
 from sae_lens_multilayer.analysis.active_layers import (

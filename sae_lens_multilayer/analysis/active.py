@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
-from sae_lens_multilayer.views import hook_names_of, views
+from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.views import hook_names_of, views
 
 _DENSE_ELEMENTS = 2**24
 """Activations of a dense encoder held at a time: 64 MiB of float32."""

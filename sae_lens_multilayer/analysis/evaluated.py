@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_multilayer.analysis.results import Result
-from sae_lens_multilayer.evaluation import SpliceMetrics
+from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics
 
 
 @dataclass

@@ -19,7 +19,7 @@ from sae_lens_multilayer.analysis.results import (
     read_settings,
     write_settings,
 )
-from sae_lens_multilayer.checkpoints import complete_or_absent
+from sae_lens_multilayer.files import complete_or_absent
 
 EXAMPLES_FILE = "examples.parquet"
 _ROWS_PER_GROUP = 2**15

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from sae_lens_multilayer.analysis.active import check_latents, sums_device
 from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
-from sae_lens_multilayer.views import hook_names_of
+from sae_lens_multilayer.sae.views import hook_names_of
 
 _FEWEST_ROWS = 2**12
 """Rows for which there is always room."""

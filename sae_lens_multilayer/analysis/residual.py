@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
 from sae_lens_multilayer.hooks import layer_labels
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.topk.tile import sum_dtype
 
 _ELEMENTS = 2**22

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_lens_multilayer.checkpoints import complete_or_absent
+from sae_lens_multilayer.files import complete_or_absent
 
 SETTINGS_FILE = "result.json"
 TENSORS_FILE = "tensors.safetensors"

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict, Unpack
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
 from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
-from sae_lens_multilayer.prompts import PromptBatches, check_positions
+from sae_lens_multilayer.text.prompts import PromptBatches, check_positions
 
 _CALLS_FROM_USER = 7
 """Calls from the user's to a warning about the lens, by way of a function for one

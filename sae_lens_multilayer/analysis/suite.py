@@ -43,10 +43,10 @@ from sae_lens_multilayer.analysis.transfer import (
     transfer_matrix,
 )
 from sae_lens_multilayer.analysis.variances import VarianceSums
-from sae_lens_multilayer.checkpoints import check_free
-from sae_lens_multilayer.evaluation import evaluate
+from sae_lens_multilayer.evaluation.evaluation import evaluate
+from sae_lens_multilayer.files import check_free
 from sae_lens_multilayer.lens.carrier import lens_of
-from sae_lens_multilayer.views import hook_names_of
+from sae_lens_multilayer.sae.views import hook_names_of
 
 Analysis = Literal[
     "evaluation",

@@ -17,7 +17,7 @@ from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.analysis.variances import variance_over_layers
 from sae_lens_multilayer.hooks import layer_labels
-from sae_lens_multilayer.views import hook_names_of
+from sae_lens_multilayer.sae.views import hook_names_of
 
 ClassKind = Literal["position", "frequency", "token"]
 

@@ -14,13 +14,13 @@ from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
-from sae_lens_multilayer.codec import Codec
-from sae_lens_multilayer.evaluation import evaluate
+from sae_lens_multilayer.evaluation.encoder import Codec
+from sae_lens_multilayer.evaluation.evaluation import evaluate
+from sae_lens_multilayer.evaluation.metrics import LayerMetrics
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.carrier import lens_of
-from sae_lens_multilayer.metrics import LayerMetrics
-from sae_lens_multilayer.prompts import take_prompts
-from sae_lens_multilayer.views import hook_names_of, view
+from sae_lens_multilayer.sae.views import hook_names_of, view
+from sae_lens_multilayer.text.prompts import take_prompts
 
 COMPARED = (
     "fvu",

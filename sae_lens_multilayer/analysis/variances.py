@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from sae_lens_multilayer.analysis.active import ActiveLatents, sums_device
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
-from sae_lens_multilayer.views import hook_names_of
+from sae_lens_multilayer.sae.views import hook_names_of
 
 EXACT = ("var_l", "exp_var_l_j", "exp_var_l_jt")
 REFERENCE = ("reference_var_l", "reference_exp_var_l_f", "reference_exp_var_l_tf")

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from sae_lens import SAE
 
-from sae_lens_multilayer.checkpoints import read_json
 from sae_lens_multilayer.cli.inputs import Inputs
+from sae_lens_multilayer.files import read_json
 
 SETTINGS_FILE = "analysis.json"
 

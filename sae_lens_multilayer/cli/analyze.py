@@ -15,7 +15,6 @@ from sae_lens_multilayer.analysis import (
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import Analysis
 from sae_lens_multilayer.analysis.token_classes import ClassKind
-from sae_lens_multilayer.checkpoints import complete_or_absent
 from sae_lens_multilayer.cli.analysis_folder import write_settings
 from sae_lens_multilayer.cli.inputs import (
     Inputs,
@@ -27,7 +26,12 @@ from sae_lens_multilayer.cli.inputs import (
     warn_of_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_folder, parse
-from sae_lens_multilayer.plotting import PLOTS, plot_token_classes, save_figure
+from sae_lens_multilayer.files import complete_or_absent
+from sae_lens_multilayer.pictures.matplotlib_figures import (
+    PLOTS,
+    plot_token_classes,
+    save_figure,
+)
 
 
 @dataclass

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from simple_parsing import field as option
 
-from sae_lens_multilayer.cache.harvest import MultiLayerCacheActivationsRunner
 from sae_lens_multilayer.cli.parsing import parse
 from sae_lens_multilayer.config_files import config_from_settings, read_settings_file
+from sae_lens_multilayer.store.harvest import MultiLayerCacheActivationsRunner
 
 
 @dataclass

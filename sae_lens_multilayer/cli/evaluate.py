@@ -10,8 +10,8 @@ from sae_lens_multilayer.cli.inputs import (
     warn_of_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
-from sae_lens_multilayer.evaluation import Ablation
-from sae_lens_multilayer.evaluation import evaluate as evaluate_sae
+from sae_lens_multilayer.evaluation.evaluation import Ablation
+from sae_lens_multilayer.evaluation.evaluation import evaluate as evaluate_sae
 
 
 @dataclass

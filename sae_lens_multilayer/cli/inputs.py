@@ -20,18 +20,18 @@ from torch import Tensor
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.suite import first_position_ratio
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.published.pretrained import (
+from sae_lens_multilayer.published.loader import (
     has_published_files,
     own_or_mlsae_disk_loader,
 )
-from sae_lens_multilayer.sae_config import MultiLayerTrainingSAEConfig
-from sae_lens_multilayer.store.held_out import (
+from sae_lens_multilayer.sae.config import MultiLayerTrainingSAEConfig
+from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.text.held_out import (
     check_n_tokens,
     excluded_token_ids,
     prompts_of_text,
 )
 from sae_lens_multilayer.training import run_model
-from sae_lens_multilayer.views import hook_names_of
 
 _OF_TRAINING: dict[str, Any] = {
     "model_name": None,

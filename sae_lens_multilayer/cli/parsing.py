@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from simple_parsing import ArgumentParser
 
-from sae_lens_multilayer.checkpoints import check_writable, write_whole
+from sae_lens_multilayer.files import check_writable, write_whole
 
 PROG = "sae-lens-multilayer"
 

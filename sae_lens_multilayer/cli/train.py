@@ -16,7 +16,7 @@ from sae_lens_multilayer.config_files import (
     read_settings_file,
     sae_config_class,
 )
-from sae_lens_multilayer.sae_config import ARCHITECTURE
+from sae_lens_multilayer.sae.config import ARCHITECTURE
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 _FOLLOWS = {"device": ("llm_device", "act_store_device"), "lr": ("lr_end",)}

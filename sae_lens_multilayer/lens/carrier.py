@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_multilayer.lens.config import LensConfig
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
 
 LENS_PREFIX = "lens."
 """What stands before the names of a lens' tensors in the state dict of an SAE."""

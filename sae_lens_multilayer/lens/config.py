@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.sae_config import check_size
+from sae_lens_multilayer.sae.config import check_size
 
 Alignment = Literal["tuned_lens", "reference"]
 

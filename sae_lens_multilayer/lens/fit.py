@@ -16,15 +16,15 @@ from tuned_lens.nn.lenses import TunedLensConfig
 from tuned_lens.nn.unembed import Unembed
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.checkpoints import (
+from sae_lens_multilayer.files import (
     check_writable,
     complete_or_absent,
     free_path,
 )
 from sae_lens_multilayer.forward import check_model
 from sae_lens_multilayer.lens.config import LensConfig
-from sae_lens_multilayer.prompts import check_prompts
-from sae_lens_multilayer.sae_config import check_size
+from sae_lens_multilayer.sae.config import check_size
+from sae_lens_multilayer.text.prompts import check_prompts
 from sae_lens_multilayer.unembedding import (
     ModelUnembed,
     final_norm_of_hf_model,

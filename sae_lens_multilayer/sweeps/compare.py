@@ -12,15 +12,15 @@ from sae_lens.config import HfDataset
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis import Comparison, TransferMatrix, transfer_matrix
-from sae_lens_multilayer.checkpoints import complete_or_absent
+from sae_lens_multilayer.files import complete_or_absent
 from sae_lens_multilayer.lens.carrier import lens_of
-from sae_lens_multilayer.plotting import (
+from sae_lens_multilayer.pictures.matplotlib_figures import (
     plot_comparison,
     plot_transfer_matrix,
     save_figure,
 )
+from sae_lens_multilayer.pictures.sweep_figures import plot_costs
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
-from sae_lens_multilayer.sweeps.figures import plot_costs
 from sae_lens_multilayer.sweeps.points import Settings, make_points
 from sae_lens_multilayer.sweeps.run import Runs
 from sae_lens_multilayer.sweeps.workbench import Given

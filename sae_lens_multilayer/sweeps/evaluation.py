@@ -21,13 +21,13 @@ from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import Analysis, Suite
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.config_files import check_known
-from sae_lens_multilayer.evaluation import SpliceMetrics, evaluate
-from sae_lens_multilayer.prompts import check_integers, check_positions
-from sae_lens_multilayer.store.held_out import (
+from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics, evaluate
+from sae_lens_multilayer.text.held_out import (
     check_n_tokens,
     excluded_token_ids,
     prompts_of_text,
 )
+from sae_lens_multilayer.text.prompts import check_integers, check_positions
 
 _OF_TEXT = (
     "context_size",

@@ -15,10 +15,10 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import save_results
-from sae_lens_multilayer.checkpoints import complete_or_absent, read_json, write_whole
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
-from sae_lens_multilayer.cost import Cost, measured
-from sae_lens_multilayer.evaluation import SpliceMetrics
+from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics
+from sae_lens_multilayer.files import complete_or_absent, read_json, write_whole
+from sae_lens_multilayer.sweeps.cost import Cost, measured
 from sae_lens_multilayer.sweeps.evaluation import summary
 from sae_lens_multilayer.training.run_folder import settings_that_differ
 

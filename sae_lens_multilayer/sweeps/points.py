@@ -17,7 +17,7 @@ from sae_lens_multilayer.config_files import (
     mapping,
     sae_config_class,
 )
-from sae_lens_multilayer.sae_config import ARCHITECTURE
+from sae_lens_multilayer.sae.config import ARCHITECTURE
 
 EXPANSION_FACTOR = "expansion_factor"
 NAME = "name"

@@ -12,16 +12,16 @@ from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.checkpoints import alone_in, check_writable, write_whole
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.plotting import save_figure
+from sae_lens_multilayer.files import alone_in, check_writable, write_whole
+from sae_lens_multilayer.pictures.matplotlib_figures import save_figure
+from sae_lens_multilayer.pictures.sweep_figures import plot_sweep
 from sae_lens_multilayer.sweeps.evaluation import (
     HeldOut,
     SweepEvaluation,
     measure,
     text_settings,
 )
-from sae_lens_multilayer.sweeps.figures import plot_sweep
 from sae_lens_multilayer.sweeps.point_folder import PointFolder
 from sae_lens_multilayer.sweeps.points import (
     SIZES,

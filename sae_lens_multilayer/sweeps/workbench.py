@@ -11,9 +11,9 @@ from sae_lens.config import HfDataset
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.store.local_datasets import resolve_dataset
 from sae_lens_multilayer.sweeps.evaluation import HeldOut, SweepEvaluation, held_out
 from sae_lens_multilayer.sweeps.points import Point
+from sae_lens_multilayer.text.dataset import resolve_dataset
 from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_lens import lens_of_run
 

@@ -4,9 +4,9 @@ import logging
 import math
 from typing import Any
 
-from sae_lens_multilayer.cache.reading import ActivationCache
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.ranks import Ranks
+from sae_lens_multilayer.store.cache import ActivationCache
 from sae_lens_multilayer.training.evaluator import steps_between_evaluations
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from uuid import uuid4
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
-from sae_lens_multilayer.checkpoints import PARTIAL_PREFIX, read_json
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
+from sae_lens_multilayer.files import PARTIAL_PREFIX, read_json
 from sae_lens_multilayer.training.trainer_state import VALUES_FILENAME
 
 logger = logging.getLogger(__name__)

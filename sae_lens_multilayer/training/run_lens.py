@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from sae_lens_multilayer.cache.reading import ActivationCache
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import lens_of, saved_lens
 from sae_lens_multilayer.lens.config import LensConfig
-from sae_lens_multilayer.lens.files import read_tuned_lens
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
+from sae_lens_multilayer.store.cache import ActivationCache
 
 
 def lens_of_run(cfg: MultiLayerConfig[Any]) -> LayerLens | None:

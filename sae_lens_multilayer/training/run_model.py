@@ -6,7 +6,7 @@ from sae_lens.load_model import load_model
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
 
 
 def check_named_model(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> None:

@@ -10,8 +10,8 @@ from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
 from safetensors.torch import save
 from torch import Tensor
 
-from sae_lens_multilayer.checkpoints import read_tensors
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.files import read_tensors
 from sae_lens_multilayer.ranks import Ranks, own_device, ranks_of_environment
 from sae_lens_multilayer.training import trainer_state
 from sae_lens_multilayer.training.run_folder import comparable_settings

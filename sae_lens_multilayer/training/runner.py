@@ -31,8 +31,8 @@ from sae_lens.util import temporary_seed
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from sae_lens_multilayer.cache.reading import CachedActivationsStore
-from sae_lens_multilayer.checkpoints import (
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.files import (
     check_checkpoint,
     check_writable,
     complete_or_absent,
@@ -40,12 +40,12 @@ from sae_lens_multilayer.checkpoints import (
     read_json,
     read_tensors,
 )
-from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
 from sae_lens_multilayer.ranks import AgreedError
-from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
-from sae_lens_multilayer.store.batches import RunBatches
+from sae_lens_multilayer.store.cache import CachedActivationsStore
+from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.training import run_model, trainer_state
+from sae_lens_multilayer.training.batches import RunBatches
 from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.training.run_cache import cache_of_run, evaluates
 from sae_lens_multilayer.training.run_folder import resolve_latest, settings_that_differ

@@ -14,7 +14,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from sae_lens_multilayer.ranks import ALONE, Ranks
-from sae_lens_multilayer.sae import MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.select import block_rows
 from sae_lens_multilayer.topk.tile import LayerMoments

@@ -23,11 +23,11 @@ from torch.optim import Adam
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from sae_lens_multilayer.checkpoints import complete_or_absent
 from sae_lens_multilayer.config import MultiLayerTrainerConfig
+from sae_lens_multilayer.files import complete_or_absent
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of
-from sae_lens_multilayer.sae import MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
 from sae_lens_multilayer.training import trainer_state

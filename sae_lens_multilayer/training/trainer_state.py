@@ -9,7 +9,7 @@ from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lens_multilayer.checkpoints import read_json, read_tensors
+from sae_lens_multilayer.files import read_json, read_tensors
 
 if TYPE_CHECKING:
     from sae_lens_multilayer.training.trainer import MultiLayerTrainer

@@ -19,7 +19,7 @@ from sae_lens_multilayer.analysis import (
     residual_stream,
 )
 from sae_lens_multilayer.lens.config import LensConfig
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
 
 
 def brute_force(x):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.store.activations import one_vector_per_position
+from sae_lens_multilayer.store.store import one_vector_per_position
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Gives what goes on instead of the activations at a hook, heads put end to end."""

@@ -19,8 +19,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.cache.fingerprints import checksum
-from sae_lens_multilayer.cache.manifest import (
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.files import (
+    check_free,
+    complete_or_absent,
+    locked,
+    read_tensors,
+    write_whole,
+)
+from sae_lens_multilayer.fingerprints import checksum
+from sae_lens_multilayer.ranks import check_one_process
+from sae_lens_multilayer.store.cache import (
+    EVALUATION_FILENAME,
+    EVALUATION_FOLDER,
+    ActivationCache,
+)
+from sae_lens_multilayer.store.manifest import (
     MANIFEST_FILENAME,
     SHARD_FOLDERS,
     Manifest,
@@ -31,22 +45,8 @@ from sae_lens_multilayer.cache.manifest import (
     settings_of,
     versions,
 )
-from sae_lens_multilayer.cache.reading import (
-    EVALUATION_FILENAME,
-    EVALUATION_FOLDER,
-    ActivationCache,
-)
-from sae_lens_multilayer.cache.shards import Shard, ShardInMemory, describe
-from sae_lens_multilayer.checkpoints import (
-    check_free,
-    complete_or_absent,
-    locked,
-    read_tensors,
-    write_whole,
-)
-from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.ranks import check_one_process
-from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.store.shards import Shard, ShardInMemory, describe
+from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_folder import remove_leftovers
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from sae_lens.util import dtype_to_str, str_to_dtype
 
-from sae_lens_multilayer.cache.fingerprints import tokenizer_hash, weights_hash
-from sae_lens_multilayer.checkpoints import read_json
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.files import read_json
+from sae_lens_multilayer.fingerprints import tokenizer_hash, weights_hash
 
 MANIFEST_FILENAME = "manifest.json"
 SHARD_FOLDERS = "shard-*"

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lens_multilayer.cache.fingerprints import checksum
-from sae_lens_multilayer.cache.manifest import Manifest, ShardEntry
+from sae_lens_multilayer.fingerprints import checksum
+from sae_lens_multilayer.store.manifest import Manifest, ShardEntry
 
 ACTIVATIONS_FILENAME = "activations.safetensors"
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.config import Alignment, LensConfig, translator_of
-from sae_lens_multilayer.lens.files import check_tensors, read_tuned_lens
+from sae_lens_multilayer.lens.tuned_lens_files import check_tensors, read_tuned_lens
 from sae_lens_multilayer.unembedding import name_of_model, unembedding_hash
 
 HookFunction = Callable[..., Tensor]

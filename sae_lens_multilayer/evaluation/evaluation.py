@@ -14,12 +14,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.codec import Codec
+from sae_lens_multilayer.evaluation.encoder import Codec
+from sae_lens_multilayer.evaluation.metrics import LayerMetrics, log_dict
+from sae_lens_multilayer.evaluation.scores import CrossEntropySums, RunSums, add_scores
+from sae_lens_multilayer.evaluation.splicing import (
+    Edit,
+    ResidualSplicer,
+    Splicer,
+    make_splicer,
+)
 from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
-from sae_lens_multilayer.metrics import LayerMetrics, log_dict
-from sae_lens_multilayer.prompts import check_integers, check_positions, take_prompts
-from sae_lens_multilayer.scoring import CrossEntropySums, RunSums, add_scores
-from sae_lens_multilayer.splicing import Edit, ResidualSplicer, Splicer, make_splicer
+from sae_lens_multilayer.text.prompts import (
+    check_integers,
+    check_positions,
+    take_prompts,
+)
 
 _PROMPTS_PER_BLOCK = 64
 

@@ -8,8 +8,8 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.prompts import next_rows, take_prompts
-from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.store.store import MultiLayerActivationsStore
+from sae_lens_multilayer.text.prompts import next_rows, take_prompts
 
 
 def check_n_tokens(n_tokens: int) -> None:

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from sae_lens_multilayer.evaluation.metrics import LayerMetrics, LayerSums
 from sae_lens_multilayer.hooks import check_widths
-from sae_lens_multilayer.metrics import LayerMetrics, LayerSums
-from sae_lens_multilayer.sae import MultiLayerSAE, MultiLayerTrainingSAE
-from sae_lens_multilayer.views import hook_names_of, views
+from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.views import hook_names_of, views
 
 _VECTORS_AT_A_TIME = 4096
 

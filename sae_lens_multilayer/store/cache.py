@@ -16,13 +16,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.cache.fingerprints import checksum
-from sae_lens_multilayer.cache.manifest import Manifest, explain
-from sae_lens_multilayer.cache.shards import Shard, ShardTokens
-from sae_lens_multilayer.checkpoints import read_tensors
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.files import read_tensors
+from sae_lens_multilayer.fingerprints import checksum
 from sae_lens_multilayer.ranks import ALONE, Ranks
-from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
+from sae_lens_multilayer.store.manifest import Manifest, explain
+from sae_lens_multilayer.store.shards import Shard, ShardTokens
+from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_lens_multilayer.splicing import Run
+from sae_lens_multilayer.evaluation.splicing import Run
 
 _LOGITS_AT_A_TIME = 2**24
 """Logits of one run held at a time: 64 MiB of float32."""

@@ -17,8 +17,8 @@ from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.token_classes import ClassKind, TokenClasses
 from sae_lens_multilayer.analysis.transfer import Comparison, TransferMatrix
 from sae_lens_multilayer.analysis.variances import Variances
+from sae_lens_multilayer.evaluation.metrics import LayerMetrics
 from sae_lens_multilayer.hooks import layer_labels
-from sae_lens_multilayer.metrics import LayerMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,14 +22,14 @@ from tuned_lens.nn.lenses import TunedLensConfig
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.carrier import LENS_PREFIX
 from sae_lens_multilayer.lens.config import LensConfig
-from sae_lens_multilayer.lens.files import read_tuned_lens
-from sae_lens_multilayer.lens.layer_lens import LayerLens
+from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
 from sae_lens_multilayer.published.origin import (
     Origin,
     find_origin,
     warn_of_other_sizes,
 )
-from sae_lens_multilayer.sae_config import ARCHITECTURE
+from sae_lens_multilayer.sae.config import ARCHITECTURE
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.checkpoints import read_tensors
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.prompts import next_rows
+from sae_lens_multilayer.files import read_tensors
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.buffer import ShuffleBuffer
-from sae_lens_multilayer.store.local_datasets import resolve_dataset
 from sae_lens_multilayer.store.place import Harvest, Place, still_waiting
-from sae_lens_multilayer.store.token_stream import ResumableTokens
+from sae_lens_multilayer.text.dataset import resolve_dataset
+from sae_lens_multilayer.text.prompts import next_rows
+from sae_lens_multilayer.text.stream import ResumableTokens
 
 logger = logging.getLogger(__name__)
 

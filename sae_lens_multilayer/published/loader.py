@@ -12,7 +12,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from torch import Tensor
 
-from sae_lens_multilayer.published import mlsae_format as mlsae
+from sae_lens_multilayer.published import format as mlsae
 from sae_lens_multilayer.published.hub import download
 
 LOADER_NAME = "mlsae"

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_multilayer.lens.carrier import LensCarrier
-from sae_lens_multilayer.normalization import CopyableLayerNorm
-from sae_lens_multilayer.published.pretrained import own_or_mlsae_disk_loader
+from sae_lens_multilayer.published.loader import own_or_mlsae_disk_loader
 from sae_lens_multilayer.ranks import ALONE, Ranks
-from sae_lens_multilayer.sae_config import (
+from sae_lens_multilayer.sae.config import (
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
 )
+from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
+from sae_lens_multilayer.sae.views import check_unit_norm, view, views
 from sae_lens_multilayer.topk import reference, sparse
 from sae_lens_multilayer.topk.step import TopKStep, training_step
-from sae_lens_multilayer.views import check_unit_norm, view, views
 
 _T_CONFIG = TypeVar("_T_CONFIG", bound=SAEConfig)
 

@@ -10,7 +10,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.store.rows import read_rows
+from sae_lens_multilayer.text.rows import read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from tuned_lens import TunedLens
 from tuned_lens.load_artifacts import load_lens_artifacts
 from tuned_lens.nn.lenses import TunedLensConfig
 
-from sae_lens_multilayer.sae_config import check_size
+from sae_lens_multilayer.sae.config import check_size
 
 _FILES = ("config.json", "params.pt")
 

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from sae_lens_multilayer.hooks import find_hook
 from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
-from sae_lens_multilayer.lens.layer_lens import LayerLens
-from sae_lens_multilayer.normalization import CopyableLayerNorm
+from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
 
 _UNIT_NORM_TOLERANCE = 1e-2
 

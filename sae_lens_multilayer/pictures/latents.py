@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
 from sae_lens_multilayer.analysis.geometry import TokenSimilarity
-from sae_lens_multilayer.report.figures import short_labels
+from sae_lens_multilayer.pictures.plotly_figures import short_labels
 
 
 def latents_data(

@@ -9,8 +9,8 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.store.activations import MultiLayerActivationsStore
 from sae_lens_multilayer.store.place import Place
+from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 
 Batch = Float[Tensor, "token layer d_in"]
 Prompts = Int[Tensor, "prompt pos"]

@@ -15,8 +15,12 @@ from sae_lens_multilayer.analysis.geometry import TokenSimilarity
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import most_active
 from sae_lens_multilayer.analysis.transfer import Comparison
-from sae_lens_multilayer.report.figures import Picture, pictures_of, short_labels
-from sae_lens_multilayer.report.latents import latents_data
+from sae_lens_multilayer.pictures.latents import latents_data
+from sae_lens_multilayer.pictures.plotly_figures import (
+    Picture,
+    pictures_of,
+    short_labels,
+)
 
 _COLUMNS = {
     "fvu": "FVU",

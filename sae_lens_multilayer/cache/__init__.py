@@ -1,1 +1,0 @@
-"""Activations on disk: harvested once, trained on many times."""

@@ -1,0 +1,1 @@
+"""Splice-in evaluation and reconstruction metrics."""

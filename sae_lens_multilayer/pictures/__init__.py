@@ -1,0 +1,1 @@
+"""Figures of results, the HTML report and its latent browser."""

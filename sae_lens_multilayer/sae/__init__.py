@@ -1,0 +1,1 @@
+"""The multi-layer SAE, its configs and its single-hook views."""

@@ -1,0 +1,1 @@
+"""From a dataset to prompts: reading, tokenising, choosing which tokens count."""
