@@ -1,4 +1,4 @@
-"""Hashes by which a model's weights, a tokenizer and a file's bytes are known again."""
+"""Hashes that identify a tokenizer and the bytes of a file."""
 
 import hashlib
 import json
@@ -7,30 +7,6 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-
-SAMPLES_PER_PARAMETER = 1024
-"""Entries of each parameter that `weights_hash` looks at, evenly spaced."""
-
-
-def weights_hash(model: Any) -> str:
-    """Identify the weights of a model cheaply: some entries of every parameter.
-
-    It is of the names, shapes, dtypes and up to `SAMPLES_PER_PARAMETER` exact entries
-    of all parameters, so other weights (another revision, a fine-tuned model, other
-    processing on loading, another dtype) have another hash; a change of few single
-    entries may not be seen.
-
-    Args:
-        model: Any torch module.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        n = min(len(flat), SAMPLES_PER_PARAMETER)
-        places = torch.arange(n) * (len(flat) - 1) // max(1, n - 1)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(_bytes(flat[places.to(flat.device)].cpu()))
-    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:

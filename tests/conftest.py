@@ -18,7 +18,7 @@ from sae_lens_multilayer import (
     MultiLayerConfig,
     MultiLayerTrainingSAEConfig,
 )
-from sae_lens_multilayer.training import run_model
+from sae_lens_multilayer.models import loading
 
 PAPER_DATA = Path(__file__).parent / "data" / "paper"
 # Machines are shared, so no example is timed.
@@ -154,8 +154,8 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def offline(model, token_dataset, tmp_path, monkeypatch):
     """The tiny model under any name, its SAE and its text in files."""
-    monkeypatch.setattr(run_model, "load_any_model", lambda cfg: model)
-    monkeypatch.setattr(run_model, "check_named_model", lambda cfg, lens: None)
+    monkeypatch.setattr(loading, "load_model", lambda *_: model)
+    monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
     token_dataset.to_parquet(tmp_path / "text.parquet")
     from saes import random_sae  # which takes sizes from here
 

@@ -206,15 +206,15 @@ def watch_wandb(file: Path) -> None:
 
 
 def poison(store: Any, n_model_batches: int, value: float) -> None:
-    run_model = store._run_model
+    get_activations = store.get_multi_hook_activations
 
     def poisoned(*args: Any) -> dict[str, torch.Tensor]:
-        acts = run_model(*args)
+        acts = get_activations(*args)
         if store._n_model_batches == n_model_batches:
             next(iter(acts.values()))[0, 0, 0] = value
         return acts
 
-    store._run_model = poisoned
+    store.get_multi_hook_activations = poisoned
 
 
 def ask_to_stop(n_tokens: int) -> None:

@@ -22,9 +22,9 @@ from saes import random_lens
 from test_kills import N_KILLS, Runs, saved
 
 from sae_lens_multilayer import cli
+from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.ranks import Ranks
 from sae_lens_multilayer.training import evaluator as evaluator_module
-from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_cache import cache_of_run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
@@ -37,7 +37,7 @@ def train(monkeypatch):
     def no_model(cfg):
         raise AssertionError("a run from a cache needs no model")
 
-    monkeypatch.setattr(run_model, "load_any_model", no_model)
+    monkeypatch.setattr(loading, "load_model", no_model)
 
     def train(cfg, **overrides):
         return LanguageModelSAETrainingRunner(cfg, **overrides).run()
@@ -179,8 +179,8 @@ def test_evaluates_on_text_that_is_not_trained_on(
     )
     settings = {"training_tokens": 512, "n_eval_batches": 2, "output_path": None}
     harvest(cache_config(**settings))
-    monkeypatch.setattr(run_model, "load_any_model", lambda cfg: model)
-    monkeypatch.setattr(run_model, "check_named_model", lambda *_: None)
+    monkeypatch.setattr(loading, "load_model", lambda *_: model)
+    monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
     calls = count_calls(monkeypatch, evaluator_module, "evaluate")
     cfg = cache_config(**settings, use_cached_activations=True, logger=log)
     LanguageModelSAETrainingRunner(cfg).run()

@@ -24,9 +24,9 @@ from sae_lens_multilayer.analysis import (
 from sae_lens_multilayer.cli.inputs import SAEOptions, load_sae
 from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
-from sae_lens_multilayer.lens.fit import ModelUnembed
-from sae_lens_multilayer.training import run_model
-from sae_lens_multilayer.training.run_model import check_named_model, load_any_model
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.loading import check_named_model, load_model
 
 SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
 
@@ -191,7 +191,7 @@ def test_lens_saves_one_that_tuned_lens_loads(offline, model):
         ]
     )
 
-    fitted = TunedLens.from_unembed_and_pretrained(ModelUnembed(model), "lens")
+    fitted = TunedLens.from_unembed_and_pretrained(as_model(model).unembed(), "lens")
     assert any(p.abs().sum() > 0 for p in fitted.layer_translators.parameters())
 
 
@@ -381,12 +381,12 @@ def test_published_files_are_taken_from_a_folder(tmp_path):
 def test_a_model_that_transformer_lens_does_not_know_is_one_line(
     command, offline, monkeypatch
 ):
-    monkeypatch.setattr(run_model, "load_any_model", load_any_model)
-    monkeypatch.setattr(run_model, "check_named_model", check_named_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
+    monkeypatch.setattr(loading, "check_named_model", check_named_model)
     dataset = offline[:2]
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, *dataset, "--model_name", "tiny"])
-    assert "TransformerLens knows no model 'tiny'; for a" in str(stop.value)
+    assert "TransformerLens has no model 'tiny'; for a" in str(stop.value)
     assert len(str(stop.value)) < 400
 
 

@@ -404,9 +404,7 @@ def test_a_path_in_use_is_found_out_before_a_model_is_loaded(
     def load_model(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(
-        "sae_lens_multilayer.training.run_model.load_any_model", load_model
-    )
+    monkeypatch.setattr("sae_lens_multilayer.models.loading.load_model", load_model)
     with pytest.raises(OSError, match="below"):
         LanguageModelSAETrainingRunner(cfg)
 
@@ -440,9 +438,7 @@ def test_what_does_not_fit_a_named_model_is_found_out_before_it_is_loaded(
     def load_model(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(
-        "sae_lens_multilayer.training.run_model.load_any_model", load_model
-    )
+    monkeypatch.setattr("sae_lens_multilayer.models.loading.load_model", load_model)
     with pytest.raises(ValueError, match=message):
         LanguageModelSAETrainingRunner(cfg)
 

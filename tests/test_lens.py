@@ -28,12 +28,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from tuned_lens import TunedLens
 from tuned_lens.nn.unembed import Unembed
 
-from sae_lens_multilayer.hooks import ModelShape, model_hook_names
 from sae_lens_multilayer.lens import fit as lens_fit
 from sae_lens_multilayer.lens.config import LensConfig, translator_of
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
 from sae_lens_multilayer.lens.lens import LayerLens
-from sae_lens_multilayer.unembedding import ModelUnembed, unembedding_hash
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.shape import ModelShape
 
 FOLDER = str(PAPER_DATA / "model")
 BLOCKS, D_IN = 5, 64
@@ -587,12 +587,12 @@ def test_a_lens_of_another_width_or_depth_is_an_error(tuned_lens, tokenizer):
         layer_lens(tuned_lens, model=model)
     lens = layer_lens(tuned_lens)
     with pytest.raises(ValueError, match=r"5 blocks .*; 'm' has 6 of width 64"):
-        lens.config.check_shape(ModelShape(6, 64, None), "m")
+        lens.config.check_shape(ModelShape(6, 64), "m")
 
 
 def test_another_unembedding_is_a_warning_that_names_both(folder, hf_model):
     rewrite(folder, unembed_hash="a1b2", base_model_name_or_path="theirs")
-    own = unembedding_hash(hf_model)
+    own = as_model(hf_model).unembedding_hash()
     message = f"'theirs' with unembedding hash a1b2, and '{FOLDER}' has {own}"
     with pytest.warns(UserWarning, match=re.escape(message)):
         layer_lens(folder, model=hf_model)
@@ -607,9 +607,12 @@ def test_the_same_unembedding_is_silent_whoever_holds_it(folder, hf_model, bridg
 
 
 def test_hashes_are_those_of_tuned_lens(hf_model, model):
-    assert unembedding_hash(hf_model) == Unembed(hf_model.model).unembedding_hash()
-    assert unembedding_hash(hf_model) == STATED_HASH
-    assert unembedding_hash(model) == Unembed(model).unembedding_hash()
+    assert (
+        as_model(hf_model).unembedding_hash()
+        == Unembed(hf_model.model).unembedding_hash()
+    )
+    assert as_model(hf_model).unembedding_hash() == STATED_HASH
+    assert as_model(model).unembedding_hash() == Unembed(model).unembedding_hash()
 
 
 # As hooks of a model
@@ -649,7 +652,7 @@ def test_a_hook_gives_what_the_transform_gives(tuned_lens, hf_model):
 
 def test_hooks_reach_a_bridge_that_has_other_names(tuned_lens):
     bridge: Any = SAETransformerBridge.boot_transformers(FOLDER, device="cpu")
-    lens = layer_lens(tuned_lens, model_hook_names(bridge, POST))
+    lens = layer_lens(tuned_lens, as_model(bridge).own_hook_names(POST))
     tokens = torch.randint(1, 512, (1, 8))
     clean = bridge(tokens)
     assert not torch.equal(
@@ -825,10 +828,12 @@ def test_a_step_is_tuned_lens_own_recipe(tokenizer):
 def test_an_unembed_is_the_end_of_the_model(model, hf_model, bridge):
     h = torch.randn(2, 3, D_IN)
     expected = Unembed(hf_model.model)(h)
-    torch.testing.assert_close(ModelUnembed(hf_model)(h), expected)
-    torch.testing.assert_close(ModelUnembed(bridge)(h), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(as_model(hf_model).unembed()(h), expected)
+    torch.testing.assert_close(
+        as_model(bridge).unembed()(h), expected, atol=1e-4, rtol=1e-4
+    )
     h = torch.randn(2, 3, 16)
-    torch.testing.assert_close(ModelUnembed(model)(h), Unembed(model)(h))
+    torch.testing.assert_close(as_model(model).unembed()(h), Unembed(model)(h))
     assert new_tuned_lens(model).config.num_hidden_layers == 2
 
 
@@ -837,7 +842,7 @@ def test_an_unembed_does_not_call_the_models_hooks(hf_model):
     with hf_model.hooks(
         fwd_hooks=[("gpt_neox.final_layer_norm", lambda x, hook: seen.append(x))]
     ):
-        ModelUnembed(hf_model)(torch.randn(2, D_IN))
+        as_model(hf_model).unembed()(torch.randn(2, D_IN))
     assert seen == []
 
 

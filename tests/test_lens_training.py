@@ -27,9 +27,9 @@ from tuned_lens import TunedLens
 from sae_lens_multilayer import LayerLens, MultiLayerConfig, evaluate
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import new_tuned_lens
+from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.topk.reference import standardize
-from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.geometric_median import geometric_median
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
@@ -149,7 +149,7 @@ class TestEarlyErrors:
         def load(*args, **kwargs):
             raise AssertionError("A model was loaded.")
 
-        monkeypatch.setattr(run_model, "load_any_model", load)
+        monkeypatch.setattr(loading, "load_model", load)
 
         def check(message, lens, **changes):
             config = make_config(tuned_lens=lens, **changes)

@@ -1,17 +1,22 @@
 """Every kind of model that a run can be given.
 
-Authority: Hugging Face's `hidden_states` for the vectors of the model in
-`tests/data/paper/model`; it is loaded by its folder, with no hub.
+Authorities: Hugging Face's `hidden_states` for the vectors of the model in
+`tests/data/paper/model`, loaded from its folder without the hub; the hooks and
+configurations that the models of TransformerLens, SAELens and Transformers list.
 """
 
+import re
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import D_VOCAB, PAPER_DATA, tiny_model, tiny_sae_config
+from conftest import D_VOCAB, N_CTX, PAPER_DATA, tiny_model, tiny_sae_config
 from sae_lens import SAE, HookedSAETransformer, LanguageModelSAETrainingRunner
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from sae_lens.load_model import load_model
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 from sae_lens_multilayer import (
@@ -19,18 +24,38 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
     views,
 )
-from sae_lens_multilayer.training import run_model
-from sae_lens_multilayer.training.run_model import load_any_model
+from sae_lens_multilayer.hooks import stop_at_layer
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.loading import check_modules, shape_by_name
+from sae_lens_multilayer.models.shape import ModelShape, check_widths
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
 FOLDER = str(PAPER_DATA / "model")
 D_IN, BLOCKS = 64, 5
+FOLDER_SHAPE = ModelShape(n_layers=BLOCKS, d_model=D_IN, n_ctx=256, d_vocab=D_VOCAB)
+KINDS = ["HookedTransformer", "TransformerBridge", "AutoModelForCausalLM"]
+POST = [f"blocks.{layer}.hook_resid_post" for layer in range(BLOCKS)]
 
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """No test here reaches the hub, or waits for it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def bridges():
+    return {
+        cls: cls.boot_transformers(FOLDER, device="cpu")
+        for cls in (TransformerBridge, SAETransformerBridge)
+    }
+
+
+@pytest.fixture(scope="module")
+def hf_model():
+    return load_model("AutoModelForCausalLM", FOLDER, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +117,7 @@ class TestVectors:
             hook_name=hook_name,
             layers=layers,
         )
-        model = load_any_model(config)
+        model = loading.load_model(config)
         store = MultiLayerActivationsStore.from_config(model, config, token_dataset)
         acts = store.get_multi_hook_activations(tokens)
         chosen = range(BLOCKS) if layers is None else layers
@@ -109,7 +134,7 @@ class TestVectors:
             make_config, hook_names=["gpt_neox.embed_in", "gpt_neox.layers.0"]
         )
         store = MultiLayerActivationsStore.from_config(
-            load_any_model(config), config, token_dataset
+            loading.load_model(config), config, token_dataset
         )
         acts = list(store.get_multi_hook_activations(tokens).values())
         torch.testing.assert_close(acts[0], hidden_states[0])
@@ -185,20 +210,20 @@ class TestRuns:
             make_config,
             model_from_pretrained_kwargs={"dtype": torch.bfloat16},
         )
-        assert next(load_any_model(config).parameters()).dtype == torch.bfloat16
+        assert next(loading.load_model(config).parameters()).dtype == torch.bfloat16
 
 
 class TestErrors:
     @pytest.fixture
     def loads(self, monkeypatch) -> list[str]:
         calls: list[str] = []
-        original = run_model.load_any_model
+        original = loading.load_model
 
         def load(config):
             calls.append(config.model_name)
             return original(config)
 
-        monkeypatch.setattr(run_model, "load_any_model", load)
+        monkeypatch.setattr(loading, "load_model", load)
         return calls
 
     def check(self, config, token_dataset, match) -> None:
@@ -289,3 +314,300 @@ class TestErrors:
     def test_unknown_kind_of_model(self, make_config, token_dataset):
         config = folder_config(make_config, model_class_name="Oracle")
         self.check(config, token_dataset, "Oracle")
+
+
+# How far the model must run
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["hook_embed"], [POST[0]], ["blocks.1.hook_resid_pre"], [POST[1], "hook_embed"]],
+)
+def test_a_hooked_transformer_that_stops_there_has_run_these_hooks(model, names):
+    tokens = torch.arange(6).view(1, 6)
+    _, whole = model.run_with_cache(tokens, names_filter=names)
+    stop = stop_at_layer(names)
+    _, part = model.run_with_cache(tokens, names_filter=names, stop_at_layer=stop)
+    for name in names:
+        torch.testing.assert_close(part[name], whole[name], rtol=0, atol=0)
+
+
+def test_no_block_runs_after_the_last_hook(model):
+    ran = []
+    hooks = [(name, lambda x, hook: ran.append(hook.name)) for name in POST[:2]]
+    stop = stop_at_layer([POST[0]])
+    model.run_with_hooks(torch.ones(1, 2).long(), stop_at_layer=stop, fwd_hooks=hooks)
+    assert ran == [POST[0]]
+
+
+# The model's own names
+
+
+def test_a_hooked_transformer_knows_the_usual_names(model):
+    names = ["hook_embed", "blocks.0.hook_resid_pre", POST[1]]
+    assert as_model(model).own_hook_names(names) == names
+
+
+def test_a_bridge_is_asked_by_the_names_it_knows(bridges):
+    names = ["hook_embed", "blocks.0.hook_resid_pre", POST[4]]
+    own = ["embed.hook_out", "blocks.0.hook_in", "blocks.4.hook_out"]
+    assert as_model(bridges[TransformerBridge]).own_hook_names(names) == names
+    assert as_model(bridges[SAETransformerBridge]).own_hook_names(names) == own
+    assert as_model(bridges[SAETransformerBridge]).own_hook_names(own) == own
+
+
+@pytest.mark.parametrize("cls", [TransformerBridge, SAETransformerBridge])
+def test_a_bridge_gives_the_vectors_of_the_paper_under_these_names(bridges, cls):
+    """`hidden_states` of Transformers: entry l is before block l, so after l - 1."""
+    bridge, names = bridges[cls], ["hook_embed", "blocks.2.hook_resid_pre", POST[1]]
+    own = as_model(bridge).own_hook_names(names)
+    tokens = torch.arange(1, 9).view(1, 8)
+    _, cache = bridge.run_with_cache(
+        tokens, names_filter=own, stop_at_layer=stop_at_layer(own)
+    )
+    with torch.no_grad():
+        states = bridge.original_model(tokens, output_hidden_states=True).hidden_states
+    for name, state in zip(own, (states[0], states[2], states[2]), strict=True):
+        torch.testing.assert_close(cache[name], state, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_that_does_not_exist_is_an_error_that_lists_near_ones(model):
+    message = (
+        r"has no hook 'blocks\.0\.hook_resid_pots'.*nearest are.*'blocks\.0\.hook_r"
+    )
+    with pytest.raises(ValueError, match=message):
+        as_model(model).own_hook_names([POST[0], "blocks.0.hook_resid_pots"])
+    with pytest.raises(ValueError, match=r"no hook 'blocks\.2\.hook_resid_post'"):
+        as_model(model).own_hook_names([POST[2]])
+
+
+def test_a_hook_like_no_other_is_an_error_too(model):
+    with pytest.raises(ValueError, match=r"no hook 'qqqq'. The nearest are \['"):
+        as_model(model).own_hook_names(["qqqq"])
+
+
+# Sizes
+
+
+def test_shape_of_a_loaded_model_of_every_kind(model, hf_model, bridges):
+    assert as_model(model).shape == ModelShape(
+        n_layers=2, d_model=16, n_ctx=16, d_vocab=D_VOCAB
+    )
+    assert as_model(hf_model).shape == FOLDER_SHAPE
+    for bridge in bridges.values():
+        assert as_model(bridge).shape == FOLDER_SHAPE
+
+
+def test_shape_of_something_else_is_an_error(hf_model):
+    message = "must be a HookedTransformer.*loaded by SAELens; got GPTNeoXForCausalLM"
+    with pytest.raises(ValueError, match=message):
+        as_model(hf_model.model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shape_is_read_before_the_model_is_loaded(kind, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)  # no model is made
+    assert shape_by_name(kind, FOLDER) == FOLDER_SHAPE
+    assert shape_by_name(kind, FOLDER, {}) == FOLDER_SHAPE
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "shape"),
+    [
+        ("HookedTransformer", {"n_ctx": 512}, ModelShape(5, 64, 512, D_VOCAB)),
+        ("HookedTransformer", {"first_n_layers": 2}, ModelShape(2, 64, 256, D_VOCAB)),
+        ("HookedTransformer", {"dtype": "float32"}, FOLDER_SHAPE),
+        ("TransformerBridge", {"n_ctx": 512}, ModelShape(5, 64, 512, D_VOCAB)),
+        (
+            "TransformerBridge",
+            {"hf_config_overrides": {"num_hidden_layers": 2}},
+            ModelShape(2, 64, 256, D_VOCAB),
+        ),
+        (
+            "AutoModelForCausalLM",
+            {"num_hidden_layers": 2},
+            ModelShape(2, 64, 256, D_VOCAB),
+        ),
+        ("AutoModelForCausalLM", {"device_map": "cpu"}, FOLDER_SHAPE),
+        ("AutoModelForCausalLM", {"torch_dtype": torch.bfloat16}, FOLDER_SHAPE),
+    ],
+)
+def test_arguments_that_change_the_model_change_its_shape(kind, kwargs, shape):
+    before = dict(kwargs)
+    assert shape_by_name(kind, FOLDER, kwargs) == shape
+    assert kwargs == before
+
+
+def test_the_hosts_loader_makes_the_same_use_of_such_arguments():
+    kwargs = {"num_hidden_layers": 2}
+    model = load_model("AutoModelForCausalLM", FOLDER, "cpu", kwargs)
+    assert as_model(model).shape == ModelShape(2, 64, 256, D_VOCAB)
+
+
+@pytest.mark.parametrize("name", ["pythia-70m-deduped", "gpt2", "solu-1l"])
+def test_an_official_name_out_of_reach_has_no_shape_yet(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert shape_by_name("HookedTransformer", name) is None
+
+
+@pytest.mark.parametrize("kind", ["TransformerBridge", "AutoModelForCausalLM"])
+@pytest.mark.parametrize("name", ["no-such-model", "no/such-model", "/no/such/model"])
+def test_an_unknown_name_is_left_to_the_loader(kind, name):
+    assert shape_by_name(kind, name) is None
+
+
+def test_a_name_that_transformer_lens_does_not_know_is_an_error_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no model 'pythia-7m' .*pythia-70m.*Bridge"):
+        shape_by_name("HookedTransformer", "pythia-7m")
+    with pytest.raises(ValueError, match=r"no model '0!0'; for"):
+        shape_by_name("HookedTransformer", "0!0")
+
+
+def test_a_class_without_a_small_configuration_has_no_shape():
+    assert shape_by_name("HookedMamba", "state-spaces/mamba-130m") is None
+
+
+# Submodules of a Hugging Face model
+
+
+def test_submodules_that_exist_pass():
+    names = ["gpt_neox.layers.0", "gpt_neox.layers.4", "gpt_neox.embed_in"]
+    check_modules(FOLDER, names, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0", "gpt_neox.layers.5", "gpt_neox.lay"]
+)
+def test_a_missing_submodule_is_an_error_that_lists_near_ones(name):
+    message = rf"no hook '{re.escape(name)}'. The nearest are \[.*'gpt_neox\.lay"
+    with pytest.raises(ValueError, match=message):
+        check_modules(FOLDER, ["gpt_neox.layers.0", name], {})
+
+
+def test_arguments_that_change_the_model_change_its_submodules():
+    kwargs = {"num_hidden_layers": 2}
+    check_modules(FOLDER, ["gpt_neox.layers.1"], kwargs)
+    with pytest.raises(ValueError, match=r"no hook 'gpt_neox\.layers\.2'"):
+        check_modules(FOLDER, ["gpt_neox.layers.2"], kwargs)
+
+
+def test_trust_in_remote_code_is_passed_on(monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    given = []
+    make = AutoModelForCausalLM.from_config
+
+    def record(config, **kwargs):
+        given.append(kwargs)
+        return make(config)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", record)
+    kwargs = {"trust_remote_code": True, "device_map": "cpu"}
+    check_modules(FOLDER, ["gpt_neox.layers.0"], kwargs)
+    assert given == [{"trust_remote_code": True}]
+
+
+# Widths and contexts
+
+
+@pytest.mark.parametrize("context_size", [1, 256])
+def test_a_context_that_the_model_can_read_passes(context_size):
+    FOLDER_SHAPE.check_context_size(context_size, "tiny")
+
+
+def test_a_context_longer_than_the_models_is_an_error():
+    with pytest.raises(ValueError, match=r"at most 256 tokens.*of 'tiny'; got 257"):
+        FOLDER_SHAPE.check_context_size(257, "tiny")
+
+
+def test_a_model_that_states_no_context_takes_any():
+    ModelShape(1, 1).check_context_size(10**6, "tiny")
+
+
+RESIDUAL_HOOKS = [
+    "hook_embed",
+    "embed.hook_out",
+    "blocks.0.hook_resid_pre",
+    "blocks.0.hook_resid_mid",
+    "blocks.0.hook_resid_post",
+    "blocks.0.hook_in",
+    "blocks.0.hook_out",
+    "gpt_neox.layers.3",
+    "model.layers.3",
+    "model.language_model.layers.3",
+    "transformer.h.3",
+]
+OTHER_HOOKS = [
+    "blocks.0.mlp.hook_post",
+    "blocks.0.attn.q.hook_out",
+    "blocks.0.mlp.in.hook_out",
+    "unembed.hook_out",
+    "model.layers.3.mlp.up_proj",
+    "model.vision_tower.encoder.layers.3",
+]
+
+
+@pytest.mark.parametrize("name", RESIDUAL_HOOKS)
+def test_a_wrong_d_in_on_the_residual_stream_is_an_error(name):
+    FOLDER_SHAPE.check_width([name], 64)
+    message = f"`d_in` must be 64, the width of the model at {name!r}; got 512"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FOLDER_SHAPE.check_width([name], 512)
+
+
+@pytest.mark.parametrize("name", OTHER_HOOKS)
+def test_the_width_elsewhere_is_not_guessed(name):
+    FOLDER_SHAPE.check_width([name], 512)
+
+
+def test_what_is_said_of_residual_hooks_is_true_of_the_models(bridges, hf_model, model):
+    tokens = torch.arange(1, 5).view(1, 4)
+    for lm in (*bridges.values(), hf_model, model):
+        shape = as_model(lm).shape
+        _, cache = lm.run_with_cache(tokens)
+        for name in set(cache) & set(lm.hook_dict):
+            acts = cache[name]
+            if isinstance(acts, torch.Tensor) and acts.ndim >= 3:
+                shape.check_width([name], acts.flatten(2).shape[-1])
+
+
+def test_hooks_of_different_widths_are_an_error_that_names_them():
+    message = "same width; got hook_embed: 16, blocks.0.mlp.hook_post: 32. Choose"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_widths({"hook_embed": 16, "blocks.0.mlp.hook_post": 32}, 16)
+
+
+def test_a_measured_width_that_is_not_d_in_is_an_error():
+    check_widths({POST[0]: 16, POST[1]: 16}, 16)
+    with pytest.raises(ValueError, match=r"`d_in` must be 16.*at 'blocks.0.*; got 32"):
+        check_widths({POST[0]: 16, POST[1]: 16}, 32)
+
+
+# The hash of the weights
+
+
+def test_the_weights_hash_depends_on_the_weights_alone(model, tokenizer):
+    first = as_model(model).weights_hash()
+    assert as_model(tiny_model(tokenizer)).weights_hash() == first
+    model.train().requires_grad_(False)
+    model(torch.ones(1, 4, dtype=torch.long))
+    assert as_model(model).weights_hash() == first
+
+
+@pytest.mark.parametrize("size", [16, 512 * 16])
+def test_the_weights_hash_changes_with_any_parameter(model, size):
+    first = as_model(model).weights_hash()
+    parameters = [p for p in model.parameters() if p.numel() == size]
+    for parameter in parameters:
+        saved = parameter.data.clone()
+        parameter.data += 1e-6
+        assert as_model(model).weights_hash() != first
+        parameter.data = saved
+    assert len(parameters) > 1
+    assert as_model(model).weights_hash() == first
+
+
+def test_the_weights_hash_changes_with_dtype_and_shapes(model, tokenizer):
+    first = as_model(model).weights_hash()
+    assert as_model(model.to(torch.bfloat16)).weights_hash() != first
+    assert as_model(tiny_model(tokenizer, n_ctx=N_CTX + 1)).weights_hash() != first

@@ -25,8 +25,9 @@ from sae_lens_multilayer.analysis import (
     compare_with_single_layers,
     transfer_matrix,
 )
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.sweeps import run as run_module
-from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 N_LAYERS = 3
@@ -157,12 +158,8 @@ def test_the_command_and_the_folders_that_analyze_takes(
     deep, token_dataset, held_out, tmp_path, monkeypatch, offline, capsys
 ):
     # `offline` has replaced the models by one of two layers.
-    monkeypatch.setattr(run_model, "load_any_model", lambda cfg: deep)
-    monkeypatch.setattr(
-        run_model.hooks,
-        "shape_of_named_model",
-        lambda *args: run_model.hooks.shape_of_model(deep),
-    )
+    monkeypatch.setattr(loading, "load_model", lambda *_: deep)
+    monkeypatch.setattr(loading, "shape_by_name", lambda *_: as_model(deep).shape)
     token_dataset.to_parquet(tmp_path / "train.parquet")
     held_out.to_parquet(tmp_path / "test.parquet")
     content = {

@@ -26,9 +26,10 @@ from sae_lens_multilayer import (
 from sae_lens_multilayer.analysis import Variances, active_layers, decoder_similarity
 from sae_lens_multilayer.analysis import variances as variances_of
 from sae_lens_multilayer.files import alone_in
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.sweeps import run as run_module
 from sae_lens_multilayer.sweeps.points import combine, make_points
-from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 BASE: dict[str, Any] = {
@@ -401,15 +402,15 @@ class TestModels:
         }
         loaded: list[str] = []
 
-        def load(cfg: MultiLayerConfig[Any]) -> Any:
+        def load(cfg: MultiLayerConfig[Any], hook_names: Any = None) -> Any:
             loaded.append(cfg.model_name)
             return models[cfg.model_name]
 
         def shape(model_class_name, model_name, kwargs=None):
-            return run_model.hooks.shape_of_model(models[model_name])
+            return as_model(models[model_name]).shape
 
-        monkeypatch.setattr(run_model, "load_any_model", load)
-        monkeypatch.setattr(run_model.hooks, "shape_of_named_model", shape)
+        monkeypatch.setattr(loading, "load_model", load)
+        monkeypatch.setattr(loading, "shape_by_name", shape)
         token_dataset.to_parquet(tmp_path / "train.parquet")
         held_out.to_parquet(tmp_path / "test.parquet")
         monkeypatch.chdir(tmp_path)

@@ -56,7 +56,8 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
     views,
 )
-from sae_lens_multilayer.training import run_folder, run_model
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.training import run_folder
 from sae_lens_multilayer.training import runner as runner_module
 from sae_lens_multilayer.training import trainer as trainer_module
 from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
@@ -814,7 +815,7 @@ class TestEarlyErrors:
             calls.append(args)
             raise AssertionError("A model was loaded.")
 
-        monkeypatch.setattr(run_model, "load_any_model", load)
+        monkeypatch.setattr(loading, "load_model", load)
         return calls
 
     def check(self, config, loads, error, match):

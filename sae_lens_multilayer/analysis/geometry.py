@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.models.kinds import as_model
 
 _ELEMENTS = 2**24
 """Cosine similarities held at a time: 64 MiB of float32."""
@@ -160,13 +160,9 @@ def _unit(vectors: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
 
 def token_embeddings(model: Any) -> Float[Tensor, "d_vocab d_model"]:
     """The embedding of each token, of any kind of model the host can load."""
-    if isinstance(model, HookedProxyLM):
-        return model.model.get_input_embeddings().weight.detach()  # type: ignore[operator, union-attr, return-value]
-    return model.W_E.detach()
+    return as_model(model).token_embeddings
 
 
 def token_unembeddings(model: Any) -> Float[Tensor, "d_vocab d_model"]:
     """The direction that each token's logit reads, after the final norm."""
-    if isinstance(model, HookedProxyLM):
-        return model.model.get_output_embeddings().weight.detach()  # type: ignore[operator, union-attr, return-value]
-    return model.W_U.detach().T
+    return as_model(model).token_unembeddings

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict, Unpack
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
-from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
+from sae_lens_multilayer.lens.carrier import check_lenses
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.shape import check_widths
 from sae_lens_multilayer.text.prompts import PromptBatches, check_positions
 
 _CALLS_FROM_USER = 7
@@ -120,14 +121,17 @@ class TokenStream:
         """
         sae = encoder.sae if encoder is not None else sae
         self._d_in: int | None = None if sae is None else sae.cfg.d_in
-        check_model(model, hook_names, self._d_in)
+        model = as_model(model)
+        model.check_no_saes_attached()
+        if self._d_in is not None:
+            model.shape.check_width(hook_names, self._d_in)
         check_lenses(model, [] if sae is None else [sae], _CALLS_FROM_USER)
-        own_names = hooks.model_hook_names(model, hook_names)
+        model.own_hook_names(hook_names)
         head_index = None if sae is None else sae.cfg.metadata.hook_head_index
         model_name = "the model" if sae is None else str(sae.cfg.metadata.model_name)
         self.hook_names = list(hook_names)
         self._model, self._encoder = model, encoder
-        self._own_names, self._heads = own_names, [head_index] * len(own_names)
+        self._heads = [head_index] * len(self.hook_names)
         self._batches = PromptBatches(
             model, model_name, tokens, n_prompts, batch_size_prompts, repeatable
         )
@@ -150,9 +154,9 @@ class TokenStream:
     def _vectors(
         self, prompts: Tensor, prompt: Tensor, position: Tensor
     ) -> Float[Tensor, "token layer d_in"]:
-        by_hook = hook_vectors(self._model, self._own_names, self._heads, prompts)
+        by_hook = self._model.vectors(prompts, self.hook_names, self._heads)
         widths = dict(zip(self.hook_names, (v.shape[-1] for v in by_hook), strict=True))
-        hooks.check_widths(widths, self._d_in or by_hook[0].shape[-1])
+        check_widths(widths, self._d_in or by_hook[0].shape[-1])
         device = by_hook[0].device
         where = prompt.to(device), position.to(device)
         return torch.stack([v.to(device)[where] for v in by_hook], dim=1)

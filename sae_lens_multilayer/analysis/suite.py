@@ -11,7 +11,6 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.active import check_latents
 from sae_lens_multilayer.analysis.active_layers import ActiveLayerCounts
 from sae_lens_multilayer.analysis.distributions import (
@@ -46,6 +45,7 @@ from sae_lens_multilayer.analysis.variances import VarianceSums
 from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.files import check_free
 from sae_lens_multilayer.lens.carrier import lens_of
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.sae.views import hook_names_of
 
 Analysis = Literal[
@@ -115,7 +115,7 @@ class Suite:
             missing.add("residual_stream_after_lens")
         if of_heads:
             missing.add("evaluation")
-        if self._sae.cfg.d_in != hooks.shape_of_model(self._model).d_model:
+        if self._sae.cfg.d_in != as_model(self._model).shape.d_model:
             missing |= {"token_embeddings", "token_unembeddings"}
         if of_heads or not self._single_layers:
             missing.add("single_layer_comparison")

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from simple_parsing import field as option
 from torch import Tensor
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.suite import first_position_ratio
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.published.loader import (
     has_published_files,
     own_or_mlsae_disk_loader,
@@ -31,7 +32,6 @@ from sae_lens_multilayer.text.held_out import (
     excluded_token_ids,
     prompts_of_text,
 )
-from sae_lens_multilayer.training import run_model
 
 _OF_TRAINING: dict[str, Any] = {
     "model_name": None,
@@ -226,8 +226,8 @@ def load_model_and_tokens(
         ValueError: If the text is too short, or as the store.
     """
     check_n_tokens(options.n_tokens)
-    model = run_model.load_any_model(cfg)
-    width = hooks.shape_of_model(model).d_model if d_in is None else d_in
+    model = loading.load_model(cfg)
+    width = as_model(model).shape.d_model if d_in is None else d_in
     # Of the SAE, the store looks at the width alone.
     cfg.sae = MultiLayerTrainingSAEConfig(d_in=width, d_sae=width, k=1)
     tokens = prompts_of_text(model, cfg, options.n_tokens, options.batch_size_prompts)

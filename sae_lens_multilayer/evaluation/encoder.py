@@ -9,7 +9,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics, LayerSums
-from sae_lens_multilayer.hooks import check_widths
+from sae_lens_multilayer.models.shape import check_widths
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.sae.views import hook_names_of, views
 

@@ -23,7 +23,9 @@ from sae_lens_multilayer.evaluation.splicing import (
     Splicer,
     make_splicer,
 )
-from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
+from sae_lens_multilayer.lens.carrier import check_lenses
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.text.prompts import (
     check_integers,
     check_positions,
@@ -160,6 +162,7 @@ def evaluate(
         ("keep_positions", keep_positions),
     ]:
         check_integers(name, values)
+    model = as_model(model)
     codec = Codec(sae)
     _check_no_heads(codec)
     _check_model(codec, model)
@@ -183,7 +186,7 @@ def evaluate(
         use_error_term=use_error_term,
         together=hooks_together,
     )
-    prompts = prompts.to(hooks.device_of_model(model))
+    prompts = prompts.to(model.device)
     batches = prompts.split(batch_size_prompts)
     if ablation == "mean":
         evaluation.find_means(batches)
@@ -221,9 +224,10 @@ def reconstruction_metrics(
         ValueError: As `evaluate`, but prompts of one token and SAEs of one attention
             head are measured.
     """
+    model = as_model(model)
     codec = Codec(sae)
     _check_model(codec, model)
-    own_names = hooks.model_hook_names(model, codec.hook_names)
+    model.own_hook_names(codec.hook_names)
     heads = [one.cfg.metadata.hook_head_index for one in codec.saes]
     prompts = take_prompts(
         model, codec.model_name, tokens, n_prompts, batch_size_prompts
@@ -233,7 +237,7 @@ def reconstruction_metrics(
         prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
     ):
         counted = ~excluded.of(batch)
-        for hook, x in enumerate(hook_vectors(model, own_names, heads, batch)):
+        for hook, x in enumerate(model.vectors(batch, codec.hook_names, heads)):
             codec.reconstruct(hook, x, counted)
     return codec.compute()
 
@@ -396,9 +400,10 @@ def _with_error(
     return (wide + (x.to(dtype) - wide)).to(x.dtype)
 
 
-def _check_model(codec: Codec, model: Any) -> None:
+def _check_model(codec: Codec, model: Model) -> None:
+    model.check_no_saes_attached()
     for name, sae in zip(codec.hook_names, codec.saes, strict=True):
-        check_model(model, [name], sae.cfg.d_in)
+        model.shape.check_width([name], sae.cfg.d_in)
     check_lenses(model, codec.saes, stacklevel=6)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.models.model import Model
 
 LENS_PREFIX = "lens."
 """What stands before the names of a lens' tensors in the state dict of an SAE."""
@@ -163,3 +164,19 @@ def saved_lens(folder: Path) -> LayerLens | None:
         raise ValueError(f"The lens of the SAE in {folder}: {error}") from error
     lens.load_state_dict(tensors, assign=True)
     return lens
+
+
+def check_lenses(model: Model, saes: Iterable[SAE[Any]], stacklevel: int) -> None:
+    """Check that the lenses of these SAEs were made for this model.
+
+    Raises:
+        ValueError: If one has another width or depth.
+    """
+    # Views share the lens of their SAE, and hashing a model takes long.
+    lenses = {
+        (lens.config.unembed_hash, lens.config.n_layers, lens.config.d_in): lens
+        for lens in map(lens_of, saes)
+        if lens is not None
+    }
+    for lens in lenses.values():
+        lens.check_model(model, stacklevel)

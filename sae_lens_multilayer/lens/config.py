@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
+from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.sae.config import check_size
 
 Alignment = Literal["tuned_lens", "reference"]
@@ -111,7 +112,7 @@ class LensConfig:
             unembed_hash=stated.unembed_hash,
         )
 
-    def check_shape(self, shape: hooks.ModelShape, model_name: str) -> None:
+    def check_shape(self, shape: ModelShape, model_name: str) -> None:
         """Raise ValueError if the lens is of another width or depth than the model."""
         if (self.n_layers, self.d_in) != (shape.n_layers, shape.d_model):
             raise ValueError(

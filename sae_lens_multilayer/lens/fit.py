@@ -8,28 +8,22 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from tuned_lens import TunedLens
 from tuned_lens.nn.lenses import TunedLensConfig
 from tuned_lens.nn.unembed import Unembed
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.files import (
     check_writable,
     complete_or_absent,
     free_path,
 )
-from sae_lens_multilayer.forward import check_model
 from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.sae.config import check_size
 from sae_lens_multilayer.text.prompts import check_prompts
-from sae_lens_multilayer.unembedding import (
-    ModelUnembed,
-    final_norm_of_hf_model,
-    name_of_model,
-)
 
 Optimizer = Literal["sgd", "adam"]
 
@@ -45,15 +39,15 @@ def new_tuned_lens(model: Any) -> TunedLens:
     model for a `.config`.
 
     Args:
-        model: As for `ModelUnembed`.
+        model: As for `as_model`.
     """
-    shape = hooks.shape_of_model(model)
+    model = as_model(model)
     config = TunedLensConfig(
-        base_model_name_or_path=name_of_model(model),
-        d_model=shape.d_model,
-        num_hidden_layers=shape.n_layers,
+        base_model_name_or_path=model.name,
+        d_model=model.shape.d_model,
+        num_hidden_layers=model.shape.n_layers,
     )
-    lens = TunedLens(ModelUnembed(model), config)
+    lens = TunedLens(model.unembed(), config)
     return lens.to(lens.unembed.unembedding.weight.device)
 
 
@@ -115,6 +109,7 @@ def fit_tuned_lens(
     References:
         Belrose et al. (2023), arXiv:2303.08112, and tuned-lens' `train_loop.py`.
     """
+    model = as_model(model)
     tokens = _check_input(model, tokens, forward_batch_size_prompts)
     _check_settings(n_steps, batch_size_prompts, lr, weight_decay, max_grad_norm)
     if output_path is not None:
@@ -166,6 +161,7 @@ def lens_kl(
         ValueError: If the lens is of another width or depth, the model has SAEs
             attached, or `tokens` are not what it can run.
     """
+    model = as_model(model)
     tokens = _check_input(model, tokens, forward_batch_size_prompts)
     lens = lens or new_tuned_lens(model)
     _check_lens(lens, model)
@@ -179,12 +175,11 @@ def lens_kl(
 
 
 def _check_input(
-    model: Any, tokens: object, forward_batch_size_prompts: int
+    model: Model, tokens: object, forward_batch_size_prompts: int
 ) -> Int[Tensor, "prompt pos"]:
-    hooks.shape_of_model(model)  # a model of another kind is an error
-    check_model(model, [], None)
+    model.check_no_saes_attached()
     check_size("forward_batch_size_prompts", forward_batch_size_prompts)
-    return check_prompts(model, name_of_model(model), tokens)
+    return check_prompts(model, model.name, tokens)
 
 
 def _check_settings(
@@ -205,17 +200,17 @@ def _check_settings(
         raise ValueError(f"`max_grad_norm` must be positive; got {max_grad_norm}.")
 
 
-def _check_differentiable(model: Any) -> None:
-    if next(model.parameters()).is_inference():
+def _check_differentiable(model: Model) -> None:
+    if next(model.module.parameters()).is_inference():
         raise ValueError(
             "The model must be one that gradients can pass through; this one was made "
             "in `torch.inference_mode()`. Load it outside of that."
         )
 
 
-def _check_lens(lens: TunedLens, model: Any) -> None:
+def _check_lens(lens: TunedLens, model: Model) -> None:
     config = LensConfig.from_tuned_lens(lens.config, ["blocks.0.hook_resid_pre"])
-    config.check_shape(hooks.shape_of_model(model), name_of_model(model))
+    config.check_shape(model.shape, model.name)
 
 
 def _optimizer(
@@ -274,7 +269,7 @@ def _batches(
 
 
 def _backward(
-    model: Any, lens: TunedLens, batch: Tensor, forward_batch_size_prompts: int
+    model: Model, lens: TunedLens, batch: Tensor, forward_batch_size_prompts: int
 ) -> Float[Tensor, " n_layers"]:
     """Add the gradient of the mean KL of each layer; give these means."""
     losses = torch.zeros(len(lens), dtype=torch.float64)
@@ -302,39 +297,15 @@ def _kl(log_p: Tensor, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _run(
-    model: Any, unembed: Unembed, tokens: Tensor
+    model: Model, unembed: Unembed, tokens: Tensor
 ) -> tuple[list[Tensor], Float[Tensor, "prompt pos d_vocab"]]:
     """The residual stream before each block and after the last; log-probabilities."""
-    tokens = tokens.to(unembed.unembedding.weight.device)
-    run = _run_hf_model if isinstance(model, HookedProxyLM) else _run_hooked_model
-    streams, logits = run(model, tokens)
+    streams, logits = model.residual_streams(tokens)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return streams, logits.to(dtype).log_softmax(-1)
 
 
-def _run_hf_model(model: HookedProxyLM, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-    hf_model: Any = model.model
-    last: list[Tensor] = []
-    norm = final_norm_of_hf_model(hf_model)
-    # The last of `hidden_states` is after the final norm.
-    handle = norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
-    try:
-        output = hf_model(tokens, output_hidden_states=True, use_cache=False)
-    finally:
-        handle.remove()
-    return [*output.hidden_states[:-1], *last], output.logits
-
-
-def _run_hooked_model(model: Any, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-    n_layers = hooks.shape_of_model(model).n_layers
-    wanted = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
-    wanted.append(f"blocks.{n_layers - 1}.hook_resid_post")
-    names = hooks.model_hook_names(model, wanted)
-    logits, cache = model.run_with_cache(tokens, names_filter=names)
-    return [cache[name] for name in names], logits
-
-
-def _check_head(model: Any, unembed: Unembed, tokens: Tensor) -> None:
+def _check_head(model: Model, unembed: Unembed, tokens: Tensor) -> None:
     streams, log_p = _run(model, unembed, tokens)
     with torch.no_grad():
         kl = _kl(log_p, unembed(streams[-1])).item() / tokens.numel()

@@ -19,7 +19,7 @@ from typing_extensions import override
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.config import Alignment, LensConfig, translator_of
 from sae_lens_multilayer.lens.tuned_lens_files import check_tensors, read_tuned_lens
-from sae_lens_multilayer.unembedding import name_of_model, unembedding_hash
+from sae_lens_multilayer.models.kinds import as_model
 
 HookFunction = Callable[..., Tensor]
 
@@ -247,7 +247,7 @@ class LayerLens(nn.Module):
         """A hook name and function for `run_with_hooks`.
 
         The two directions in sequence leave the model as it was. A
-        SAETransformerBridge has names of its own: see `hooks.model_hook_names`.
+        SAETransformerBridge has names of its own: see `Model.own_hook_names`.
 
         Args:
             hook: Position on the layer axis, or hook name.
@@ -292,17 +292,17 @@ class LayerLens(nn.Module):
         Raises:
             ValueError: If it is of another width or depth.
         """
-        name = name_of_model(model)
-        self.config.check_shape(hooks.shape_of_model(model), name)
+        model = as_model(model)
+        self.config.check_shape(model.shape, model.name)
         stated = self.config.unembed_hash
         if stated is None:
             return
-        found = unembedding_hash(model)
+        found = model.unembedding_hash()
         if found != stated:
             warnings.warn(
                 "The tuned lens may be for another model: it was made for "
                 f"{self.config.base_model_name!r} with unembedding hash {stated}, and "
-                f"{name!r} has {found}. A HookedTransformer must be loaded with "
+                f"{model.name!r} has {found}. A HookedTransformer must be loaded with "
                 "`from_pretrained_no_processing`.",
                 stacklevel=stacklevel,
             )

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tuned_lens.nn.lenses import TunedLensConfig
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.carrier import LENS_PREFIX
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
+from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.published.origin import (
     Origin,
     find_origin,
@@ -241,7 +241,7 @@ def _lens(
     stated, tensors = translators
     config = LensConfig.from_tuned_lens(stated, origin.hook_names, "reference")
     lens = LayerLens.from_translators(config, tensors)
-    shape = hooks.ModelShape(origin.n_layers or stated.num_hidden_layers, d_in, None)
+    shape = ModelShape(origin.n_layers or stated.num_hidden_layers, d_in)
     lens.config.check_shape(shape, str(origin.model_name))
     return lens
 

@@ -12,6 +12,8 @@ from transformer_lens.loading_from_pretrained import (
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.models.loading import shape_by_name
+from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.published.releases import (
     PublishedName,
     nearest,
@@ -158,9 +160,9 @@ def _name_in(place: str) -> PublishedName | None:
     return next(filter(None, map(PublishedName.parse, parts)), None)
 
 
-def _shape_of(model_name: str) -> hooks.ModelShape:
+def _shape_of(model_name: str) -> ModelShape:
     try:
-        shape = hooks.shape_of_named_model("HookedTransformer", model_name)
+        shape = shape_by_name("HookedTransformer", model_name)
     except ValueError as error:
         raise ValueError(
             f"The MLSAE was trained on {model_name!r}, which is not a model that "

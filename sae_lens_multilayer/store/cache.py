@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import read_tensors
 from sae_lens_multilayer.fingerprints import checksum
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.manifest import Manifest, explain
 from sae_lens_multilayer.store.shards import Shard, ShardTokens
@@ -86,9 +87,9 @@ class ActivationCache:
         return self.manifest.hook_names
 
     @property
-    def model_shape(self) -> hooks.ModelShape:
+    def model_shape(self) -> ModelShape:
         """Of the model that it was harvested from; its longest context is not kept."""
-        return hooks.ModelShape(self.manifest.n_layers, self.manifest.d_model, None)
+        return ModelShape(self.manifest.n_layers, self.manifest.d_model)
 
     @cached_property
     def identity(self) -> int:
@@ -330,4 +331,4 @@ class CachedActivationsStore(MultiLayerActivationsStore):
                 len(tokens),
                 n_prompts,
             )
-        return tokens.to(hooks.device_of_model(self.model))
+        return tokens.to(as_model(self.model).device)

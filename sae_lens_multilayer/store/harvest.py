@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import (
     check_free,
@@ -28,6 +27,8 @@ from sae_lens_multilayer.files import (
     write_whole,
 )
 from sae_lens_multilayer.fingerprints import checksum
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.ranks import check_one_process
 from sae_lens_multilayer.store.cache import (
     EVALUATION_FILENAME,
@@ -47,7 +48,6 @@ from sae_lens_multilayer.store.manifest import (
 )
 from sae_lens_multilayer.store.shards import Shard, ShardInMemory, describe
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
-from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_folder import remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -104,9 +104,7 @@ class MultiLayerCacheActivationsRunner:
             check_no_lost_manifest(self.path)
             check_free(self.path)
         self.model = (
-            override_model
-            if override_model is not None
-            else run_model.load_any_model(cfg)
+            override_model if override_model is not None else loading.load_model(cfg)
         )
         self._dataset, self._has_begun = override_dataset, False
         self.activations_store = self._make_store(override_dataset)
@@ -123,7 +121,7 @@ class MultiLayerCacheActivationsRunner:
 
     def _plan(self, shard_bytes: int, block_bytes: int) -> Manifest:
         store = self.activations_store
-        shape = hooks.shape_of_model(self.model)
+        shape = as_model(self.model).shape
         excluded = store.exclude_special_tokens
         split = getattr(store.dataset, "split", None)
         itemsize = store.dtype.itemsize

@@ -11,7 +11,8 @@ from sae_lens.util import dtype_to_str, str_to_dtype
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import read_json
-from sae_lens_multilayer.fingerprints import tokenizer_hash, weights_hash
+from sae_lens_multilayer.fingerprints import tokenizer_hash
+from sae_lens_multilayer.models.kinds import as_model
 
 MANIFEST_FILENAME = "manifest.json"
 SHARD_FOLDERS = "shard-*"
@@ -203,9 +204,10 @@ def settings_of(cfg: MultiLayerConfig[Any]) -> dict[str, Any]:
 
 def hashes_of(model: Any) -> dict[str, str | None]:
     """What a model and its tokenizer are known by."""
+    model = as_model(model)
     return {
-        "weights_hash": weights_hash(model),
-        "tokenizer_hash": tokenizer_hash(getattr(model, "tokenizer", None)),
+        "weights_hash": model.weights_hash(),
+        "tokenizer_hash": tokenizer_hash(model.tokenizer),
     }
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import read_tensors
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.buffer import ShuffleBuffer
 from sae_lens_multilayer.store.place import Harvest, Place, still_waiting
@@ -43,7 +44,7 @@ class MultiLayerActivationsStore(ResumableTokens):
     """
 
     hook_names: list[str]
-    _own_hook_names: list[str]
+    _lm: Model
     _generator: torch.Generator
     _buffer: ShuffleBuffer | None = None
     _n_model_batches: int = 0
@@ -75,10 +76,10 @@ class MultiLayerActivationsStore(ResumableTokens):
         """
         if override_dataset is None and not cfg.dataset_path:
             raise ValueError("Give `dataset_path`, or a dataset to the runner.")
-        shape = hooks.shape_of_model(model)
-        hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
-        names = cfg.resolve_hook_names(shape.n_layers)
-        own_names = hooks.model_hook_names(model, names)
+        lm = as_model(model)
+        lm.shape.check_context_size(cfg.context_size, cfg.model_name)
+        names = cfg.resolve_hook_names(lm.shape.n_layers)
+        lm.own_hook_names(names)
         dataset = resolve_dataset(
             override_dataset if override_dataset is not None else cfg.dataset_path,
             cfg.context_size,
@@ -86,23 +87,22 @@ class MultiLayerActivationsStore(ResumableTokens):
             cfg.disable_concat_sequences,
             cfg.use_chat_formatting,
         )
-        store = super().from_config(model, cfg, override_dataset=dataset)  # type: ignore[arg-type]
+        store = super().from_config(lm.module, cfg, override_dataset=dataset)  # type: ignore[arg-type]
         assert isinstance(store, cls)
         store.hook_name, store.hook_names = names[0], names
-        store._own_hook_names = own_names
+        store._lm = lm
         store._generator = torch.Generator().manual_seed(cfg.seed)
         assert store.dataset is not None
         store.dataset = ranks.own_rows(store.dataset)
         store._harvests = []
-        hooks.check_widths(store.measure_widths(), cfg.sae.d_in)
+        lm.check_hook_widths(
+            names, cfg.sae.d_in, head_indices=store._head_indices, **store.model_kwargs
+        )
         return store
 
-    @torch.no_grad()
-    def measure_widths(self) -> dict[str, int]:
-        """Run the model on one token and measure the width at each hook."""
-        token = torch.zeros(1, 1, dtype=torch.long)
-        acts = self._run_model(token.to(hooks.device_of_model(self.model)), slice(None))
-        return {name: act.shape[-1] for name, act in acts.items()}
+    @property
+    def _head_indices(self) -> list[int | None]:
+        return [self.hook_head_index] * len(self.hook_names)
 
     @override
     @torch.no_grad()
@@ -113,26 +113,18 @@ class MultiLayerActivationsStore(ResumableTokens):
 
         Positions outside `seqpos_slice` are left out.
         """
-        return self._run_model(batch_tokens, slice(*self.seqpos_slice))
-
-    def _run_model(self, batch_tokens: Tensor, positions: slice) -> dict[str, Tensor]:
         with torch.autocast(
-            device_type=batch_tokens.device.type,
+            device_type=self._lm.device.type,
             dtype=torch.bfloat16,
             enabled=self.autocast_lm,
         ):
-            _, cache = self.model.run_with_cache(
-                batch_tokens,
-                names_filter=list(self._own_hook_names),
-                stop_at_layer=hooks.stop_at_layer(self._own_hook_names),
-                prepend_bos=False,
-                **self.model_kwargs,
+            vectors = self._lm.vectors(
+                batch_tokens, self.hook_names, self._head_indices, **self.model_kwargs
             )
+        positions = slice(*self.seqpos_slice)
         return {
-            name: one_vector_per_position(
-                cache[own][:, positions], self.hook_head_index
-            )
-            for name, own in zip(self.hook_names, self._own_hook_names, strict=True)
+            name: x[:, positions]
+            for name, x in zip(self.hook_names, vectors, strict=True)
         }
 
     @override
@@ -261,7 +253,7 @@ class MultiLayerActivationsStore(ResumableTokens):
         prompts, self._epoch_has_ended = next_rows(self, self.store_batch_size_prompts)
         if prompts is not None:
             self._n_model_batches += 1
-            hooks.check_token_ids(self.model, prompts)
+            self._lm.check_tokens(prompts)
         return prompts
 
     @property
@@ -302,7 +294,6 @@ class MultiLayerActivationsStore(ResumableTokens):
         Raises:
             NonFiniteActivationError: If one is NaN or infinite.
         """
-        prompts = prompts.to(hooks.device_of_model(self.model))
         for name, acts in self.get_multi_hook_activations(prompts).items():
             vectors = acts.flatten(0, 1).to(self.device)[rows].to(self.dtype)
             self._check_finite(vectors, name)
@@ -409,19 +400,3 @@ class MultiLayerActivationsStore(ResumableTokens):
             here = ((in_batch >= 0) & (in_batch < len(kept))).to(slots.device)
             rows = kept[in_batch.to(slots.device)[here]]
             self._write(harvest.prompts, rows, slots[here], buffer)
-
-
-def one_vector_per_position(
-    acts: Float[Tensor, "prompt pos *head d_in"], head_index: int | None
-) -> Float[Tensor, "prompt pos d_vector"]:
-    """Choose one head of a hook that has heads, or put the heads end to end.
-
-    Raises:
-        ValueError: If a head is chosen at a hook without heads.
-    """
-    if head_index is not None and acts.ndim != 4:
-        raise ValueError(
-            "`hook_head_index` must be None at a hook without heads; got "
-            f"{head_index} for activations of shape {tuple(acts.shape)}."
-        )
-    return acts.flatten(2) if head_index is None else acts[:, :, head_index]

@@ -14,6 +14,8 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis import Comparison, TransferMatrix, transfer_matrix
 from sae_lens_multilayer.files import complete_or_absent
 from sae_lens_multilayer.lens.carrier import lens_of
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures.matplotlib_figures import (
     plot_comparison,
     plot_transfer_matrix,
@@ -123,11 +125,10 @@ def train_and_compare(
 
 def _points(base: Settings, model: Any | None) -> list[dict[str, Any]]:
     """All layers, and each by itself."""
-    shape = None if model is None else hooks.shape_of_model(model)
+    shape = None if model is None else as_model(model).shape
     cfg = make_points(base, [{"name": MULTI_LAYER}], shape)[0].cfg
     if shape is None:
-        kwargs = cfg.model_from_pretrained_kwargs
-        shape = hooks.shape_of_named_model(cfg.model_class_name, cfg.model_name, kwargs)
+        shape = loading.named_shape(cfg)
     if shape is not None:
         names = cfg.resolve_hook_names(shape.n_layers)
     elif cfg.layers is not None or cfg.hook_names is not None:

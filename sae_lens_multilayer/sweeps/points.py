@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import quote
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.config_files import (
     check_known,
@@ -17,6 +16,8 @@ from sae_lens_multilayer.config_files import (
     mapping,
     sae_config_class,
 )
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.sae.config import ARCHITECTURE
 
 EXPANSION_FACTOR = "expansion_factor"
@@ -81,7 +82,7 @@ def combine(points: Sequence[Settings], others: Sequence[Settings]) -> list[Sett
 
 
 def make_points(
-    base: Settings, points: Sequence[Settings], shape: hooks.ModelShape | None = None
+    base: Settings, points: Sequence[Settings], shape: ModelShape | None = None
 ) -> list[Point]:
     """The runs of a sweep, with checked configs; no model is loaded.
 
@@ -139,7 +140,7 @@ def _check_places(varied: Settings) -> None:
 
 
 def _merge(
-    base: Settings, varied: Settings, shape: hooks.ModelShape | None
+    base: Settings, varied: Settings, shape: ModelShape | None
 ) -> dict[str, Any]:
     """The settings of a run, with those of its SAE in `sae`."""
     # What the base says of places, as a saved run's config does, is not of a point.
@@ -181,11 +182,11 @@ def _check_names(of_run: Settings, of_sae: Settings) -> None:
     check_known([*of_sae], [*_OF_RUN, *known, "architecture", EXPANSION_FACTOR])
 
 
-def _shape_of(of_run: Settings) -> hooks.ModelShape | None:
+def _shape_of(of_run: Settings) -> ModelShape | None:
     def setting(name: str) -> Any:
         return of_run.get(name, getattr(MultiLayerConfig, name, None))
 
-    return hooks.shape_of_named_model(
+    return loading.shape_by_name(
         setting("model_class_name"),
         setting("model_name"),
         of_run.get("model_from_pretrained_kwargs"),

@@ -11,9 +11,9 @@ from sae_lens.config import HfDataset
 from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer import hooks
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import alone_in, check_writable, write_whole
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures.matplotlib_figures import save_figure
 from sae_lens_multilayer.pictures.sweep_figures import plot_sweep
 from sae_lens_multilayer.sweeps.evaluation import (
@@ -105,7 +105,7 @@ class Runs:
         given: Given,
     ) -> None:
         """Check all points; no model is loaded. See `sweep`."""
-        shape = None if given.model is None else hooks.shape_of_model(given.model)
+        shape = None if given.model is None else as_model(given.model).shape
         self.points = make_points(base, points, shape)
         self.folder = Path(folder).expanduser()
         self._evaluation = evaluation

@@ -1,6 +1,5 @@
 """The model and the held-out prompts of a sweep's points: loaded when needed, once."""
 
-import copy
 import gc
 import json
 from collections.abc import Sequence
@@ -9,12 +8,11 @@ from typing import Any
 
 from sae_lens.config import HfDataset
 
-from sae_lens_multilayer import hooks
-from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.sweeps.evaluation import HeldOut, SweepEvaluation, held_out
 from sae_lens_multilayer.sweeps.points import Point
 from sae_lens_multilayer.text.dataset import resolve_dataset
-from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_lens import lens_of_run
 
 _OF_MODEL = (
@@ -92,13 +90,13 @@ class Workbench:
                 f"All points must be of the model that was given; {_OF_MODEL} must "
                 "not vary. Sweep over models by name."
             )
-        shape = None if given is None else hooks.shape_of_model(given)
+        shape = None if given is None else as_model(given).shape
         for point in self._points:
             lens = lens_of_run(point.cfg)
             if shape is None:
-                run_model.check_named_model(point.cfg, lens)
+                loading.check_named_model(point.cfg, lens)
             else:
-                run_model.check_shape(point.cfg, shape, lens)
+                loading.check_shape(point.cfg, shape, lens)
 
     def load(self, point: Point) -> tuple[Any, HeldOut]:
         """The model of a point and its held-out prompts."""
@@ -107,7 +105,7 @@ class Workbench:
             if self.given.model is None:
                 self._model = None
                 gc.collect()  # before the next one takes its place
-                self._model = run_model.load_any_model(self._config_to_load(point))
+                self._model = loading.load_model(point.cfg, self._hook_names(point))
             self._current = model_of(point)
         if self._held_out is None:
             self._held_out = held_out(
@@ -119,20 +117,17 @@ class Workbench:
             )
         return self._model, self._held_out
 
-    def _config_to_load(self, point: Point) -> MultiLayerConfig[Any]:
-        """A config with the hooks of all points of the model.
+    def _hook_names(self, point: Point) -> list[str] | None:
+        """The hooks of all points with the model of this one; None if unknown.
 
-        A model of Hugging Face has those only that it is loaded for.
+        A Hugging Face model has only the hooks that it is loaded with.
         """
-        cfg = copy.copy(point.cfg)
-        shape = hooks.shape_of_named_model(
-            cfg.model_class_name, cfg.model_name, cfg.model_from_pretrained_kwargs
-        )
-        if shape is not None:
-            alike = [p for p in self._points if model_of(p) == model_of(point)]
-            names = [n for p in alike for n in p.cfg.resolve_hook_names(shape.n_layers)]
-            cfg.layers, cfg.hook_names = None, list(dict.fromkeys(names))
-        return cfg
+        shape = loading.named_shape(point.cfg)
+        if shape is None:
+            return None
+        alike = [p for p in self._points if model_of(p) == model_of(point)]
+        names = [n for p in alike for n in p.cfg.resolve_hook_names(shape.n_layers)]
+        return list(dict.fromkeys(names))
 
 
 def model_of(point: Point) -> str:

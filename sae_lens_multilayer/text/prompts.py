@@ -12,7 +12,7 @@ from jaxtyping import Int
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
-from sae_lens_multilayer import hooks
+from sae_lens_multilayer.models.kinds import as_model
 
 
 def take_prompts(
@@ -193,9 +193,7 @@ def check_prompts(
             are longer than the context.
     """
     prompts = _check_tokens(tokens)
-    hooks.check_token_ids(model, prompts)
-    shape = hooks.shape_of_model(model)
-    hooks.check_context_size(prompts.shape[1], shape, model_name)
+    as_model(model).check_tokens(prompts)
     return prompts
 
 

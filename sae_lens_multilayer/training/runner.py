@@ -41,10 +41,11 @@ from sae_lens_multilayer.files import (
     read_tensors,
 )
 from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
+from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.ranks import AgreedError
 from sae_lens_multilayer.store.cache import CachedActivationsStore
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
-from sae_lens_multilayer.training import run_model, trainer_state
+from sae_lens_multilayer.training import trainer_state
 from sae_lens_multilayer.training.batches import RunBatches
 from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.training.run_cache import cache_of_run, evaluates
@@ -154,10 +155,10 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         if override_model is None:
             if self._cache is not None and not evaluates(self.cfg):
                 return None
-            run_model.check_named_model(self.cfg, self._lens)
+            loading.check_named_model(self.cfg, self._lens)
         model = override_model
         if model is None:
-            model = run_model.load_any_model(self.cfg)
+            model = loading.load_model(self.cfg)
         if self._cache is not None:
             self._cache.check(self.cfg, model)
         return model

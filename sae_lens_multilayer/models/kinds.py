@@ -1,0 +1,169 @@
+"""The kinds of model that SAELens can train on, behind one interface.
+
+Each kind is a subclass of `Model` in this file, and nothing else in the package depends
+on the kind of a loaded model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import transformer_lens
+from sae_lens.load_model import HookedProxyLM
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sae_lens_multilayer.hooks import block_end
+from sae_lens_multilayer.models.model import Model
+from sae_lens_multilayer.models.shape import ModelShape
+from sae_lens_multilayer.models.unembed import ModelUnembed
+
+_FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
+
+
+class _TransformerLensModel(Model):
+    """A TransformerBridge, or another model with TransformerLens' `cfg` and hooks."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, ModelShape.of_config(module.cfg))
+
+    @property
+    @override
+    def name(self) -> str:
+        return self.module.cfg.model_name
+
+    @override
+    def residual_streams(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        last = self.shape.n_layers - 1
+        names = [f"blocks.{layer}.hook_resid_pre" for layer in range(last + 1)]
+        own_names = self.own_hook_names([*names, f"blocks.{last}.hook_resid_post"])
+        logits, cache = self._run(tokens, own_names)
+        return [cache[name] for name in own_names], logits
+
+    @property
+    @override
+    def token_embeddings(self) -> Tensor:
+        return self.module.W_E.detach()
+
+    @override
+    def _unembedding(self) -> tuple[Tensor, Tensor | None]:
+        return self.module.unembed.W_U.T, self.module.unembed.b_U
+
+    @override
+    def unembed(self) -> ModelUnembed:
+        norm = getattr(self.module, "ln_final", None) or nn.Identity()
+        soft_cap = getattr(self.module.cfg, "output_logits_soft_cap", None)
+        return ModelUnembed(norm, *self._unembedding(), soft_cap)
+
+
+class _HookedTransformer(_TransformerLensModel):
+    @override
+    def can_start_in_middle(self, hook_names: Sequence[str]) -> bool:
+        # With shortformer, every block adds the embedding of positions.
+        kind = self.module.cfg.positional_embedding_type
+        return kind != "shortformer" and None not in map(block_end, hook_names)
+
+    @override
+    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        stream, _, _, mask = self.module.input_to_embed(tokens.to(self.device))
+        return stream, mask
+
+    @override
+    def run_block(self, stream: Tensor, block: int, mask: Tensor | None) -> Tensor:
+        return self.module(
+            stream,
+            start_at_layer=block,
+            stop_at_layer=block + 1,
+            attention_mask=mask,
+        )
+
+    @override
+    def head(self, stream: Tensor) -> Tensor:
+        n_layers = self.shape.n_layers
+        return self.module(stream, start_at_layer=n_layers, return_type="logits")
+
+
+class _HuggingFaceModel(Model):
+    """A Hugging Face causal language model in SAELens' HookedProxyLM."""
+
+    def __init__(self, module: HookedProxyLM) -> None:
+        self._hf_model: Any = module.model
+        super().__init__(module, ModelShape.of_hf_config(self._hf_model.config))
+
+    @property
+    @override
+    def name(self) -> str:
+        return self._hf_model.config.name_or_path
+
+    @override
+    def residual_streams(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+        last: list[Tensor] = []
+        # The last of `hidden_states` is after the final norm.
+        handle = self._final_norm().register_forward_pre_hook(
+            lambda _, inputs: last.append(inputs[0])
+        )
+        try:
+            output = self._hf_model(
+                tokens.to(self.device), output_hidden_states=True, use_cache=False
+            )
+        finally:
+            handle.remove()
+        return [*output.hidden_states[:-1], *last], output.logits
+
+    @property
+    @override
+    def token_embeddings(self) -> Tensor:
+        return self._hf_model.get_input_embeddings().weight.detach()
+
+    def _final_norm(self) -> nn.Module:
+        decoder = self._hf_model.get_decoder()
+        for name in _FINAL_NORMS:
+            norm = getattr(decoder, name, None)
+            if isinstance(norm, nn.Module):
+                return norm
+        raise ValueError(
+            f"The model's decoder must hold its final norm as one of {_FINAL_NORMS}; "
+            f"{type(decoder).__name__} does not. Load it as a HookedTransformer."
+        )
+
+    @override
+    def _unembedding(self) -> tuple[Tensor, Tensor | None]:
+        unembedding = self._hf_model.get_output_embeddings()
+        if not isinstance(unembedding, nn.Linear):
+            raise ValueError(
+                "The model's output embedding must be a linear layer; got "
+                f"{type(unembedding).__name__}."
+            )
+        return unembedding.weight, unembedding.bias
+
+    @override
+    def unembed(self) -> ModelUnembed:
+        config = self._hf_model.config.get_text_config()
+        soft_cap = getattr(config, "final_logit_softcapping", None)
+        return ModelUnembed(self._final_norm(), *self._unembedding(), soft_cap)
+
+
+def as_model(raw: Any) -> Model:
+    """Wrap a loaded model of any kind; a `Model` is returned as it is.
+
+    Args:
+        raw: A HookedTransformer, a TransformerBridge, or SAELens' HookedProxyLM around
+            a Hugging Face model.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if isinstance(raw, Model):
+        return raw
+    if isinstance(raw, HookedProxyLM):
+        return _HuggingFaceModel(raw)
+    if getattr(getattr(raw, "cfg", None), "n_layers", None) is None:
+        raise ValueError(
+            "The model must be a HookedTransformer, a TransformerBridge or a Hugging "
+            f"Face causal language model loaded by SAELens; got {type(raw).__name__}."
+            " Wrap a Hugging Face model in sae_lens.load_model.HookedProxyLM(model, "
+            "tokenizer), or give its name or folder as `model_name`."
+        )
+    # TransformerLens 4 has no HookedTransformer.
+    if isinstance(raw, getattr(transformer_lens, "HookedTransformer", ())):
+        return _HookedTransformer(raw)
+    return _TransformerLensModel(raw)

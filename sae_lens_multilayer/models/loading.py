@@ -1,0 +1,187 @@
+"""Models by name: their shape before they are loaded, and loading them."""
+
+import difflib
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import sae_lens.load_model
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.models.model import missing_hook
+from sae_lens_multilayer.models.shape import ModelShape
+
+_HUB_KWARGS = ("revision", "trust_remote_code", "token", "cache_dir")
+
+
+def load_model(
+    cfg: MultiLayerConfig[Any], hook_names: Sequence[str] | None = None
+) -> Any:
+    """Load the model of a run: one of the kinds of SAELens, or a TransformerBridge.
+
+    Args:
+        hook_names: The hooks to install on a Hugging Face model; None: the run's.
+
+    Raises:
+        ValueError: If the model or `model_class_name` is unknown, or the model lacks a
+            hook.
+    """
+    kwargs = cfg.model_from_pretrained_kwargs or {}
+    if cfg.model_class_name == "TransformerBridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(
+            cfg.model_name, device=cfg.llm_device, **kwargs
+        )
+    if hook_names is None and cfg.model_class_name == "AutoModelForCausalLM":
+        shape = named_shape(cfg)
+        hook_names = None if shape is None else cfg.resolve_hook_names(shape.n_layers)
+    with _short_unknown_model_error(cfg.model_name):
+        return sae_lens.load_model.load_model(
+            cfg.model_class_name,
+            cfg.model_name,
+            device=cfg.llm_device,
+            model_from_pretrained_kwargs=kwargs,
+            hook_names=None if hook_names is None else list(hook_names),
+        )
+
+
+def check_named_model(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> None:
+    """Check that a run fits the model it names, by the model's configuration alone.
+
+    Nothing is checked where the configuration cannot be read without loading the model.
+
+    Raises:
+        ValueError: As `check_shape`, or if a Hugging Face model has no such module.
+    """
+    shape = named_shape(cfg)
+    if shape is None:
+        return
+    check_shape(cfg, shape, lens)
+    if cfg.model_class_name == "AutoModelForCausalLM":
+        hook_names = cfg.resolve_hook_names(shape.n_layers)
+        kwargs = cfg.model_from_pretrained_kwargs or {}
+        check_modules(cfg.model_name, hook_names, kwargs)
+
+
+def check_shape(
+    cfg: MultiLayerConfig[Any], shape: ModelShape, lens: LayerLens | None
+) -> None:
+    """Check that a run fits a model of this shape.
+
+    Raises:
+        ValueError: If a layer is not in the model, the context is too long for it, or
+            the lens or the SAE has another width or depth.
+    """
+    if lens is not None:
+        lens.config.check_shape(shape, cfg.model_name)
+    hook_names = cfg.resolve_hook_names(shape.n_layers)
+    shape.check_context_size(cfg.context_size, cfg.model_name)
+    shape.check_width(hook_names, cfg.sae.d_in)
+
+
+def named_shape(cfg: MultiLayerConfig[Any]) -> ModelShape | None:
+    """The shape of the model that a config names; see `shape_by_name`."""
+    return shape_by_name(
+        cfg.model_class_name, cfg.model_name, cfg.model_from_pretrained_kwargs
+    )
+
+
+def shape_by_name(
+    model_class_name: str, model_name: str, kwargs: dict[str, Any] | None = None
+) -> ModelShape | None:
+    """Read the shape of a model from its configuration, before it is loaded.
+
+    Args:
+        kwargs: The arguments that the model will be loaded with; some change its shape.
+
+    Returns:
+        The shape, or None if the configuration cannot be read (no network, or a class
+        without a small configuration); the loaded model then gives it.
+    """
+    readers = {
+        "HookedTransformer": _shape_of_hooked_transformer,
+        "TransformerBridge": _shape_of_bridge,
+        "AutoModelForCausalLM": _shape_of_hf_model,
+    }
+    if model_class_name not in readers:
+        return None
+    try:
+        return readers[model_class_name](model_name, kwargs or {})
+    except OSError:
+        # Neither cached nor reachable: loading the model raises a clearer error.
+        return None
+
+
+def _shape_of_hooked_transformer(name: str, kwargs: dict[str, Any]) -> ModelShape:
+    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+
+    given = _only(kwargs, *_HUB_KWARGS, "n_ctx", "first_n_layers")
+    with _short_unknown_model_error(name):
+        return ModelShape.of_config(get_pretrained_model_config(name, **given))
+
+
+def _shape_of_bridge(name: str, kwargs: dict[str, Any]) -> ModelShape:
+    overrides = kwargs.get("hf_config_overrides") or {}
+    given = _only(kwargs, *_HUB_KWARGS) | overrides
+    shape = ModelShape.of_hf_config(AutoConfig.from_pretrained(name, **given))
+    n_ctx = kwargs.get("n_ctx")
+    return shape if n_ctx is None else replace(shape, n_ctx=n_ctx)
+
+
+def _shape_of_hf_model(name: str, kwargs: dict[str, Any]) -> ModelShape:
+    # As in `from_pretrained` of the model, arguments that name a setting change it.
+    return ModelShape.of_hf_config(AutoConfig.from_pretrained(name, **kwargs))
+
+
+def _only(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+@contextmanager
+def _short_unknown_model_error(model_name: str) -> Generator[None]:
+    """Shorten TransformerLens' list of hundreds of names to the nearest ones.
+
+    Raises:
+        ValueError: If the model is unknown.
+    """
+    from transformer_lens.loading_from_pretrained import (
+        OFFICIAL_MODEL_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (of 2.x, too)
+    )
+
+    try:
+        yield
+    except ValueError as error:
+        if "Valid official model names" not in str(error):
+            raise
+        near = difflib.get_close_matches(model_name, OFFICIAL_MODEL_NAMES, 5, 0.3)
+        raise ValueError(
+            f"TransformerLens has no model {model_name!r}"
+            + f" (the nearest are {near})" * bool(near)
+            + "; for a Hugging Face folder, model_class_name must be TransformerBridge."
+        ) from error
+
+
+def check_modules(
+    model_name: str, hook_names: Sequence[str], kwargs: dict[str, Any]
+) -> None:
+    """Check that a Hugging Face model has these modules, without loading its weights.
+
+    The model is built on the meta device.
+
+    Raises:
+        ValueError: If a module is missing; lists the nearest ones.
+    """
+    config = AutoConfig.from_pretrained(model_name, **kwargs)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, **_only(kwargs, "trust_remote_code")
+        )
+    known = {name for name, _ in model.named_modules() if name}
+    for name in hook_names:
+        if name not in known:
+            raise missing_hook(name, known)

@@ -1,0 +1,297 @@
+"""What the package needs of a loaded language model, of whatever kind."""
+
+import difflib
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tuned_lens.utils import tensor_hash
+
+from sae_lens_multilayer.hooks import stop_at_layer
+from sae_lens_multilayer.models.shape import ModelShape, check_widths
+from sae_lens_multilayer.models.unembed import ModelUnembed
+
+SAMPLES_PER_PARAMETER = 1024
+"""Entries of each parameter that `Model.weights_hash` reads, evenly spaced."""
+
+Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
+"""Computes the replacement of the activations at a hook, heads put end to end."""
+
+_ALIASES = (
+    (r"^(blocks\.\d+)\.hook_resid_post$", r"\1.hook_out"),
+    (r"^(blocks\.\d+)\.hook_resid_pre$", r"\1.hook_in"),
+    (r"^hook_embed$", "embed.hook_out"),
+)
+
+
+class Model(ABC):
+    """A loaded language model; `kinds.as_model` wraps a model of any kind."""
+
+    module: Any
+    """The model that was given to `as_model`."""
+    shape: ModelShape
+
+    def __init__(self, module: Any, shape: ModelShape) -> None:
+        """Wrap a model; use `as_model` instead."""
+        self.module, self.shape = module, shape
+        self._own_names: dict[str, str] = {}
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name or folder of the model, for messages and lenses."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model expects its tokens."""
+        return next(self.module.parameters()).device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model; None if it has none."""
+        return getattr(self.module, "tokenizer", None)
+
+    def own_hook_names(self, hook_names: Sequence[str]) -> list[str]:
+        """The names under which the model itself lists these hooks.
+
+        SAETransformerBridge lists `blocks.{layer}.hook_out` but silently ignores its
+        alias `blocks.{layer}.hook_resid_post`; likewise `hook_in` for `hook_resid_pre`
+        and `embed.hook_out` for `hook_embed`.
+
+        Raises:
+            ValueError: If the model lacks a hook; lists the nearest that it has.
+        """
+        if not set(hook_names) <= set(self._own_names):
+            known = set(self.module.hook_dict)
+            self._own_names |= {n: _own_hook_name(known, n) for n in hook_names}
+        return [self._own_names[name] for name in hook_names]
+
+    def vectors(
+        self,
+        tokens: Int[Tensor, "prompt pos"],
+        hook_names: Sequence[str],
+        head_indices: Sequence[int | None] | None = None,
+        **model_kwargs: Any,
+    ) -> list[Float[Tensor, "prompt pos d_vector"]]:
+        """The vectors of each hook, from one run that stops after the last hook.
+
+        Args:
+            head_indices: The attention head to read at each hook; None: all heads, put
+                end to end.
+            model_kwargs: Further arguments of the model's forward pass.
+
+        Raises:
+            ValueError: If the model lacks a hook, or a hook with a head index has no
+                heads.
+        """
+        own_names = self.own_hook_names(hook_names)
+        _, cache = self._run(
+            tokens, own_names, stop_at_layer=stop_at_layer(own_names), **model_kwargs
+        )
+        heads = head_indices or [None] * len(own_names)
+        return [
+            one_vector_per_position(cache[name], head)
+            for name, head in zip(own_names, heads, strict=True)
+        ]
+
+    def _run(self, tokens: Tensor, own_names: list[str], **kwargs: Any) -> Any:
+        return self.module.run_with_cache(
+            tokens.to(self.device), names_filter=own_names, prepend_bos=False, **kwargs
+        )
+
+    def logits(
+        self, tokens: Int[Tensor, "prompt pos"]
+    ) -> Float[Tensor, "prompt pos d_vocab"]:
+        """The logits of a whole forward pass."""
+        return self.module(tokens.to(self.device), return_type="logits")
+
+    def logits_with_hooks(
+        self, tokens: Int[Tensor, "prompt pos"], replacements: Mapping[str, Replace]
+    ) -> Float[Tensor, "prompt pos d_vocab"]:
+        """The logits of a whole forward pass with activations replaced at hooks.
+
+        Args:
+            replacements: By hook name.
+        """
+        own_names = self.own_hook_names(list(replacements))
+        hooks = zip(own_names, map(_as_hook, replacements.values()), strict=True)
+        return self.module.run_with_hooks(
+            tokens.to(self.device), return_type="logits", fwd_hooks=list(hooks)
+        )
+
+    @abstractmethod
+    def residual_streams(
+        self, tokens: Int[Tensor, "prompt pos"]
+    ) -> tuple[
+        list[Float[Tensor, "prompt pos d_model"]], Float[Tensor, "prompt pos d_vocab"]
+    ]:
+        """The residual stream before each block and after the last one; the logits."""
+
+    def can_start_in_middle(self, hook_names: Sequence[str]) -> bool:
+        """Whether these hooks lie between the steps `embed`, `run_block` and `head`.
+
+        A kind of model that implements these three methods overrides this one.
+        """
+        del hook_names
+        return False
+
+    def embed(
+        self, tokens: Int[Tensor, "prompt pos"]
+    ) -> tuple[Float[Tensor, "prompt pos d_model"], Int[Tensor, "prompt pos"] | None]:
+        """The residual stream before the first block, and the mask for `run_block`.
+
+        The mask marks padding on the left, which the blocks cannot see otherwise.
+        """
+        raise NotImplementedError
+
+    def run_block(
+        self,
+        stream: Float[Tensor, "prompt pos d_model"],
+        block: int,
+        mask: Int[Tensor, "prompt pos"] | None,
+    ) -> Float[Tensor, "prompt pos d_model"]:
+        """Pass a residual stream through one block."""
+        raise NotImplementedError
+
+    def head(
+        self, stream: Float[Tensor, "prompt pos d_model"]
+    ) -> Float[Tensor, "prompt pos d_vocab"]:
+        """Logits of a residual stream after the last block, each position by itself."""
+        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def token_embeddings(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding of each token."""
+
+    @property
+    def token_unembeddings(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The direction that each token's logit reads, after the final norm."""
+        return self._unembedding()[0].detach()
+
+    @abstractmethod
+    def _unembedding(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [d_vocab, d_model] and bias of the unembedding."""
+
+    @abstractmethod
+    def unembed(self) -> ModelUnembed:
+        """tuned-lens' `Unembed` of this model, which shares its unembedding.
+
+        Raises:
+            ValueError: If the final norm or unembedding is not where models of the
+                supported kinds have it.
+        """
+
+    def unembedding_hash(self) -> str:
+        """tuned-lens' hash of the unembedding, which a lens stores of its model.
+
+        It prints the corners of the matrix to one decimal, so two models may share it.
+        """
+        return tensor_hash(self.token_unembeddings.float().cpu().numpy())
+
+    def weights_hash(self) -> str:
+        """A SHA-256 hash of some entries of every parameter, which is cheap.
+
+        It covers names, shapes, dtypes and up to `SAMPLES_PER_PARAMETER` exact entries
+        of all parameters, so other weights (another revision, a fine-tuned model, other
+        processing on loading, another dtype) have another hash; a change of a few
+        single entries may leave it the same.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.module.named_parameters()):
+            flat = parameter.detach().reshape(-1)
+            n = min(len(flat), SAMPLES_PER_PARAMETER)
+            indices = torch.arange(n) * (len(flat) - 1) // max(1, n - 1)
+            entries = flat[indices.to(flat.device)].cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(entries.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def check_tokens(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+        """Raise ValueError if prompts have unknown token ids or are too long.
+
+        A negative id, such as padding of -1, would read the end of the embedding.
+        """
+        d_vocab = self.shape.d_vocab
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or (d_vocab is not None and high >= d_vocab):
+            raise ValueError(
+                f"Token ids must be in [0, {d_vocab or 'd_vocab'}), the model's "
+                f"vocabulary; got ids from {low} to {high}. Use the model's own "
+                "tokenizer, without padding."
+            )
+        self.shape.check_context_size(tokens.shape[1], self.name)
+
+    @torch.no_grad()
+    def check_hook_widths(
+        self, hook_names: Sequence[str], d_in: int, **kwargs: Any
+    ) -> None:
+        """Run the model on one token and check the width at each hook.
+
+        Args:
+            kwargs: As in `vectors`.
+
+        Raises:
+            ValueError: If the model lacks a hook, or a hook has not the width `d_in`.
+        """
+        vectors = self.vectors(torch.zeros(1, 1).long(), hook_names, **kwargs)
+        widths = (x.shape[-1] for x in vectors)
+        check_widths(dict(zip(hook_names, widths, strict=True)), d_in)
+
+    def check_no_saes_attached(self) -> None:
+        """Raise ValueError if SAEs are attached, since the clean model is measured."""
+        attached = getattr(self.module, "acts_to_saes", None)
+        if attached:
+            raise ValueError(
+                "The model must have no SAEs attached, as its own run is measured and "
+                f"compared with; it has SAEs at {list(attached)}. Detach them with "
+                "`model.reset_saes()`."
+            )
+
+
+def _own_hook_name(known: set[str], name: str) -> str:
+    aliases = (re.sub(pattern, alias, name) for pattern, alias in _ALIASES)
+    for candidate in (name, *aliases):
+        if candidate in known:
+            return candidate
+    raise missing_hook(name, known)
+
+
+def missing_hook(name: str, known: Iterable[str]) -> ValueError:
+    """The error for a hook that the model does not have, with the nearest ones."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    if not near:
+        # The first of each kind of repeated part, such as "gpt_neox.layers.0".
+        near = [hook for hook in known if hook.endswith(".0")] or known[:5]
+    return ValueError(f"The model has no hook {name!r}. The nearest are {near}.")
+
+
+def one_vector_per_position(
+    acts: Float[Tensor, "prompt pos *head d_in"], head_index: int | None
+) -> Float[Tensor, "prompt pos d_vector"]:
+    """Choose one head of a hook that has heads, or put the heads end to end.
+
+    Raises:
+        ValueError: If a head is chosen at a hook without heads.
+    """
+    if head_index is not None and acts.ndim != 4:
+        raise ValueError(
+            "`hook_head_index` must be None at a hook without heads; got "
+            f"{head_index} for activations of shape {tuple(acts.shape)}."
+        )
+    return acts.flatten(2) if head_index is None else acts[:, :, head_index]
+
+
+def _as_hook(replace: Replace) -> Callable[..., Tensor]:
+    def hook_function(activations: Tensor, hook: Any) -> Tensor:
+        after = replace(one_vector_per_position(activations, None))
+        after = after.to(activations.device, activations.dtype)
+        return after.reshape(activations.shape)  # [prompt, pos, d_in or head, d_head]
+
+    return hook_function
