@@ -69,6 +69,7 @@ CHECKPOINT_FILES = {
     "activation_scaler.json",
     "activations_store_state.safetensors",
     "cfg.json",
+    "record.json",
     "runner_cfg.json",
     "sae_weights.safetensors",
     "sparsity.safetensors",
@@ -558,7 +559,8 @@ class TestResuming:
         )
         start(again).run()
         (message,) = [m for m in caplog.messages if "other settings" in m]
-        assert message.endswith(": lr, lr_end, seed.")
+        names = [line.split(": ")[0] for line in message.splitlines()[1:]]
+        assert names == ["  `lr`", "  `lr_end`", "  `seed`"]
 
     def test_a_smaller_buffer_than_the_checkpoints_is_an_error(
         self, start, make_config
@@ -578,7 +580,7 @@ class TestResuming:
             "sae_weights.safetensors",
             "trainer_state.safetensors",
             "trainer_state.json",
-            "runner_cfg.json",
+            "record.json",
             "cfg.json",
         ],
     )
