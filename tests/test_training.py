@@ -4,6 +4,7 @@ Authority: SAELens' runner for the cadence of checkpoints and logs; the same run
 other circumstances (prefetching, compiled, resumed); PCA for what training must beat.
 """
 
+import copy
 import errno
 import itertools
 import json
@@ -561,6 +562,20 @@ class TestResuming:
         (message,) = [m for m in caplog.messages if "other settings" in m]
         names = [line.split(": ")[0] for line in message.splitlines()[1:]]
         assert names == ["  `lr`", "  `lr_end`", "  `seed`"]
+
+    def test_other_weights_and_another_tokenizer_are_reported(
+        self, start, make_config, model, caplog
+    ):
+        first = make_config(n_checkpoints=1, output_path=None)
+        start(first).run()
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        model.blocks[0].mlp.b_out.data += 1.0
+        model.tokenizer = copy.deepcopy(model.tokenizer)
+        model.tokenizer.add_tokens(["new"])
+        start(make_config(resume_from_checkpoint=str(folder), output_path=None)).run()
+        (message,) = [m for m in caplog.messages if "or inputs" in m]
+        names = [line.split(": ")[0] for line in message.splitlines()[1:]]
+        assert names == ["  `weights_hash`", "  `tokenizer_hash`"]
 
     def test_a_smaller_buffer_than_the_checkpoints_is_an_error(
         self, start, make_config

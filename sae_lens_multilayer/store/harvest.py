@@ -330,7 +330,7 @@ class MultiLayerCacheActivationsRunner:
             ) from error
 
     def _finish(self) -> None:
-        """Save prompts for evaluation and list the shards, which completes the cache."""
+        """Save prompts for evaluation; list the shards, which completes the cache."""
         shards = self._shards()
         if not shards:
             # Else other settings would be refused as those of another cache.
