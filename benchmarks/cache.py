@@ -178,9 +178,9 @@ def sizes(*caches: ActivationCache) -> None:
         files = [path for path in cache.path.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         print(
-            f"{cache.manifest.dtype}: {size / cache.n_tokens:,.0f} bytes per token, of "
-            f"which vectors {cache.manifest.bytes_per_token:,}; {cache.n_blocks} "
-            f"blocks of {cache.manifest.tokens_per_block} tokens"
+            f"{cache.dtype}: {size / cache.n_tokens:,.0f} bytes per token, of "
+            f"which vectors {cache.bytes_per_token:,}; {cache.n_blocks} "
+            f"blocks of {cache.tokens_per_block} tokens"
         )
 
 

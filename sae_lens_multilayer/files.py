@@ -1,6 +1,5 @@
-"""Folders and files on disk that are complete or not there."""
+"""Whole-or-absent folders and files, one lock, and reading JSON and tensors."""
 
-import itertools
 import json
 import logging
 import os
@@ -9,53 +8,65 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 PARTIAL_PREFIX = ".partial-"
-"""Begins the name of a folder that is not complete."""
+"""Prefix of the names of incomplete files and folders."""
+LOCK_FILENAME = ".lock"
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
-    """Yield a folder beside `path` that becomes `path` when the block ends well.
+    """Yield a folder beside `path` that is renamed to `path` when the block ends.
 
-    If the block raises, the folder is removed and `path` is as it was. Everything is
-    flushed to the disk before the rename, so a crash cannot leave a torn folder. Where
-    `path` is a link, the folder that it names is made.
+    If the block raises, the folder is removed and `path` is unchanged. Everything is
+    flushed to the disk before the rename, so a crash cannot leave a torn folder. If
+    `path` is a link, its target is made.
 
     Raises:
-        FileExistsError: If something is at `path` already, unless an empty folder.
+        FileExistsError: If something is at `path`, unless it is an empty folder. If it
+            appears during the block, the finished folder is kept; the message names it.
     """
     check_free(path)
     # A folder cannot be renamed onto a link, or onto "."
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{PARTIAL_PREFIX}{uuid4().hex[:8]}"
+    partial = _partial_of(path)
     partial.mkdir()
     try:
         yield partial
         for file in [*partial.rglob("*"), partial]:
             _flush(file)
-        os.replace(partial, path)
+        _rename(partial, path)
         _flush(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
+def _rename(partial: Path, path: Path) -> None:
+    try:
+        os.replace(partial, path)
+    except OSError as error:
+        kept = _beside(path)
+        os.replace(partial, kept)
+        raise FileExistsError(
+            f"Something has appeared at {path}; what was to go there is saved at {kept}"
+        ) from error
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is the old one, or none, until all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL_PREFIX}{uuid4().hex[:8]}")
+    partial = _partial_of(path)
     try:
         partial.write_text(text, encoding="utf-8")
         _flush(partial)
@@ -66,42 +77,44 @@ def write_whole(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process had begun to write or to delete in a folder."""
+    for leftover in folder.glob(f"{PARTIAL_PREFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; a kill meanwhile leaves none that looks complete."""
+    partial = _partial_of(folder)
+    folder.rename(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
 @contextmanager
-def alone_in(folder: Path) -> Generator[None, None, None]:
-    """Keep other processes that ask for the same out of a folder, which is made.
+def locked(folder: Path) -> Generator[None, None, None]:
+    """Lock a folder, which is made, until the block or this process ends.
 
     Raises:
-        BlockingIOError: If one is in it.
+        BlockingIOError: If another process has locked it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        (folder / ".lock").open("w") as file,
-        locked(file, "Another process is at work here; wait for it", folder),
-    ):
-        yield
-
-
-@contextmanager
-def locked(
-    file: IO[str] | int, problem: str, path: Path
-) -> Generator[None, None, None]:
-    """Lock an open file or folder until it is closed, at the latest by its process.
-
-    Args:
-        problem: What the error says if another process has locked it.
-        path: What the error names.
-
-    Raises:
-        BlockingIOError: If another process has.
-    """
-    # Where there is none, as on Windows, what needs no lock can still be used.
+    # Not at the top: on Windows, where it is missing, all else works.
     import fcntl
 
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(error.errno, problem, str(path)) from error
-    yield
+    folder.mkdir(parents=True, exist_ok=True)
+    # A file, as folders cannot be locked on network file systems.
+    with (folder / LOCK_FILENAME).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno,
+                "Another process is at work in this folder; wait until it ends",
+                str(folder),
+            ) from error
+        yield
 
 
 def check_free(path: str | Path) -> None:
@@ -122,31 +135,29 @@ def check_free(path: str | Path) -> None:
 
 
 def free_path(path: str | Path) -> Path:
-    """`path`, or the first of `path-1`, `path-2`, ... where nothing is overwritten.
+    """`path`, or a new path beside it if something is at `path` by now.
 
-    Another one is logged as a warning.
+    For the end of a long computation whose `path` was free at its start. The new path
+    is logged as a warning.
     """
-    for n in itertools.count():
-        candidate = Path(path) if n == 0 else Path(f"{path}-{n}")
-        try:
-            check_free(candidate)
-        except FileExistsError:
-            continue
-        if n > 0:
-            logger.warning("%s is taken by now; saving to %s", path, candidate)
-        return candidate
-    raise AssertionError("unreachable: the count has no end")
+    path = Path(path)
+    try:
+        check_free(path)
+    except FileExistsError:
+        taken, path = path, _beside(path)
+        logger.warning("Something has appeared at %s; saving to %s", taken, path)
+    return path
 
 
 def check_writable(path: str | Path, what: str) -> None:
-    """Find out now whether a folder can be made at `path` later.
+    """Check that a file or folder can be made at `path` later.
 
     Args:
         what: The name of the setting, for the message.
 
     Raises:
         FileExistsError: If something is there already.
-        OSError: If no folder can be made there.
+        OSError: If nothing can be made there.
     """
     try:
         check_free(path)
@@ -157,7 +168,7 @@ def check_writable(path: str | Path, what: str) -> None:
     except FileExistsError as error:
         raise FileExistsError(f"`{what}`: {error}") from error
     except OSError as error:
-        # OSError chooses the class that goes with the number.
+        # OSError chooses the subclass from the number.
         raise OSError(
             error.errno,
             f"`{what}` must be a path that can be written; {error.strerror}",
@@ -165,61 +176,46 @@ def check_writable(path: str | Path, what: str) -> None:
         ) from error
 
 
-def check_checkpoint(path: str | Path, wanted: dict[str, Any]) -> None:
-    """Check that a folder holds a checkpoint of a certain SAE.
-
-    Args:
-        wanted: Entries that its `cfg.json` must have: architecture, sizes and so on.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If it is the checkpoint of another SAE, or torn.
-    """
-    path = Path(path)
-    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-        if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"{path} must be a checkpoint folder with {SAE_CFG_FILENAME} and "
-                f"{SAE_WEIGHTS_FILENAME}; {name} is not there."
-            )
-    cfg = read_json(path / SAE_CFG_FILENAME)
-    found = {key: cfg.get(key) for key in wanted}
-    if found != wanted:
-        raise ValueError(
-            f"The checkpoint at {path} must be of this run's SAE, {wanted}; it has "
-            f"{found}."
-        )
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a checkpoint.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: If it is torn; names the file.
+        ValueError: If it holds anything else; names the file.
     """
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(_torn(path, "JSON", error)) from error
+        raise ValueError(_damaged(path, "JSON", error)) from error
+    if not isinstance(values, dict):
+        raise ValueError(_damaged(path, "a JSON object", f"got {values!r:.80}"))
+    return values  # pyright: ignore[reportUnknownVariableType]
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Read the tensors in a file of a checkpoint.
+    """Read the tensors of a safetensors file.
 
     Raises:
-        ValueError: If it is torn; names the file.
+        ValueError: If it is damaged; names the file.
     """
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
-        raise ValueError(_torn(path, "safetensors", error)) from error
+        raise ValueError(_damaged(path, "safetensors", error)) from error
 
 
-def _torn(path: Path, kind: str, error: Exception) -> str:
+def _damaged(path: Path, kind: str, problem: object) -> str:
     return (
-        f"{path} must be {kind}; {error}. The file is torn or was changed: use another "
-        "one, such as an earlier checkpoint's."
+        f"{path} must be {kind}; {problem}. The file is damaged: use another one, such "
+        "as an earlier checkpoint's."
     )
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL_PREFIX}{uuid4().hex[:8]}")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-{uuid4().hex[:8]}{path.suffix}")
 
 
 def _flush(path: Path) -> None:

@@ -213,10 +213,12 @@ def test_a_run_too_short_for_an_evaluation_needs_no_model(
 
 
 def test_what_does_not_fit_is_found_before_training(cache_config, harvest, train):
-    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no record\.json"):
         train(cache_config(use_cached_activations=True))
     harvest(cache_config(layers=[0]))
-    with pytest.raises(ValueError, match=r"hooks \['blocks.1.hook_resid_post'\] are"):
+    with pytest.raises(
+        ValueError, match=r"hooks \['blocks.1.hook_resid_post'\] are missing"
+    ):
         train(cache_config(use_cached_activations=True))
 
 

@@ -134,7 +134,7 @@ def test_latest_is_of_the_given_folder(offline):
     assert other != run
     torn = Path("here/ck/torn/64")
     torn.mkdir(parents=True)
-    for name in ("trainer_state.json", "runner_cfg.json"):
+    for name in ("trainer_state.json", "record.json"):
         (torn / name).write_text("{")
     assert train_in("here/ck", "--output_path", "c", *latest) == {run, "torn"}
     # As in a `runner_cfg.json`, which names the folder of its run.
@@ -219,7 +219,7 @@ def test_analyze_runs_some(offline, tmp_path):
 
     found = {path.name for path in (tmp_path / "analyses").iterdir()}
     names = {"redundancy", "redundancy.png", "variances", "variances.png"}
-    assert found == {*names, "analysis.json"}
+    assert found == {*names, "record.json"}
 
 
 @pytest.fixture

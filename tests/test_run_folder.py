@@ -1,12 +1,15 @@
-"""The folder of a run. Authority: what its docstrings promise."""
+"""The folder of a run. Authority: its docstrings, and the files SAELens writes."""
 
 import os
 from pathlib import Path
 
 import pytest
+from conftest import tiny_sae_config
+from sae_lens import TrainingSAE
 
-from sae_lens_multilayer.training import run_folder
-from sae_lens_multilayer.training.run_folder import keep_newest, remove_leftovers
+from sae_lens_multilayer import files
+from sae_lens_multilayer.files import remove_leftovers
+from sae_lens_multilayer.training.run_folder import check_checkpoint, keep_newest
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def test_a_kill_while_one_is_deleted_leaves_no_half_of_it(checkpoints, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder.shutil, "rmtree", killed)
+        patched.setattr(files.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             keep_newest(checkpoints, 3)
     found = [
@@ -46,3 +49,53 @@ def test_a_kill_while_one_is_deleted_leaves_no_half_of_it(checkpoints, monkeypat
     assert sorted(os.listdir(checkpoints)) == sorted(
         ["1024", "2048", "10240", "final_10240"]
     )
+
+
+WANTED = {"architecture": "multilayer", "d_in": 16, "d_sae": 64, "k": 4}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    sae = TrainingSAE.from_dict(tiny_sae_config(d_in=16, d_sae=64).to_dict())
+    sae.save_model(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def test_a_fitting_checkpoint_passes(checkpoint):
+    check_checkpoint(checkpoint, WANTED)
+    check_checkpoint(str(checkpoint), WANTED)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ({"architecture": "topk"}, "'architecture': 'multilayer'"),
+        ({"d_in": 32}, "'d_in': 16"),
+        ({"d_sae": 128}, "'d_sae': 64"),
+        ({"k": 8}, "'k': 4"),
+    ],
+)
+def test_the_checkpoint_of_another_sae_is_an_error(checkpoint, wanted, found):
+    with pytest.raises(ValueError, match="must be of this run's SAE") as info:
+        check_checkpoint(checkpoint, WANTED | wanted)
+    wanted_text, found_text = str(info.value).split("it has")
+    assert found in found_text
+    assert str(WANTED | wanted) in wanted_text
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_a_torn_checkpoint_is_an_error_that_names_the_file(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"must be a checkpoint.*; {name} is"):
+        check_checkpoint(checkpoint, WANTED)
+
+
+def test_a_missing_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be a checkpoint folder"):
+        check_checkpoint(tmp_path / "nothing", WANTED)
+
+
+def test_a_checkpoint_whose_config_is_not_json_is_an_error(checkpoint):
+    (checkpoint / "cfg.json").write_text('{"architecture": "multil')
+    with pytest.raises(ValueError, match=r"cfg.json.*must be JSON"):
+        check_checkpoint(checkpoint, WANTED)

@@ -111,7 +111,7 @@ def test_the_chosen_layers_are_compared_and_it_goes_on(run, monkeypatch, tmp_pat
     assert second.transfer is not None
     assert second.transfer.hook_names == first.comparison.hook_names
     with pytest.raises(
-        ValueError, match="multi_layer was begun with other settings: l"
+        ValueError, match=r"(?s)multi_layer was begun with other.*`layers`: \[0, 2\]"
     ):
         run(layers=[0, 1])
 

@@ -25,7 +25,7 @@ from sae_lens_multilayer import (
 )
 from sae_lens_multilayer.analysis import Variances, active_layers, decoder_similarity
 from sae_lens_multilayer.analysis import variances as variances_of
-from sae_lens_multilayer.files import alone_in
+from sae_lens_multilayer.files import locked
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.sweeps import run as run_module
@@ -292,11 +292,17 @@ class TestSweep:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"base": {"lr": 0.1}}, "R2_k2 was begun with other settings: lr, lr_end"),
-            ({"base": {"sae": {"k_aux": 4}}}, "begun with other settings: sae"),
+            (
+                {"base": {"lr": 0.1}},
+                r"(?s)R2_k2 was begun with other.*`lr`: .*, 0\.1 here.*`lr_end`",
+            ),
+            (
+                {"base": {"sae": {"k_aux": 4}}},
+                r"(?s)begun with other settings.*`sae\.k_aux`: 8 in .*, 4 here",
+            ),
             (
                 {"evaluation": SweepEvaluation(n_tokens=N_CTX)},
-                "evaluated with other settings: n_tokens, exclude_positions",
+                "(?s)evaluated with other settings.*`n_tokens`.*`exclude_positions`",
             ),
         ],
     )
@@ -326,7 +332,7 @@ class TestSweep:
 
     def test_two_processes_do_not_work_on_the_same(self, run, tmp_path, trainings):
         at_work = pytest.raises(BlockingIOError, match="Another process is at work")
-        with alone_in(tmp_path / "sweep"), at_work:
+        with locked(tmp_path / "sweep"), at_work:
             run(POINTS[:1])
         assert trainings == []
 
@@ -346,8 +352,8 @@ class TestSweep:
     ):
         run(grid(context_size=[8, N_CTX]), {"sae": {"d_sae": 64, "k_aux": 8}})
         prints = {
-            json.loads(path.read_text())["tokens_sha256"]
-            for path in (tmp_path / "sweep").glob("*/analysis/summary.json")
+            json.loads(path.read_text())["fingerprints"]["tokens"]
+            for path in (tmp_path / "sweep").glob("*/analysis/record.json")
         }
         assert len(prints) == 1
 

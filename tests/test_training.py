@@ -4,6 +4,7 @@ Authority: SAELens' runner for the cadence of checkpoints and logs; the same run
 other circumstances (prefetching, compiled, resumed); PCA for what training must beat.
 """
 
+import copy
 import errno
 import itertools
 import json
@@ -70,6 +71,7 @@ CHECKPOINT_FILES = {
     "activation_scaler.json",
     "activations_store_state.safetensors",
     "cfg.json",
+    "record.json",
     "runner_cfg.json",
     "sae_weights.safetensors",
     "sparsity.safetensors",
@@ -559,7 +561,22 @@ class TestResuming:
         )
         start(again).run()
         (message,) = [m for m in caplog.messages if "other settings" in m]
-        assert message.endswith(": lr, lr_end, seed.")
+        names = [line.split(": ")[0] for line in message.splitlines()[1:]]
+        assert names == ["  `lr`", "  `lr_end`", "  `seed`"]
+
+    def test_other_weights_and_another_tokenizer_are_reported(
+        self, start, make_config, model, caplog
+    ):
+        first = make_config(n_checkpoints=1, output_path=None)
+        start(first).run()
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        model.blocks[0].mlp.b_out.data += 1.0
+        model.tokenizer = copy.deepcopy(model.tokenizer)
+        model.tokenizer.add_tokens(["new"])
+        start(make_config(resume_from_checkpoint=str(folder), output_path=None)).run()
+        (message,) = [m for m in caplog.messages if "or inputs" in m]
+        names = [line.split(": ")[0] for line in message.splitlines()[1:]]
+        assert names == ["  `weights_hash`", "  `tokenizer_hash`"]
 
     def test_a_smaller_buffer_than_the_checkpoints_is_an_error(
         self, start, make_config
@@ -579,7 +596,7 @@ class TestResuming:
             "sae_weights.safetensors",
             "trainer_state.safetensors",
             "trainer_state.json",
-            "runner_cfg.json",
+            "record.json",
             "cfg.json",
         ],
     )

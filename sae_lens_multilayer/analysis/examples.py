@@ -13,13 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.analysis.results import (
-    Result,
-    check_is_file,
-    read_settings,
-    write_settings,
-)
+from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.files import complete_or_absent
+from sae_lens_multilayer.record import Record
 
 EXAMPLES_FILE = "examples.parquet"
 _ROWS_PER_GROUP = 2**15
@@ -108,7 +104,7 @@ class Examples(Result):
                 writer.write_table(first)
                 for table in tables:
                     writer.write_table(table)
-            write_settings(folder, type(self).__name__, settings)
+            Record(type(self).__name__, settings).write(folder)
 
     @override
     @classmethod
@@ -123,9 +119,8 @@ class Examples(Result):
             FileNotFoundError: If there are none.
             ValueError: If the folder holds another result, or is damaged.
         """
-        settings = read_settings(path, cls.__name__)
+        settings = Record.read(path, cls.__name__).settings
         file = Path(path) / EXAMPLES_FILE
-        check_is_file(file)
         filters = None if latents is None else [("latent", "in", list(latents))]
         try:
             table = pq.read_table(file, filters=filters)
@@ -133,6 +128,8 @@ class Examples(Result):
             tensors: dict[str, Any] = _from_table(table, settings["n_before"], width)
             return cls(**settings, **tensors)
         # Arrow has OSError for a page that cannot be unpacked.
+        except FileNotFoundError:
+            raise
         except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} must hold examples as their `save` wrote them; {error!r}."

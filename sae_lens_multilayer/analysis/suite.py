@@ -28,7 +28,7 @@ from sae_lens_multilayer.analysis.geometry import (
 from sae_lens_multilayer.analysis.max_activating import ExampleCollector
 from sae_lens_multilayer.analysis.redundancy import redundancy
 from sae_lens_multilayer.analysis.residual import residual_stream
-from sae_lens_multilayer.analysis.results import Result, kind_of
+from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import (
     Accumulator,
     PassOptions,
@@ -46,6 +46,7 @@ from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.files import check_free
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.record import Record
 from sae_lens_multilayer.sae.views import hook_names_of
 
 Analysis = Literal[
@@ -286,7 +287,7 @@ def load_results(folder: str | Path) -> dict[str, Result]:
     found: dict[str, Result] = {}
     for path in sorted(Path(folder).iterdir()):
         if path.is_dir():
-            kind = kind_of(path)
+            kind = Record.read(path).kind
             if kind not in kinds:
                 raise ValueError(
                     f"{path} must hold one of {sorted(kinds)}; got {kind}."

@@ -15,7 +15,7 @@ from sae_lens_multilayer.analysis import (
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import Analysis
 from sae_lens_multilayer.analysis.token_classes import ClassKind
-from sae_lens_multilayer.cli.analysis_folder import write_settings
+from sae_lens_multilayer.cli.analysis_folder import write_record
 from sae_lens_multilayer.cli.inputs import (
     Inputs,
     ModelOptions,
@@ -26,7 +26,7 @@ from sae_lens_multilayer.cli.inputs import (
     warn_of_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_folder, parse
-from sae_lens_multilayer.files import complete_or_absent
+from sae_lens_multilayer.files import complete_or_absent, free_path
 from sae_lens_multilayer.pictures.matplotlib_figures import (
     PLOTS,
     plot_token_classes,
@@ -77,9 +77,10 @@ def analyze(arguments: list[str]) -> None:
     warn_of_first_position(inputs, options.text, options.analysis.exclude_positions)
     names = None if options.analyses == ["all"] else options.analyses
     results = suite_of(inputs, options.text, options.analysis).run(names)
+    output = free_path(output)
     with complete_or_absent(output) as folder:
         save_results(results, folder, inputs.model.tokenizer)
-        write_settings(folder, inputs, options)
+        write_record(folder, inputs, options)
         for name, figure in _pictures(results, inputs).items():
             save_figure(figure, folder / f"{name}.png")
     for name, result in results.items():

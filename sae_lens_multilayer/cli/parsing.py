@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from simple_parsing import ArgumentParser
 
-from sae_lens_multilayer.files import check_writable, write_whole
+from sae_lens_multilayer.files import check_writable, free_path, write_whole
 
 PROG = "sae-lens-multilayer"
 
@@ -62,6 +62,7 @@ def new_folder(path: str) -> Path:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is complete or not there."""
+    """Write a file that is complete or not there; beside `path` if it is taken."""
+    path = free_path(path)
     write_whole(path, text)
     print(f"Written: {path}")

@@ -1,7 +1,6 @@
 """What the package needs of a loaded language model, of whatever kind."""
 
 import difflib
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,9 +14,6 @@ from tuned_lens.utils import tensor_hash
 from sae_lens_multilayer.hooks import stop_at_layer
 from sae_lens_multilayer.models.shape import ModelShape, check_widths
 from sae_lens_multilayer.models.unembed import ModelUnembed
-
-SAMPLES_PER_PARAMETER = 1024
-"""Entries of each parameter that `Model.weights_hash` reads, evenly spaced."""
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Computes the replacement of the activations at a hook, heads put end to end."""
@@ -193,24 +189,6 @@ class Model(ABC):
         It prints the corners of the matrix to one decimal, so two models may share it.
         """
         return tensor_hash(self.token_unembeddings.float().cpu().numpy())
-
-    def weights_hash(self) -> str:
-        """A SHA-256 hash of some entries of every parameter, which is cheap.
-
-        It covers names, shapes, dtypes and up to `SAMPLES_PER_PARAMETER` exact entries
-        of all parameters, so other weights (another revision, a fine-tuned model, other
-        processing on loading, another dtype) have another hash; a change of a few
-        single entries may leave it the same.
-        """
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.module.named_parameters()):
-            flat = parameter.detach().reshape(-1)
-            n = min(len(flat), SAMPLES_PER_PARAMETER)
-            indices = torch.arange(n) * (len(flat) - 1) // max(1, n - 1)
-            entries = flat[indices.to(flat.device)].cpu()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(entries.view(torch.uint8).numpy())
-        return digest.hexdigest()
 
     def check_tokens(self, tokens: Int[Tensor, "prompt pos"]) -> None:
         """Raise ValueError if prompts have unknown token ids or are too long.

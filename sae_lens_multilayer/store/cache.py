@@ -3,7 +3,7 @@
 import copy
 import logging
 from bisect import bisect_right
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -12,35 +12,70 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from sae_lens.util import dtype_to_str, str_to_dtype
 from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.files import read_tensors
-from sae_lens_multilayer.fingerprints import checksum
+from sae_lens_multilayer.files import read_json, read_tensors
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.ranks import ALONE, Ranks
-from sae_lens_multilayer.store.manifest import Manifest, explain
+from sae_lens_multilayer.record import (
+    Record,
+    as_lines,
+    hash_of_json,
+    hash_of_tensors,
+    model_fingerprints,
+)
 from sae_lens_multilayer.store.shards import Shard, ShardTokens
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 
 logger = logging.getLogger(__name__)
 
+CACHE_KIND = "cache"
+SHARDS_FILENAME = "shards.json"
+"""Lists the shards; a cache without it is incomplete."""
 EVALUATION_FOLDER = "evaluation"
 EVALUATION_FILENAME = "tokens.safetensors"
+
+_SETTINGS = (
+    "model_name",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "model_kwargs",
+    "autocast_lm",
+    "hook_head_index",
+    "dataset_path",
+    "use_chat_formatting",
+    "context_size",
+    "prepend_bos",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+    "seqpos_slice",
+    "exclude_special_tokens",
+)
+"""Fields of a run's config that decide its vectors, up to rounding."""
+
+
+def vector_settings(cfg: MultiLayerConfig[Any]) -> dict[str, Any]:
+    """Settings of a run that decide its vectors, up to rounding."""
+    values = cfg.to_dict()
+    return {name: values[name] for name in _SETTINGS} | {
+        "d_in": cfg.sae.d_in,
+        "dtype": dtype_to_str(str_to_dtype(cfg.dtype)),
+    }
 
 
 class ActivationCache:
     """Vectors of all hooks of some tokens, on disk, in the order of the dataset.
 
-    They are as the model gave them: in raw space, before any lens. Opening a cache
-    reads its manifest and a few bytes of each shard; what is read later is checked
-    against its checksums then.
+    They are raw outputs of the model, before any lens. Opening a cache reads its record
+    and the sizes of its shards; `verify` reads and checks everything.
 
     Attributes:
         path: Its folder.
-        manifest: What is in it, and where it is from.
+        record: The settings, model and tokenizer that it was harvested with.
         shards: Its files.
     """
 
@@ -49,85 +84,101 @@ class ActivationCache:
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is not complete, or shards are missing, torn or were
-                exchanged; names each.
+            ValueError: If it is incomplete, or shards are missing or of another size;
+                names each.
         """
         self.path = Path(path).expanduser()
-        self.manifest = manifest = Manifest.read(self.path)
-        if manifest.shards is None:
+        self.record = Record.read(self.path, CACHE_KIND)
+        if not (self.path / SHARDS_FILENAME).is_file():
             raise ValueError(
                 f"The cache at {self.path} must be complete; its harvest was "
-                "interrupted. Run the same harvest again: it goes on there."
+                "interrupted. Run the same harvest again to resume it."
             )
+        listed = read_json(self.path / SHARDS_FILENAME)
+        self._evaluation_hash: str = listed["evaluation_hash"]
         self.shards = [
-            Shard.of_cache(self.path, manifest, entry) for entry in manifest.shards
+            Shard(self.path / name, **values)
+            for name, values in listed["shards"].items()
         ]
-        faults = [fault for shard in self.shards if (fault := shard.fault())]
-        if faults:
-            raise ValueError(
-                f"The cache at {self.path} must be as it was harvested: "
-                f"{explain(faults)}\nDelete the folder and harvest it again."
-            )
-        # Of the first block of each shard but the first, and of all blocks.
-        self._ends = list(accumulate(shard.n_blocks for shard in self.shards))
+        self._check_shards(Shard.check_size)
+        # Shard i holds blocks ends[i-1] to ends[i] - 1.
+        self._ends = list(
+            accumulate(-(-s.n_tokens // self.tokens_per_block) for s in self.shards)
+        )
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of tokens, which are what is read at a time."""
+        """Number of blocks of tokens; a block is read at a time."""
         return self._ends[-1]
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens in a block; the last one of a shard may be shorter."""
+        return self.record.settings["tokens_per_block"]
 
     @property
     def n_tokens(self) -> int:
         """Tokens that have vectors."""
-        return self.manifest.n_tokens
+        return sum(shard.n_tokens for shard in self.shards)
 
     @property
     def hook_names(self) -> list[str]:
-        """The hooks that it has vectors of."""
-        return self.manifest.hook_names
+        """Hooks that it has vectors of."""
+        return self.record.settings["hook_names"]
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the vectors: "float32", "bfloat16" or "float16"."""
+        return self.record.settings["dtype"]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's vectors at all hooks."""
+        itemsize = str_to_dtype(self.dtype).itemsize
+        return len(self.hook_names) * self.record.settings["d_in"] * itemsize
 
     @property
     def model_shape(self) -> ModelShape:
-        """Of the model that it was harvested from; its longest context is not kept."""
-        return ModelShape(self.manifest.n_layers, self.manifest.d_model)
+        """Shape of the model; its longest context is not recorded."""
+        settings = self.record.settings
+        return ModelShape(settings["n_layers"], settings["d_model"])
 
     @cached_property
     def identity(self) -> int:
-        """A positive number by which this cache is known from every other."""
-        entries = [
-            [shard.entry.checksum, shard.entry.tokens_checksum] for shard in self.shards
-        ]
-        return max(1, abs(checksum(torch.tensor(entries))))
+        """A positive number that differs from that of every other cache."""
+        # It is stored as a signed integer of 64 bits.
+        hashes = hash_of_json([shard.hash for shard in self.shards])
+        return 1 + int(hashes[:15], 16)
 
     def vectors(
         self, block: int, hook_names: Sequence[str] | None = None
     ) -> Generator[Float[Tensor, "token d_in"]]:
         """The vectors of one block, hook by hook.
 
-        They are views of a mapped file: use or copy one before the next is taken.
+        They are views of a mapped file: use or copy one before taking the next.
 
         Args:
-            hook_names: Some of its hooks, in any order; only theirs are read. None:
-                all.
+            hook_names: Some of its hooks, in any order; only these are read. None: all.
 
         Raises:
-            ValueError: If a shard is missing, torn or was changed; names it.
+            ValueError: If a shard is missing or torn; names it.
         """
-        shard, of_shard = self._find(block)
+        shard, rows = self._find(block)
         return shard.vectors(
-            of_shard, self.hook_names if hook_names is None else hook_names
+            rows, self.hook_names if hook_names is None else hook_names
         )
 
     def n_tokens_of(self, block: int) -> int:
         """Tokens in a block."""
-        shard, of_shard = self._find(block)
-        start = of_shard * shard.tokens_per_block
-        return min(shard.tokens_per_block, shard.entry.n_tokens - start)
+        _, rows = self._find(block)
+        return rows.stop - rows.start
 
-    def _find(self, block: int) -> tuple[Shard, int]:
+    def _find(self, block: int) -> tuple[Shard, slice]:
+        """The shard of a block, and its rows there."""
         index = bisect_right(self._ends, block)
         first = self._ends[index - 1] if index else 0
-        return self.shards[index], block - first
+        shard, start = self.shards[index], (block - first) * self.tokens_per_block
+        return shard, slice(start, min(start + self.tokens_per_block, shard.n_tokens))
 
     def read(
         self, hook_names: Sequence[str] | None = None
@@ -137,13 +188,12 @@ class ActivationCache:
         Args:
             hook_names: As for `vectors`.
         """
+        names = self.hook_names if hook_names is None else hook_names
         for shard in self.shards:
-            names = self.hook_names if hook_names is None else hook_names
-            blocks = [
-                torch.stack(list(shard.vectors(block, names)), 1)
-                for block in range(shard.n_blocks)
-            ]
-            yield torch.cat(blocks), shard.tokens()
+            yield (
+                torch.stack(list(shard.vectors(slice(None), names)), 1),
+                shard.tokens(),
+            )
 
     def evaluation_tokens(self) -> Int[Tensor, "prompt pos"]:
         """Prompts that follow those of the cache in the dataset.
@@ -152,47 +202,64 @@ class ActivationCache:
             ValueError: If their file is torn or was changed.
         """
         path = self.path / EVALUATION_FOLDER / EVALUATION_FILENAME
-        tokens = read_tensors(path)["tokens"]
-        if checksum(tokens) != self.manifest.evaluation_checksum:
+        tensors = read_tensors(path)
+        if hash_of_tensors(tensors) != self._evaluation_hash:
             raise ValueError(
                 f"{path} was changed. Delete the cache and harvest it again."
             )
-        return tokens.long()
+        return tensors["tokens"].long()
 
     def check(self, cfg: MultiLayerConfig[Any], model: Any | None = None) -> None:
         """Check that it has the vectors that a run needs.
 
+        Hooks that the run does not use may be in the cache, and a run that names no
+        dataset takes the cache's.
+
         Args:
-            model: The run's, if it has loaded one.
+            model: The model of the run, if it has loaded one.
 
         Raises:
             ValueError: If not; names every difference.
         """
-        differences = self.manifest.differences_from_run(cfg, model)
+        wanted = Record(
+            CACHE_KIND,
+            vector_settings(cfg),
+            {} if model is None else model_fingerprints(model),
+        )
+        ignore = [] if cfg.dataset_path else ["dataset_path"]
+        differences = self.record.differences(wanted, ignore)
+        needed = cfg.resolve_hook_names(self.model_shape.n_layers)
+        if missing := [name for name in needed if name not in self.hook_names]:
+            differences.append(
+                f"the hooks {missing} are missing; it has {self.hook_names}"
+            )
         if differences:
             raise ValueError(
-                f"The cache at {self.path} must be of what this run needs; they differ:"
-                f"{explain(differences)}\nChange the run, or harvest another cache."
+                f"The cache at {self.path} must hold what this run needs; they differ:"
+                f"{as_lines(differences)}\nChange the run, or harvest another cache."
             )
 
     def verify(self) -> None:
-        """Read all of it, and compare it with what was harvested.
+        """Read the whole cache and compare it with its hashes.
 
         Raises:
             ValueError: If something was changed; names each shard.
         """
+        self._check_shards(lambda shard: shard.verify(self.hook_names))
+        self.evaluation_tokens()
+
+    def _check_shards(self, check: Callable[[Shard], None]) -> None:
         faults: list[str] = []
         for shard in self.shards:
             try:
-                shard.tokens()
-                for block in range(shard.n_blocks):
-                    for _ in shard.vectors(block, self.hook_names):
-                        pass
+                check(shard)
             except ValueError as error:
                 faults.append(str(error))
         if faults:
-            raise ValueError(f"The cache at {self.path} has faults:{explain(faults)}")
-        self.evaluation_tokens()
+            raise ValueError(
+                f"The cache at {self.path} is damaged:{as_lines(faults)}\nDelete the "
+                "folder and harvest it again."
+            )
 
 
 class CachedActivationsStore(MultiLayerActivationsStore):
@@ -247,10 +314,12 @@ class CachedActivationsStore(MultiLayerActivationsStore):
         plain.cached_activations_path = str(cache.path)
         # SAELens then looks for neither a dataset nor a tokenizer.
         plain.dataset_path = None  # type: ignore[assignment]
-        plain.exclude_special_tokens = cache.manifest.excluded_token_ids or False
+        plain.exclude_special_tokens = (
+            cache.record.settings["excluded_token_ids"] or False
+        )
         store = super(MultiLayerActivationsStore, cls).from_config(model, plain)  # type: ignore[arg-type]
         assert isinstance(store, cls)
-        names = cfg.resolve_hook_names(cache.manifest.n_layers)
+        names = cfg.resolve_hook_names(cache.model_shape.n_layers)
         store._ranks = ranks
         store.cache, store.hook_name, store.hook_names = cache, names[0], names
         store._generator = torch.Generator().manual_seed(cfg.seed)
@@ -316,7 +385,7 @@ class CachedActivationsStore(MultiLayerActivationsStore):
     @override
     def tokens_per_model_batch(self) -> int:
         """Tokens of which vectors are read at a time."""
-        return self.cache.manifest.tokens_per_block
+        return self.cache.tokens_per_block
 
     @override
     def evaluation_prompts(

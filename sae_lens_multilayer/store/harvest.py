@@ -1,13 +1,10 @@
-"""Harvests a cache: the model runs once, and what it gives stays on the disk."""
+"""Harvests a cache: runs the model once and keeps its vectors on disk."""
 
 import copy
 import errno
+import json
 import logging
-import os
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +17,41 @@ from tqdm.auto import tqdm
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import (
+    LOCK_FILENAME,
     check_free,
     complete_or_absent,
     locked,
     read_tensors,
+    remove_leftovers,
     write_whole,
 )
-from sae_lens_multilayer.fingerprints import checksum
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.ranks import check_one_process
+from sae_lens_multilayer.record import (
+    RECORD_FILENAME,
+    Record,
+    as_lines,
+    hash_of_tensors,
+    model_fingerprints,
+)
 from sae_lens_multilayer.store.cache import (
+    CACHE_KIND,
     EVALUATION_FILENAME,
     EVALUATION_FOLDER,
+    SHARDS_FILENAME,
     ActivationCache,
+    vector_settings,
 )
-from sae_lens_multilayer.store.manifest import (
-    MANIFEST_FILENAME,
-    SHARD_FOLDERS,
-    Manifest,
-    ShardEntry,
-    check_no_lost_manifest,
-    explain,
-    hashes_of,
-    settings_of,
-    versions,
-)
-from sae_lens_multilayer.store.shards import Shard, ShardInMemory, describe
+from sae_lens_multilayer.store.shards import Shard, ShardInMemory
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
-from sae_lens_multilayer.training.run_folder import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2**28
-"""About how large a shard is; harvesting holds one in memory."""
+"""Approximate size of a shard; harvesting holds one in memory."""
 BLOCK_BYTES = 2**17
-"""About how much of one hook is read at a time."""
+"""Approximate bytes of one hook that are read at a time."""
 
 
 class MultiLayerCacheActivationsRunner:
@@ -66,8 +62,8 @@ class MultiLayerCacheActivationsRunner:
     their order, in the config's `dtype`, under its `cached_activations_path`. Vectors
     are raw: a lens is the SAE's, and one cache serves runs with any lens or none.
 
-    A harvest that was interrupted, killed at any moment too, goes on when it is run
-    again, and ends with the bytes it would have had (on the same machine).
+    An interrupted or killed harvest is resumed when it is run again, and ends with the
+    bytes it would have had (on the same machine).
     """
 
     def __init__(
@@ -78,18 +74,18 @@ class MultiLayerCacheActivationsRunner:
         shard_bytes: int = SHARD_BYTES,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        """Load what is needed, and compare it with what is at the path already.
+        """Load the model and the dataset, and compare with a cache at the path.
 
         Args:
-            cfg: Of a training run.
+            cfg: Config of a training run.
             override_dataset: Used instead of `cfg.dataset_path`.
             override_model: Used instead of loading `cfg.model_name`.
-            shard_bytes: About how large a shard is, at least one model batch.
-            block_bytes: About how much of a hook is read at a time, at least a vector.
+            shard_bytes: Approximate size of a shard, at least one model batch.
+            block_bytes: Approximate size of what is read of a hook at a time, at least
+                one vector.
 
         Raises:
             FileExistsError: If something else is at the path.
-            FileNotFoundError: If a cache is there that has lost its manifest.
             ValueError: If another cache is there, the settings do not fit the model
                 or each other, or torchrun has started several processes.
         """
@@ -100,15 +96,18 @@ class MultiLayerCacheActivationsRunner:
             )
         self.cfg = cfg
         self.path = Path(cfg.cached_activations_path)
-        if not (self.path / MANIFEST_FILENAME).exists():
-            check_no_lost_manifest(self.path)
+        if not self._is_begun:
             check_free(self.path)
         self.model = (
             override_model if override_model is not None else loading.load_model(cfg)
         )
-        self._dataset, self._has_begun = override_dataset, False
+        self._dataset, self._has_run = override_dataset, False
         self.activations_store = self._make_store(override_dataset)
-        self.manifest = self._plan(shard_bytes, block_bytes)
+        self.record = Record(
+            CACHE_KIND,
+            vector_settings(cfg) | self._layout(shard_bytes, block_bytes),
+            model_fingerprints(self.model),
+        )
         self._check_found()
 
     def _make_store(self, dataset: HfDataset | None) -> MultiLayerActivationsStore:
@@ -119,106 +118,106 @@ class MultiLayerCacheActivationsRunner:
         cfg.n_batches_in_buffer, cfg.train_batch_size_tokens = 1, 1
         return MultiLayerActivationsStore.from_config(self.model, cfg, dataset)
 
-    def _plan(self, shard_bytes: int, block_bytes: int) -> Manifest:
-        store = self.activations_store
-        shape = as_model(self.model).shape
+    def _layout(self, shard_bytes: int, block_bytes: int) -> dict[str, Any]:
+        """What else decides the bytes of the cache."""
+        store, shape = self.activations_store, as_model(self.model).shape
         excluded = store.exclude_special_tokens
         split = getattr(store.dataset, "split", None)
-        itemsize = store.dtype.itemsize
-        bytes_per_token = len(store.hook_names) * store.d_in * itemsize
-        return Manifest(
-            settings=settings_of(self.cfg),
-            hook_names=store.hook_names,
-            n_layers=shape.n_layers,
-            d_model=shape.d_model,
-            excluded_token_ids=[] if excluded is None else excluded.tolist(),
-            training_tokens=self.cfg.training_tokens,
-            store_batch_size_prompts=self.cfg.store_batch_size_prompts,
-            tokens_per_shard=max(
-                shard_bytes // bytes_per_token, store.tokens_per_model_batch
-            ),
-            tokens_per_block=max(1, block_bytes // (store.d_in * itemsize)),
-            versions=versions(),
-            dataset_split=None if split is None else str(split),
-            **hashes_of(self.model),  # type: ignore[arg-type]
-        )
+        row_bytes = store.d_in * store.dtype.itemsize
+        n_in_shard = shard_bytes // (len(store.hook_names) * row_bytes)
+        return {
+            "hook_names": store.hook_names,
+            "n_layers": shape.n_layers,
+            "d_model": shape.d_model,
+            "dataset_split": None if split is None else str(split),
+            "excluded_token_ids": [] if excluded is None else excluded.tolist(),
+            "training_tokens": self.cfg.training_tokens,
+            # The vectors depend on it in their rounding.
+            "store_batch_size_prompts": self.cfg.store_batch_size_prompts,
+            "tokens_per_shard": max(n_in_shard, store.tokens_per_model_batch),
+            "tokens_per_block": max(1, block_bytes // row_bytes),
+        }
+
+    @property
+    def _is_begun(self) -> bool:
+        return (self.path / RECORD_FILENAME).exists()
+
+    @property
+    def _is_complete(self) -> bool:
+        return (self.path / SHARDS_FILENAME).exists()
 
     def _check_found(self) -> None:
-        """Compare the cache that is at the path, if there is one, with the plan."""
-        if not (self.path / MANIFEST_FILENAME).exists():
+        """Compare the cache at the path, if there is one, with the one wanted."""
+        if not self._is_begun:
             return
-        found = Manifest.read(self.path)
-        differences = found.differences_from_plan(self.manifest)
-        if differences:
+        found = Record.read(self.path, CACHE_KIND)
+        if differences := found.differences(self.record):
             raise ValueError(
                 f"{self.path} holds another cache, which is not overwritten:"
-                f"{explain(differences)}\nGive another `cached_activations_path`."
+                f"{as_lines(differences)}\nGive another `cached_activations_path`."
             )
-        if found.shards is None and found.versions != self.manifest.versions:
-            logger.warning(
-                "The harvest goes on with other versions than it began with; vectors "
-                "may be rounded otherwise: %s, now %s.",
-                found.versions,
-                self.manifest.versions,
-            )
+        if not self._is_complete:
+            found.warn_of_versions(self.path)
+
+    @property
+    def _bytes_per_token(self) -> int:
+        """Bytes of a token's vectors at all hooks."""
+        store = self.activations_store
+        return len(store.hook_names) * store.d_in * store.dtype.itemsize
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of disk that the cache takes at most, to a few thousandths."""
-        per_prompt = self.activations_store.training_context_size
-        # A token of the prompt, and which one a vector is of, are int32.
+        """Upper bound on the cache's bytes on disk, to a few thousandths."""
+        store = self.activations_store
+        # Prompts, and the prompt and position of each vector, are int32.
         per_token = (
-            self.manifest.bytes_per_token + 8 + 4 * self.cfg.context_size / per_prompt
+            self._bytes_per_token
+            + 8
+            + 4 * self.cfg.context_size / store.training_context_size
         )
-        n_tokens = (
-            self.cfg.training_tokens + self.activations_store.tokens_per_model_batch
-        )
+        n_tokens = self.cfg.training_tokens + store.tokens_per_model_batch
         return int(n_tokens * per_token)
 
     def __str__(self) -> str:
-        """What it will harvest, and how much disk that takes."""
-        m = self.manifest
+        """What it harvests, and how much disk that takes."""
+        settings = self.record.settings
         return (
-            f"{m.training_tokens:,} tokens x {len(m.hook_names)} hooks x {m.d_in}, "
-            f"{m.dtype}: {m.bytes_per_token:,} bytes per token, at most "
-            f"{self.n_bytes / 2**30:.2f} GiB in shards of {m.tokens_per_shard:,} "
-            f"tokens at {self.path}"
+            f"{settings['training_tokens']:,} tokens x {len(settings['hook_names'])} "
+            f"hooks x {settings['d_in']}, {settings['dtype']}: "
+            f"{self._bytes_per_token:,} bytes per token, at most "
+            f"{self.n_bytes / 2**30:.2f} GiB in shards of "
+            f"{settings['tokens_per_shard']:,} tokens at {self.path}"
         )
 
     def run(self) -> ActivationCache:
-        """Harvest the cache, or what is missing of it, and open it.
+        """Harvest the cache, or the rest of it, and open it.
 
         Raises:
             OSError: If the disk has no room for it, before anything is written, or if
-                it is full later, in which case what is whole stays; or if another
+                it is full later, in which case complete shards stay; or if another
                 process is harvesting it.
             ValueError: If the dataset gives no token.
         """
-        if self._is_complete():
-            cache = ActivationCache(self.path)
+        if self._is_complete:
             logger.info("The cache at %s is complete.", self.path)
-            return cache
+            return ActivationCache(self.path)
         self._check_room()
-        if not (self.path / MANIFEST_FILENAME).exists():
+        if not self._is_begun:
             with complete_or_absent(self.path) as partial:
-                (partial / MANIFEST_FILENAME).write_text(self.manifest.to_json())
-        with _alone(self.path):
+                self.record.write(partial)
+        with locked(self.path):
             # Another process may have finished it meanwhile.
-            if not self._is_complete():
+            if not self._is_complete:
                 remove_leftovers(self.path)
                 self._harvest()
                 self._finish()
         return ActivationCache(self.path)
 
-    def _is_complete(self) -> bool:
-        there = (self.path / MANIFEST_FILENAME).exists()
-        return there and Manifest.read(self.path).shards is not None
-
     def _check_room(self) -> None:
         parent = self.path.resolve()
         while not parent.exists():
             parent = parent.parent
-        needed = self.n_bytes - sum(entry.n_bytes for entry in self._shards())
+        needed = self.n_bytes - sum(shard.n_bytes for shard in self._shards())
         free = shutil.disk_usage(parent).free
         logger.info(
             "Caching %s. Still to be written: %.2f GiB; free: %.2f GiB.",
@@ -235,32 +234,33 @@ class MultiLayerCacheActivationsRunner:
                 str(self.path),
             )
 
-    def _shards(self) -> list[ShardEntry]:
-        """Those that are there, in their order."""
-        folders = sorted(self.path.glob(SHARD_FOLDERS))
-        for number, folder in enumerate(folders):
-            if folder.name != _shard_name(number):
+    def _shards(self) -> list[Shard]:
+        """The shards on disk, in order."""
+        folders = sorted(self.path.glob("shard-*"))
+        for expected, folder in enumerate(folders):
+            if folder != self._shard_folder(expected):
                 raise ValueError(
-                    f"{self.path / _shard_name(number)} is missing, and {folder.name} "
-                    "is there. Put it back, or delete the cache."
+                    f"{self._shard_folder(expected)} is missing, and {folder.name} is "
+                    "there. Put it back, or delete the cache."
                 )
-        return [describe(folder) for folder in folders]
+        return [Shard.open(folder) for folder in folders]
+
+    def _shard_folder(self, index: int) -> Path:
+        return self.path / f"shard-{index:06d}"
 
     def _harvest(self) -> None:
         """Add the shards that are missing."""
-        if self._has_begun:
-            # A run that failed has left it somewhere in the dataset.
+        if self._has_run:
+            # A run that failed has left the store somewhere in the dataset.
             self.activations_store = self._make_store(self._dataset)
-        self._has_begun = True
-        store, entries = self.activations_store, self._shards()
-        n_tokens = sum(entry.n_tokens for entry in entries)
-        if entries:
-            logger.info("Going on after %d shards, %d tokens.", len(entries), n_tokens)
-            self._check_same_text(entries[0])
-            store.load_from_checkpoint(self.path / entries[-1].name)
-        n_shards, wanted = len(entries), self.manifest.training_tokens
+        self._has_run = True
+        n_shards, n_tokens = self._resume()
+        store, wanted = self.activations_store, self.cfg.training_tokens
         shard = ShardInMemory(
-            store.hook_names, self.manifest.tokens_per_shard, store.d_in, store.dtype
+            store.hook_names,
+            self.record.settings["tokens_per_shard"],
+            store.d_in,
+            store.dtype,
         )
         with tqdm(
             total=wanted, initial=n_tokens, desc="Caching activations", unit="tok"
@@ -268,7 +268,7 @@ class MultiLayerCacheActivationsRunner:
             while n_tokens < wanted and not store.epoch_has_ended:
                 self._fill(shard, wanted - n_tokens, progress)
                 if shard.n_tokens:
-                    self._save(shard, self.path / _shard_name(n_shards))
+                    self._save(shard, self._shard_folder(n_shards))
                     n_shards, n_tokens = n_shards + 1, n_tokens + shard.n_tokens
                 shard.clear()
         if n_tokens < wanted:
@@ -278,10 +278,19 @@ class MultiLayerCacheActivationsRunner:
                 wanted,
             )
 
-    def _check_same_text(self, entry: ShardEntry) -> None:
-        """Compare where the dataset begins with the first shard."""
-        found = Shard.of_cache(self.path, self.manifest, entry).tokens().tokens
-        prompts = self.activations_store.take_next()
+    def _resume(self) -> tuple[int, int]:
+        """Continue after the shards on disk; their number, and their tokens."""
+        shards = self._shards()
+        n_tokens = sum(shard.n_tokens for shard in shards)
+        if shards:
+            logger.info("Resuming after %d shards, %d tokens.", len(shards), n_tokens)
+            self._check_same_text(shards[0])
+            self.activations_store.load_from_checkpoint(shards[-1].folder)
+        return len(shards), n_tokens
+
+    def _check_same_text(self, first: Shard) -> None:
+        """Compare the first prompts of the dataset with the first shard."""
+        found, prompts = first.tokens().tokens, self.activations_store.take_next()
         if prompts is None or not torch.equal(
             prompts.cpu().int(), found[: len(prompts)]
         ):
@@ -310,20 +319,21 @@ class MultiLayerCacheActivationsRunner:
     def _save(self, shard: ShardInMemory, folder: Path) -> None:
         try:
             with complete_or_absent(folder) as partial:
-                shard.save(partial, self.manifest.tokens_per_block)
+                shard.save(partial)
                 self.activations_store.save_to_checkpoint(partial)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"{folder} could not be written: {error}. The shards before it are "
-                "whole; run the harvest again to go on after them. Is the disk full?"
+                "complete; run the harvest again to resume it. Is the disk full?"
             ) from error
 
     def _finish(self) -> None:
-        """Keep prompts for evaluation, and write the manifest that makes it a cache."""
-        entries = self._shards()
-        if not entries:
-            # Or other settings would be refused as those of another cache.
-            (self.path / MANIFEST_FILENAME).unlink()
+        """Save prompts for evaluation; list the shards, which completes the cache."""
+        shards = self._shards()
+        if not shards:
+            # Else other settings would be refused as those of another cache.
+            for name in (RECORD_FILENAME, LOCK_FILENAME):
+                (self.path / name).unlink()
             raise ValueError(
                 "The dataset must give at least one token that has vectors; it gives "
                 f"none in whole contexts of {self.cfg.context_size} tokens."
@@ -333,14 +343,20 @@ class MultiLayerCacheActivationsRunner:
             with complete_or_absent(folder) as partial:
                 tensors = {"tokens": self._evaluation_tokens()}
                 save_file(tensors, partial / EVALUATION_FILENAME)
-        tokens = read_tensors(folder / EVALUATION_FILENAME)["tokens"]
-        done = replace(
-            Manifest.read(self.path),
-            n_tokens=sum(entry.n_tokens for entry in entries),
-            evaluation_checksum=checksum(tokens),
-            shards=entries,
-        )
-        write_whole(self.path / MANIFEST_FILENAME, done.to_json())
+        content = {
+            "evaluation_hash": hash_of_tensors(
+                read_tensors(folder / EVALUATION_FILENAME)
+            ),
+            "shards": {
+                shard.folder.name: {
+                    "n_tokens": shard.n_tokens,
+                    "n_bytes": shard.n_bytes,
+                    "hash": shard.hash,
+                }
+                for shard in shards
+            },
+        }
+        write_whole(self.path / SHARDS_FILENAME, json.dumps(content, indent=1))
 
     def _evaluation_tokens(self) -> Tensor:
         store, cfg = self.activations_store, self.cfg
@@ -354,18 +370,3 @@ class MultiLayerCacheActivationsRunner:
             cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts,
         )
         return tokens.cpu().int()
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:06d}"
-
-
-@contextmanager
-def _alone(folder: Path) -> Generator[None]:
-    """Keep other processes from harvesting the same cache; ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with locked(descriptor, "Another process is harvesting this cache", folder):
-            yield
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,6 @@
 """What is measured of each point of a sweep, and on which text."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
@@ -22,6 +21,7 @@ from sae_lens_multilayer.analysis.suite import Analysis, Suite
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.config_files import check_known
 from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics, evaluate
+from sae_lens_multilayer.record import hash_of_tensors
 from sae_lens_multilayer.text.held_out import (
     check_n_tokens,
     excluded_token_ids,
@@ -125,7 +125,7 @@ class HeldOut:
     @property
     def fingerprint(self) -> str:
         """Tells other prompts apart."""
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        return hash_of_tensors({"tokens": self.tokens})
 
 
 def held_out(

@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import save_results
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
 from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics
 from sae_lens_multilayer.files import complete_or_absent, read_json, write_whole
+from sae_lens_multilayer.record import RECORD_FILENAME, Record, as_lines
 from sae_lens_multilayer.sweeps.cost import Cost, measured
 from sae_lens_multilayer.sweeps.evaluation import summary
-from sae_lens_multilayer.training.run_folder import settings_that_differ
+from sae_lens_multilayer.training.run_folder import comparable_settings
 
 _EVALUATION_FILE = "evaluation.csv"
 _SUMMARY_FILE = "summary.json"
 _COST_FILE = "cost.json"
 _ERROR_FILE = "error.txt"
+
+_POINT_KIND = "sweep point"
+_ANALYSIS_KIND = "sweep analysis"
 
 
 class PointFolder:
@@ -51,37 +54,43 @@ class PointFolder:
         return self.is_trained and self.analysis.is_dir()
 
     def check(self, cfg: MultiLayerConfig[Any], evaluation: dict[str, Any]) -> None:
-        """Check that what is there comes of these settings.
+        """Check that what is there was made with these settings.
 
         Raises:
-            ValueError: If it comes of others; names them.
+            ValueError: If it was made with others; names them.
         """
-        if (self.path / RUNNER_CFG_FILENAME).exists():
-            if changed := settings_that_differ(cfg, self.path):
+        if self._is_begun:
+            wanted = Record(_POINT_KIND, comparable_settings(cfg))
+            found = Record.read(self.path, _POINT_KIND)
+            if changed := found.differences(wanted):
                 raise ValueError(
-                    f"{self.path} was begun with other settings: {', '.join(changed)}."
-                    " Go on with those, move the folder away, or choose another one "
-                    "for this sweep."
+                    f"{self.path} was begun with other settings:{as_lines(changed)}\n"
+                    "Use those, move the folder away, or choose another one for this "
+                    "sweep."
                 )
         elif any(self.path.glob("[!.]*")):
             raise ValueError(
                 f"{self.path} must be the folder of a point of this sweep, or not be "
-                f"there; it lacks {RUNNER_CFG_FILENAME}."
+                f"there; it has no {RECORD_FILENAME}."
             )
         if not self.is_done:
             return
-        found = self._summary["evaluation"]
-        if changed := [name for name in evaluation if evaluation[name] != found[name]]:
+        wanted = Record(_ANALYSIS_KIND, evaluation)
+        if changed := self._analysed.differences(wanted):
             raise ValueError(
-                f"{self.path} was evaluated with other settings: {', '.join(changed)}. "
-                f"Go on with those, or move the folders {self.analysis.name!r} of all "
-                "points away to evaluate them again."
+                f"{self.path} was evaluated with other settings:{as_lines(changed)}\n"
+                f"Use those, or move the folders {self.analysis.name!r} of all points "
+                "away to evaluate them again."
             )
 
+    @property
+    def _is_begun(self) -> bool:
+        return (self.path / RECORD_FILENAME).exists()
+
     def begin(self, cfg: MultiLayerConfig[Any]) -> MultiLayerConfig[Any]:
-        """The run as it saves to this folder, and goes on where it was left."""
-        if not (self.path / RUNNER_CFG_FILENAME).exists():
-            write_whole(self.path / RUNNER_CFG_FILENAME, json.dumps(cfg.to_dict()))
+        """The config of the run that saves to this folder, and is resumed there."""
+        if not self._is_begun:
+            Record(_POINT_KIND, comparable_settings(cfg)).write(self.path)
         begun = copy.copy(cfg)
         begun.output_path = str(self.sae)
         begun.checkpoint_path = str(self.path / "checkpoints")
@@ -132,8 +141,6 @@ class PointFolder:
     ) -> None:
         """Write what was measured, and of what."""
         content = {
-            "evaluation": evaluation,
-            "tokens_sha256": fingerprint,
             "n_tokens": metrics.reconstruction.n_tokens,
             "values": _without_nan(summary(metrics, results)),
         }
@@ -141,6 +148,7 @@ class PointFolder:
             metrics.to_dataframe().to_csv(folder / _EVALUATION_FILE)
             save_results(results, folder, tokenizer)
             (folder / _SUMMARY_FILE).write_text(json.dumps(content, indent=1))
+            Record(_ANALYSIS_KIND, evaluation, {"tokens": fingerprint}).write(folder)
         (self.path / _ERROR_FILE).unlink(missing_ok=True)
 
     @property
@@ -159,8 +167,12 @@ class PointFolder:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokens that a point that is done was measured on."""
-        return self._summary["tokens_sha256"]
+        """Hash of the tokens that a point that is done was measured on."""
+        return self._analysed.fingerprints["tokens"]
+
+    @property
+    def _analysed(self) -> Record:
+        return Record.read(self.analysis, _ANALYSIS_KIND)
 
     def values(self) -> dict[str, Any]:
         """What was measured of a point that is done, as its row of the table."""

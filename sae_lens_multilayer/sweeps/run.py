@@ -12,7 +12,7 @@ from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.files import alone_in, check_writable, write_whole
+from sae_lens_multilayer.files import check_writable, locked, write_whole
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures.matplotlib_figures import save_figure
 from sae_lens_multilayer.pictures.sweep_figures import plot_sweep
@@ -128,7 +128,7 @@ class Runs:
         """
         models = list(dict.fromkeys(map(model_of, self.points)))
         in_order = sorted(self.points, key=lambda p: models.index(model_of(p)))
-        with alone_in(self.folder):
+        with locked(self.folder):
             self._write_table()
             for point in tqdm(in_order, desc="Sweep", unit="point"):
                 if not self.folder_of(point).is_done:

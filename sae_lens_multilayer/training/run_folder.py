@@ -1,17 +1,15 @@
-"""The folder with a run's checkpoints: which is the newest, which may go."""
+"""The folder of a run's checkpoints: validate, find the newest, delete old ones."""
 
 import copy
-import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
-from sae_lens_multilayer.files import PARTIAL_PREFIX, read_json
+from sae_lens_multilayer.files import read_json, remove_folder, remove_leftovers
+from sae_lens_multilayer.record import Record
 from sae_lens_multilayer.training.trainer_state import VALUES_FILENAME
 
 logger = logging.getLogger(__name__)
@@ -32,6 +30,8 @@ _WITHOUT_EFFECT = (
 )
 """Settings that do not change the weights that a run ends with."""
 
+CHECKPOINT_KIND = "checkpoint"
+
 
 def latest_checkpoint(cfg: MultiLayerConfig[Any]) -> Path | None:
     """The newest checkpoint of a run with these settings; None if there is none.
@@ -44,14 +44,15 @@ def latest_checkpoint(cfg: MultiLayerConfig[Any]) -> Path | None:
     runs = [own] if cfg.logger.wandb_id else [own.parent, *own.parent.glob("*")]
     # A name with a dot at its beginning is of a folder that is not complete.
     states = [state for run in runs for state in run.glob(f"[!.]*/{VALUES_FILENAME}")]
+    wanted = Record(CHECKPOINT_KIND, comparable_settings(cfg))
     newest_first = sorted(states, key=lambda s: s.stat().st_mtime_ns, reverse=True)
     for state in newest_first:
         try:
-            differing = settings_that_differ(cfg, state.parent)
+            found = Record.read(state.parent, CHECKPOINT_KIND)
         except (OSError, ValueError) as error:
-            logger.warning("The checkpoint %s is left out: %s", state.parent, error)
+            logger.warning("The checkpoint %s is skipped: %s", state.parent, error)
             continue
-        if not differing:
+        if not found.differences(wanted):
             return state.parent
     logger.info(
         "There is no checkpoint of this run under %s (%d of others); starting anew.",
@@ -75,44 +76,48 @@ def resolve_latest(cfg: MultiLayerConfig[Any]) -> MultiLayerConfig[Any]:
     return cfg
 
 
-def settings_that_differ(cfg: MultiLayerConfig[Any], checkpoint: Path) -> list[str]:
-    """Names of the settings, among those with an effect, that a checkpoint's run had
-    otherwise.
+def comparable_settings(cfg: MultiLayerConfig[Any]) -> dict[str, Any]:
+    """Settings of a run that change the weights it ends with.
+
+    Those of the SAE have names such as "sae.d_sae".
+    """
+    settings = {n: v for n, v in cfg.to_dict().items() if n not in _WITHOUT_EFFECT}
+    sae = settings.pop("sae")
+    # The metadata names where the weights come from, and changes during the run.
+    return settings | {f"sae.{n}": v for n, v in sae.items() if n != "metadata"}
+
+
+def check_checkpoint(path: str | Path, wanted: dict[str, Any]) -> None:
+    """Check that a folder holds a checkpoint of a certain SAE.
+
+    Args:
+        wanted: Entries that its `cfg.json` must have: architecture, sizes and so on.
 
     Raises:
-        ValueError: If the checkpoint's config is torn.
+        FileNotFoundError: If a file is missing.
+        ValueError: If it is the checkpoint of another SAE, or damaged.
     """
-    wanted = comparable_settings(cfg)
-    found = _settings(read_json(checkpoint / RUNNER_CFG_FILENAME))
-    names = sorted(wanted.keys() | found.keys())
-    return [name for name in names if wanted.get(name) != found.get(name)]
-
-
-def comparable_settings(cfg: MultiLayerConfig[Any]) -> dict[str, Any]:
-    """The settings of a run that have an effect, as they come back from a file."""
-    return _settings(json.loads(json.dumps(cfg.to_dict())))
-
-
-def _settings(cfg: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: v for name, v in cfg.items() if name not in _WITHOUT_EFFECT}
-    # Metadata says where weights come from and is filled in while the run goes on.
-    return kept | {"sae": {k: v for k, v in kept["sae"].items() if k != "metadata"}}
-
-
-def remove_leftovers(run_folder: Path) -> None:
-    """Remove what a killed process had begun to write or to delete."""
-    for leftover in run_folder.glob(f"{PARTIAL_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    path = Path(path)
+    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path} must be a checkpoint folder with {SAE_CFG_FILENAME} and "
+                f"{SAE_WEIGHTS_FILENAME}; {name} is not there."
+            )
+    cfg = read_json(path / SAE_CFG_FILENAME)
+    found = {key: cfg.get(key) for key in wanted}
+    if found != wanted:
+        raise ValueError(
+            f"The checkpoint at {path} must be of this run's SAE, {wanted}; it has "
+            f"{found}."
+        )
 
 
 def keep_newest(run_folder: Path, n: int) -> None:
-    """Delete a run's checkpoints but the `n` of most tokens.
+    """Delete a run's checkpoints except the `n` with the most tokens.
 
-    A final one, which is named otherwise, neither counts nor goes. At no moment does a
-    folder that is half deleted look like a checkpoint.
+    A final one, which has another name, is neither counted nor deleted.
     """
     found = [path for path in run_folder.iterdir() if path.name.isdigit()]
     for path in sorted(found, key=lambda path: int(path.name))[:-n]:
-        doomed = run_folder / f"{PARTIAL_PREFIX}{uuid4().hex[:8]}"
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_folder(path)

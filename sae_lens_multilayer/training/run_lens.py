@@ -93,9 +93,7 @@ def check_lens_of_model(
         return
     if model is None:
         assert cache is not None
-        lens.config.check_shape(
-            cache.model_shape, cache.manifest.settings["model_name"]
-        )
+        lens.config.check_shape(cache.model_shape, cache.record.settings["model_name"])
     else:
         lens.check_model(model, stacklevel=5)
 

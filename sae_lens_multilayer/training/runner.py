@@ -33,7 +33,6 @@ from typing_extensions import override
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import (
-    check_checkpoint,
     check_writable,
     complete_or_absent,
     free_path,
@@ -43,13 +42,19 @@ from sae_lens_multilayer.files import (
 from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.ranks import AgreedError
+from sae_lens_multilayer.record import Record, as_lines, model_fingerprints
 from sae_lens_multilayer.store.cache import CachedActivationsStore
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.training import trainer_state
 from sae_lens_multilayer.training.batches import RunBatches
 from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.training.run_cache import cache_of_run, evaluates
-from sae_lens_multilayer.training.run_folder import resolve_latest, settings_that_differ
+from sae_lens_multilayer.training.run_folder import (
+    CHECKPOINT_KIND,
+    check_checkpoint,
+    comparable_settings,
+    resolve_latest,
+)
 from sae_lens_multilayer.training.run_lens import (
     check_lens_of_model,
     check_same_lens,
@@ -123,6 +128,10 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         if override_sae is not None:
             self._check_given_sae(override_sae)
         self.model = self._load_model(override_model)
+        # Compiling the model, which comes next, changes the names of its weights.
+        self._fingerprints = (
+            {} if self.model is None else model_fingerprints(self.model)
+        )
         store = self._make_store(override_dataset)
         self.activations_store = store  # pyright: ignore[reportIncompatibleVariableOverride]
         self._check_hooks_of_checkpoint(store.hook_names)
@@ -292,20 +301,29 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     def _load(self, trainer: MultiLayerTrainer, folder: Path) -> None:
         logger.info("Resuming from %s", folder)
-        differing = set(settings_that_differ(self.cfg, folder))
-        # However it is named, the lens is the checkpoint's, or there was an error.
-        differing.discard("tuned_lens")
-        if differing and self.ranks.is_first:
-            logger.warning(
-                "The run goes on with other settings than it had in the checkpoint, so "
-                "it does not end as it would have: %s.",
-                ", ".join(sorted(differing)),
-            )
+        if self.ranks.is_first:
+            self._warn_of_differences(folder)
         trainer.load_trainer_state(folder)
         load_random_states(folder, self.ranks)
         weights = read_tensors(folder / SAE_WEIGHTS_FILENAME)
         self.sae.process_state_dict_for_loading(weights)
         self.sae.load_state_dict(weights)
+
+    def _warn_of_differences(self, checkpoint: Path) -> None:
+        found = Record.read(checkpoint, CHECKPOINT_KIND)
+        found.warn_of_versions(checkpoint)
+        # The lens is the checkpoint's, or there was an error; its path may differ.
+        if differences := found.differences(self._record(), ignore=["tuned_lens"]):
+            logger.warning(
+                "The run is resumed with other settings or inputs than it had in the "
+                "checkpoint, so it does not end as it would have:%s",
+                as_lines(differences),
+            )
+
+    def _record(self) -> Record:
+        """What this run's checkpoints are made of."""
+        settings = comparable_settings(self.cfg)
+        return Record(CHECKPOINT_KIND, settings, self._fingerprints)
 
     def _make_trainer(self, data_provider: DataProvider) -> MultiLayerTrainer:
         trainer_cfg = self.cfg.to_sae_trainer_config()
@@ -408,7 +426,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        """Write into a checkpoint where the data stands, and the run's config."""
+        """Write the data's state, the run's config and record into a checkpoint."""
         if checkpoint_path is None:
             return
         state = self._batches.place.to_tensors()
@@ -416,6 +434,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         write_states(self._states, checkpoint_path)
         cfg = json.dumps(self.cfg.to_dict())
         (checkpoint_path / RUNNER_CFG_FILENAME).write_text(cfg)
+        self._record().write(checkpoint_path)
 
     @override
     def save_final_sae(
@@ -427,7 +446,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         """Save the SAE for inference with its run's config; all of it or nothing.
 
         If something has appeared at `output_path` since the run began, it is saved in a
-        new folder beside it.
+        new folder beside it, which is logged.
         """
         path = free_path(output_path)
         with complete_or_absent(path) as partial:

@@ -177,8 +177,8 @@ def test_results_are_read_back_by_name(model, tokens, single_layers, tmp_path):
         pd.testing.assert_frame_equal(found[name].to_dataframe(), result.to_dataframe())
     with pytest.raises(FileExistsError):
         save_results(results, tmp_path / "all")
-    settings = tmp_path / "all" / "variances" / "result.json"
-    settings.write_text('{"kind": "Path", "settings": {}}')
+    settings = tmp_path / "all" / "variances" / "record.json"
+    settings.write_text(settings.read_text().replace('"Variances"', '"Path"'))
     with pytest.raises(ValueError, match=r"must hold one of \[.*got Path"):
         load_results(tmp_path / "all")
 

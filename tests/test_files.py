@@ -1,17 +1,18 @@
-"""Authority: the file system, and the files that SAELens writes."""
+"""Files and folders. Authority: the file system."""
 
 import os
 import stat
 
 import pytest
-from conftest import tiny_sae_config
-from sae_lens import TrainingSAE
 
-from sae_lens_multilayer import files as checkpoints
+from sae_lens_multilayer import files
 from sae_lens_multilayer.files import (
-    check_checkpoint,
     check_writable,
     complete_or_absent,
+    free_path,
+    locked,
+    read_json,
+    read_tensors,
 )
 
 
@@ -69,7 +70,7 @@ def test_nothing_is_left_when_the_disk_fails(tmp_path, monkeypatch):
 
 def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr(checkpoints, "_flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(files, "_flush", lambda path: flushed.append(path.name))
     rename = os.replace
     monkeypatch.setattr(
         os, "replace", lambda a, b: (flushed.append("rename"), rename(a, b))
@@ -116,11 +117,50 @@ def test_what_is_there_is_never_overwritten(tmp_path, make):
         assert target.read_text() == "old"
 
 
-def test_what_appears_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(OSError, match="not empty"), complete_or_absent(tmp_path / "a"):
-        make_full_folder(tmp_path / "a")
-    assert names(tmp_path) == ["a"]
+def test_what_appears_meanwhile_is_not_overwritten_and_nothing_is_lost(tmp_path):
+    def write_while_another_does():
+        with complete_or_absent(tmp_path / "a") as partial:
+            (partial / "file").write_text("new")
+            make_full_folder(tmp_path / "a")
+
+    with pytest.raises(FileExistsError, match=r"has appeared at .*/a; .* saved at"):
+        write_while_another_does()
+    kept = [name for name in names(tmp_path) if name != "a"]
     assert (tmp_path / "a" / "old").read_text() == "old"
+    assert [name[:2] for name in kept] == ["a-"]
+    assert (tmp_path / kept[0] / "file").read_text() == "new"
+
+
+def test_a_path_that_is_taken_is_replaced_by_a_logged_one(tmp_path, caplog):
+    target = tmp_path / "report.html"
+    assert free_path(target) == target
+    assert not caplog.text
+    make_file(target)
+    path = free_path(target)
+    assert path.parent == tmp_path
+    assert path.name.startswith("report-")
+    assert path.suffix == ".html"
+    assert f"saving to {path}" in caplog.text
+
+
+def test_a_locked_folder_is_of_one_user_at_a_time(tmp_path):
+    with (
+        locked(tmp_path / "new"),
+        pytest.raises(BlockingIOError, match=r"Another process.*new"),
+        locked(tmp_path / "new"),
+    ):
+        pass
+    with locked(tmp_path / "new"):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "3", "\x00"])
+def test_what_is_not_an_object_in_json_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json must be .*JSON"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"a\.json must be safetensors"):
+        read_tensors(tmp_path / "a.json")
 
 
 def test_a_second_write_does_not_replace_the_first(tmp_path):
@@ -200,7 +240,7 @@ def test_a_folder_without_permission_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoints.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(PermissionError, match=r"`output_path` must be.*denied") as info:
         check_writable(tmp_path / "new", "output_path")
     assert info.value.errno == 13
@@ -215,57 +255,7 @@ def test_a_name_that_is_too_long_is_found_out(tmp_path):
 def test_a_mount_point_is_found_out(tmp_path, monkeypatch):
     # Nothing can be renamed onto one.
     (tmp_path / "disk").mkdir()
-    monkeypatch.setattr(checkpoints.Path, "is_mount", lambda path: path.name == "disk")
+    monkeypatch.setattr(files.Path, "is_mount", lambda path: path.name == "disk")
     with pytest.raises(FileExistsError, match=r"root of a file system.*inside it"):
         check_writable(tmp_path / "disk", "output_path")
     check_writable(tmp_path / "disk" / "new", "output_path")
-
-
-WANTED = {"architecture": "multilayer", "d_in": 16, "d_sae": 64, "k": 4}
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    sae = TrainingSAE.from_dict(tiny_sae_config(d_in=16, d_sae=64).to_dict())
-    sae.save_model(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-def test_a_fitting_checkpoint_passes(checkpoint):
-    check_checkpoint(checkpoint, WANTED)
-    check_checkpoint(str(checkpoint), WANTED)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "found"),
-    [
-        ({"architecture": "topk"}, "'architecture': 'multilayer'"),
-        ({"d_in": 32}, "'d_in': 16"),
-        ({"d_sae": 128}, "'d_sae': 64"),
-        ({"k": 8}, "'k': 4"),
-    ],
-)
-def test_the_checkpoint_of_another_sae_is_an_error(checkpoint, wanted, found):
-    with pytest.raises(ValueError, match="must be of this run's SAE") as info:
-        check_checkpoint(checkpoint, WANTED | wanted)
-    wanted_text, found_text = str(info.value).split("it has")
-    assert found in found_text
-    assert str(WANTED | wanted) in wanted_text
-
-
-@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
-def test_a_torn_checkpoint_is_an_error_that_names_the_file(checkpoint, name):
-    (checkpoint / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"must be a checkpoint.*; {name} is"):
-        check_checkpoint(checkpoint, WANTED)
-
-
-def test_a_missing_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be a checkpoint folder"):
-        check_checkpoint(tmp_path / "nothing", WANTED)
-
-
-def test_a_checkpoint_whose_config_is_not_json_is_an_error(checkpoint):
-    (checkpoint / "cfg.json").write_text('{"architecture": "multil')
-    with pytest.raises(ValueError, match=r"cfg.json.*must be JSON"):
-        check_checkpoint(checkpoint, WANTED)

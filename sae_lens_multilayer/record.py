@@ -1,0 +1,197 @@
+"""What a folder was made of: one format and one comparison for all our folders.
+
+Checkpoints, caches, folders of analyses, points of a sweep and results each hold a
+`record.json`. A folder is resumed or reused if its record has no differences.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from sae_lens_multilayer.files import read_json, write_whole
+
+RECORD_FILENAME = "record.json"
+SAMPLES_PER_PARAMETER = 1024
+"""Entries of each parameter that `weights_hash` reads, evenly spaced."""
+
+_PACKAGES = (
+    "sae-lens-multilayer",
+    "sae-lens",
+    "transformer-lens",
+    "transformers",
+    "torch",
+    "safetensors",
+)
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Installed versions of this package and of those that results depend on."""
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder was made of."""
+
+    kind: str
+    """Kind of the folder, such as "cache" or "Variances"."""
+    settings: dict[str, Any]
+    """Values that JSON can hold; tuples become lists."""
+    fingerprints: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Hashes of the inputs, such as the model's weights."""
+    versions: dict[str, str] = field(default_factory=package_versions)
+    """Versions of packages; other versions are no difference."""
+
+    def __post_init__(self) -> None:
+        settings = json.loads(json.dumps(self.settings))
+        object.__setattr__(self, "settings", settings)
+
+    def write(self, folder: Path) -> None:
+        """Write `record.json` into a folder; an earlier one is replaced."""
+        write_whole(folder / RECORD_FILENAME, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, folder: str | Path, kind: str | None = None) -> "Record":
+        """Read the record of a folder.
+
+        Args:
+            kind: The kind that the folder must be of. None: any.
+
+        Raises:
+            FileNotFoundError: If the folder has no record.
+            ValueError: If the record is damaged or of another kind.
+        """
+        path = Path(folder) / RECORD_FILENAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} must be a folder written by this package"
+                + (f", of kind {kind!r}" if kind else "")
+                + f"; it has no {RECORD_FILENAME}."
+            )
+        values = read_json(path)
+        dicts = [values.get(name) for name in ("settings", "fingerprints", "versions")]
+        if set(values) != {f.name for f in fields(cls)} or not all(
+            isinstance(value, dict) for value in dicts
+        ):
+            raise ValueError(
+                f"{path} is damaged: it must hold a kind, settings, fingerprints and "
+                f"versions; got {sorted(values)}."
+            )
+        if kind not in (None, values["kind"]):
+            raise ValueError(
+                f"{folder} must be of kind {kind!r}; its {RECORD_FILENAME} has "
+                f"{values['kind']!r}."
+            )
+        return cls(**values)
+
+    def differences(self, wanted: "Record", ignore: Sequence[str] = ()) -> list[str]:
+        """Settings and fingerprints whose values differ, a line for each.
+
+        Entries that only one of the two records has are not compared.
+
+        Args:
+            wanted: Record of what is needed now.
+            ignore: Names that are not compared.
+        """
+        found = self.settings | self.fingerprints
+        return [
+            f"`{name}`: {found[name]!r} in the folder, {value!r} here"
+            for name, value in (wanted.settings | wanted.fingerprints).items()
+            if name in found and name not in ignore and found[name] != value
+        ]
+
+    def warn_of_versions(self, folder: Path) -> None:
+        """Log the packages that had another version when a folder was written."""
+        now = package_versions()
+        changed = [
+            f"{name} {old} (now {now.get(name)})"
+            for name, old in self.versions.items()
+            if old != now.get(name)
+        ]
+        if changed:
+            logger.warning(
+                "%s was written with other package versions, so numbers may be rounded "
+                "differently: %s.",
+                folder,
+                ", ".join(changed),
+            )
+
+
+def as_lines(differences: Sequence[str]) -> str:
+    """Differences as indented lines of an error message."""
+    return "".join(f"\n  {line}" for line in differences)
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash (XXH3, 128 bits) of names, shapes, dtypes and values of tensors."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_of_json(value: Any) -> str:
+    """Hash (XXH3, 128 bits) of a value as JSON with sorted keys."""
+    text = json.dumps(value, sort_keys=True)
+    return xxhash.xxh3_128(text.encode()).hexdigest()
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """Hash of a model's weights that is cheap: a sample of every parameter.
+
+    Names, shapes, dtypes and up to `SAMPLES_PER_PARAMETER` entries of all parameters
+    are hashed, so other weights (another revision, fine-tuning, other processing or
+    dtype on loading) give another hash. A change of a few single entries may be missed.
+    """
+    samples: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        n = min(len(flat), SAMPLES_PER_PARAMETER)
+        indices = torch.arange(n) * (len(flat) - 1) // max(1, n - 1)
+        samples[f"{name} {tuple(parameter.shape)}"] = flat[indices.to(flat.device)]
+    return hash_of_tensors(samples)
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """Hash of all that decides a tokenizer's tokens; None if there is no tokenizer.
+
+    Truncation and padding, which a call of the tokenizer changes, are left out.
+    """
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules: Any = tokenizer.get_vocab()
+    else:
+        rules = json.loads(backend.to_str())
+        del rules["truncation"], rules["padding"]
+    special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
+    return hash_of_json([rules, special])
+
+
+def model_fingerprints(model: Any) -> dict[str, str | None]:
+    """Hashes of a model's weights and of its tokenizer."""
+    return {
+        "weights_hash": weights_hash(model),
+        "tokenizer_hash": tokenizer_hash(getattr(model, "tokenizer", None)),
+    }
