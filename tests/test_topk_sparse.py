@@ -380,13 +380,15 @@ def test_statistics_are_those_of_the_dense_activations():
         "sum_sq_error": (z - z_hat).square().sum((0, 2)),
         "n_active": (acts > 0).sum((0, 2)),
         "sum_acts": acts.sum((0, 2)),
-        "variance": z.transpose(0, 1).flatten(1).var(1),
-        "sum_sq_deviation": (z - z.mean(0)).square().sum((0, 2)),
         "max_acts": acts.amax((0, 1)),
         "fire_counts": (acts > 0).sum((0, 1)),
     }
     for name, value in expected.items():
         torch.testing.assert_close(getattr(step, name), value)
+    variance = z.transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(step.moments.variance, variance)
+    deviation = (z - z.mean(0)).square().sum((0, 2))
+    torch.testing.assert_close(step.moments.sum_sq_deviation, deviation)
 
 
 def test_variances_survive_a_large_mean():
@@ -404,9 +406,10 @@ def test_variances_survive_a_large_mean():
     )
     wide = z.double()
     deviation = (wide - wide.mean(0)).square().sum((0, 2))
-    torch.testing.assert_close(step.sum_sq_deviation, deviation, rtol=1e-4, atol=0)
+    found = step.moments
+    torch.testing.assert_close(found.sum_sq_deviation, deviation, rtol=1e-4, atol=0)
     variance = wide.transpose(0, 1).flatten(1).var(1)
-    torch.testing.assert_close(step.variance, variance, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.variance, variance, rtol=1e-4, atol=0)
 
 
 def test_a_worked_step_by_hand():

@@ -13,13 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.analysis.results import (
+from sae_lens_multilayer.files import complete_or_absent
+from sae_lens_multilayer.results import (
     Result,
     check_is_file,
     read_settings,
     write_settings,
 )
-from sae_lens_multilayer.files import complete_or_absent
 
 EXAMPLES_FILE = "examples.parquet"
 _ROWS_PER_GROUP = 2**15

@@ -11,7 +11,7 @@ from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.results import Result
 
 _ELEMENTS = 2**24
 """Cosine similarities held at a time: 64 MiB of float32."""

@@ -14,8 +14,10 @@ from tqdm.auto import tqdm
 from typing_extensions import TypedDict, Unpack
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
+from sae_lens_multilayer.analysis.active import ActiveLatents, active_latents
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
+from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import PromptBatches, check_positions
 
 _CALLS_FROM_USER = 7
@@ -46,7 +48,7 @@ class TokenBatch:
     def active(self) -> ActiveLatents:
         """What the SAE makes of the vectors; encoded once for all analyses."""
         assert self.encoder is not None
-        return self.encoder.encode(self.x)
+        return active_latents(self.encoder, self.x)
 
     @property
     def token_ids(self) -> Int[Tensor, " token"]:
@@ -118,7 +120,7 @@ class TokenStream:
             ValueError: If the model lacks a hook, has another width than the SAE or has
                 SAEs attached, or a prompt is not what it can run.
         """
-        sae = encoder.sae if encoder is not None else sae
+        sae = encoder.saes[0] if encoder is not None else sae
         self._d_in: int | None = None if sae is None else sae.cfg.d_in
         check_model(model, hook_names, self._d_in)
         check_lenses(model, [] if sae is None else [sae], _CALLS_FROM_USER)
@@ -205,7 +207,7 @@ def analyze(
             width or has SAEs attached, a prompt is not what it can run, no token
             counts, or an activation is negative or not finite.
     """
-    encoder = LayerEncoder(sae)
+    encoder = LayerEncoder(sae, hook_names_of(sae))
     stream = TokenStream(model, encoder.hook_names, tokens, encoder=encoder, **options)
     return stream.run(*accumulators)
 

@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import save_results
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
-from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics
+from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.files import complete_or_absent, read_json, write_whole
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sweeps.cost import Cost, measured
 from sae_lens_multilayer.sweeps.evaluation import summary
 from sae_lens_multilayer.training.run_folder import settings_that_differ
@@ -134,7 +134,7 @@ class PointFolder:
         content = {
             "evaluation": evaluation,
             "tokens_sha256": fingerprint,
-            "n_tokens": metrics.reconstruction.n_tokens,
+            "n_tokens": metrics.n_tokens,
             "values": _without_nan(summary(metrics, results)),
         }
         with complete_or_absent(self.analysis) as folder:
