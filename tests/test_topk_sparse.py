@@ -255,7 +255,9 @@ def test_results_do_not_depend_on_the_micro_batch_size(certified):
             micro_batch_size=size,
             certified=certified,
         )
-        results.append([*vars(step).values(), *gradients(leaves)])
+        values = vars(step) | vars(step.moments)
+        values |= {"moments": step.moments.variance}
+        results.append([*values.values(), *gradients(leaves)])
     for result in results[1:]:
         for actual, expected in zip(result, results[0], strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

@@ -61,14 +61,6 @@ class ActiveLatents:
     value: Float[Tensor, " act"]
     """Activations, in float64."""
 
-    @classmethod
-    def from_dense(cls, acts: Float[Tensor, "token layer d_sae"]) -> "ActiveLatents":
-        """The nonzero activations of a small dense tensor."""
-        token, layer, latent = acts.nonzero(as_tuple=True)
-        n_tokens, n_layers, d_sae = acts.shape
-        value = acts[token, layer, latent].double()
-        return cls(n_tokens, n_layers, d_sae, token, layer, latent, value)
-
     @cached_property
     def cell(self) -> Int[Tensor, " act"]:
         """Index of each activation into a flat [layer, d_sae] tensor."""

@@ -27,6 +27,13 @@ def random_sparse(seed: int, *shape: int) -> torch.Tensor:
     return acts.clamp(min=0).double()
 
 
+def active_of(acts: torch.Tensor) -> ActiveLatents:
+    """The nonzero activations of a dense tensor [token, layer, d_sae]."""
+    token, layer, latent = acts.nonzero(as_tuple=True)
+    value = acts[token, layer, latent].double()
+    return ActiveLatents(*acts.shape, token, layer, latent, value)
+
+
 def batch_of(
     acts: torch.Tensor,
     prompts: torch.Tensor | None = None,
@@ -40,7 +47,7 @@ def batch_of(
         kept = torch.ones_like(prompts, dtype=torch.bool)
     prompt, position = kept.nonzero(as_tuple=True)
     batch = TokenBatch(prompts, first_prompt, prompt, position, acts, None)
-    batch.active = ActiveLatents.from_dense(acts)
+    batch.active = active_of(acts)
     return batch
 
 
