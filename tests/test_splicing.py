@@ -327,7 +327,8 @@ class TestWhatIsReplaced:
             sae, model, tokens, exclude_positions=[0, 3 - N_CTX]
         )
         table = found.to_dataframe()
-        assert_same(table, by_place.to_dataframe()[table.columns], atol=1e-5)
+        expected = by_place.to_dataframe().loc[:, list(table.columns)]
+        assert_same(table, expected, atol=1e-5)
 
     def test_together_is_the_model_with_all_views_attached(self, tokenizer, tokens):
         model: Any = tiny_model(tokenizer, HookedSAETransformer, n_layers=4)

@@ -31,7 +31,8 @@ def active_of(acts: torch.Tensor) -> ActiveLatents:
     """The nonzero activations of a dense tensor [token, layer, d_sae]."""
     token, layer, latent = acts.nonzero(as_tuple=True)
     value = acts[token, layer, latent].double()
-    return ActiveLatents(*acts.shape, token, layer, latent, value)
+    n_tokens, n_layers, d_sae = acts.shape
+    return ActiveLatents(n_tokens, n_layers, d_sae, token, layer, latent, value)
 
 
 def batch_of(
