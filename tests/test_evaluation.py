@@ -128,9 +128,7 @@ class TestMetrics:
     def test_vectors_are_taken_in_blocks(self, train, model, tokens, monkeypatch):
         sae = train()
         whole = reconstruction_metrics(sae, model, tokens)
-        monkeypatch.setattr(
-            "sae_lens_multilayer.evaluation.encoder._VECTORS_AT_A_TIME", 7
-        )
+        monkeypatch.setattr("sae_lens_multilayer.evaluation.encoder._MAX_ROWS", 7)
         blocks = reconstruction_metrics(sae, model, tokens)
         torch.testing.assert_close(blocks.fvu, whole.fvu)
         torch.testing.assert_close(blocks.l0, whole.l0)

@@ -1,6 +1,8 @@
 """Authorities: brute force over whole tensors, SAELens' calculator, the paper's FVU."""
 
 import json
+from functools import reduce
+from operator import add
 
 import pandas as pd
 import pytest
@@ -11,20 +13,28 @@ from hypothesis import strategies as st
 from sae_lens.evals import ExplainedVarianceCalculator
 from safetensors.torch import load_file
 
-from sae_lens_multilayer.evaluation.metrics import LayerSums
+from sae_lens_multilayer.evaluation.metrics import LayerMetrics, LayerSums
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in (0, 3, 4)]
 COLUMNS = ["fvu", "fvu_scalar", "mse", "l0", "l1", "silent_fraction", "dead_fraction"]
 
 
-def sums_of(x, x_hat, acts):
+def sums_of(x, x_hat, acts) -> list[LayerSums]:
     """The sums for `x`, `x_hat` [token, layer, d_in], `acts` [token, layer, d_sae]."""
-    sums = LayerSums.zeros(x.shape[1], x.shape[2], acts.shape[2])
-    sums.n_tokens = len(x)
+    found = []
     for layer in range(x.shape[1]):
         a = acts[:, layer]
-        sums.add_layer(layer, x[:, layer], x_hat[:, layer], (a > 0).sum(0), a.sum())
-    return sums
+        token, latent = a.nonzero(as_tuple=True)
+        values = a[token, latent]
+        sums = LayerSums.of_layer(
+            x[:, layer], x_hat[:, layer], latent, values, a.shape[1]
+        )
+        found.append(sums)
+    return found
+
+
+def metrics_of(x, x_hat, acts, hook_names=HOOKS) -> LayerMetrics:
+    return LayerMetrics.of_layers(hook_names, sums_of(x, x_hat, acts), True)
 
 
 def random_case(seed, n_tokens=7, d_in=4, d_sae=6):
@@ -41,18 +51,12 @@ def random_case(seed, n_tokens=7, d_in=4, d_sae=6):
     return x, x_hat, acts
 
 
-def assert_same(a, b):
-    left, right = a.compute(HOOKS), b.compute(HOOKS)
-    assert left.n_tokens == right.n_tokens
-    pd.testing.assert_frame_equal(left.to_dataframe(), right.to_dataframe(), rtol=1e-9)
-
-
 def test_worked_case():
     # One layer, two tokens, one dimension: vectors 0 and 2 about their mean 1.
     x = torch.tensor([0.0, 2.0]).view(2, 1, 1)
     x_hat = torch.tensor([1.0, 2.0]).view(2, 1, 1)
     acts = torch.tensor([[[5.0, 0.0, 0.0, 1.0]], [[3.0, 0.0, 0.0, 0.0]]])
-    metrics = sums_of(x, x_hat, acts).compute(["hook_embed"])
+    metrics = metrics_of(x, x_hat, acts, ["hook_embed"])
     assert metrics.n_tokens == 2
     assert metrics.fvu.item() == 0.5  # 1 / (1 + 1)
     # MSE 1 / 2 over variance (1 + 1) / (2 - 1)
@@ -68,7 +72,7 @@ def test_worked_case():
 @given(st.integers(0, 2**32), st.integers(2, 9), st.integers(1, 4))
 def test_every_metric_is_its_definition(seed, n_tokens, d_in):
     x, x_hat, acts = random_case(seed, n_tokens, d_in)
-    found = sums_of(x, x_hat, acts).compute(HOOKS)
+    found = metrics_of(x, x_hat, acts)
     error = (x_hat - x).square()
     deviation = (x - x.mean(0)).square().sum((0, 2))
     expected = {
@@ -86,7 +90,7 @@ def test_every_metric_is_its_definition(seed, n_tokens, d_in):
 
 def test_fvu_is_one_minus_the_explained_variance_of_saelens():
     x, x_hat, acts = random_case(0, n_tokens=50)
-    fvu = sums_of(x, x_hat, acts).compute(HOOKS).fvu
+    fvu = metrics_of(x, x_hat, acts).fvu
     for layer in range(len(HOOKS)):
         calculator = ExplainedVarianceCalculator()
         for rows in torch.arange(50).split(17):
@@ -114,7 +118,9 @@ def test_agrees_with_the_numbers_of_the_papers_code():
     acts = torch.zeros(*x.shape[:-1], 512).scatter(3, indices, values.relu())
     u_hat = acts @ sae["decoder.weight"].T + sae["pre_encoder_bias"]
     case = (t.flatten(1, 2).transpose(0, 1) for t in (x, u_hat * std + mean, acts))
-    metrics = sums_of(*case).compute([f"blocks.{i}.hook_resid_post" for i in range(5)])
+    metrics = metrics_of(
+        *case, hook_names=[f"blocks.{i}.hook_resid_post" for i in range(5)]
+    )
     for name, numbers in PUBLISHED.items():
         # The paper's sums are in float32.
         expected = torch.tensor(numbers, dtype=torch.float64)
@@ -125,8 +131,8 @@ def test_agrees_with_the_numbers_of_the_papers_code():
 
 def test_a_perfect_reconstruction_has_no_error_and_the_mean_has_fvu_one():
     x, _, acts = random_case(0)
-    perfect = sums_of(x, x, acts).compute(HOOKS)
-    mean = sums_of(x, x.mean(0, keepdim=True).expand_as(x), acts).compute(HOOKS)
+    perfect = metrics_of(x, x, acts)
+    mean = metrics_of(x, x.mean(0, keepdim=True).expand_as(x), acts)
     assert perfect.fvu.tolist() == perfect.mse.tolist() == [0.0, 0.0, 0.0]
     torch.testing.assert_close(mean.fvu, torch.ones(3, dtype=torch.float64))
 
@@ -136,32 +142,40 @@ def test_a_perfect_reconstruction_has_no_error_and_the_mean_has_fvu_one():
 def test_any_split_of_the_tokens_adds_up_to_the_whole(seed, cuts):
     case = random_case(seed, n_tokens=12)
     parts = [t.tensor_split(sorted(cuts)) for t in case]
-    total = LayerSums.zeros(len(HOOKS), 4, 6)
-    for x, x_hat, acts in zip(*parts, strict=True):
-        total = total + sums_of(x, x_hat, acts)
-    assert_same(total, sums_of(*case))
+    lots = [sums_of(*part) for part in zip(*parts, strict=True) if len(part[0])]
+    totals = [reduce(add, layer) for layer in zip(*lots, strict=True)]
+    found, whole = LayerMetrics.of_layers(HOOKS, totals, True), metrics_of(*case)
+    assert found.n_tokens == whole.n_tokens
+    pd.testing.assert_frame_equal(found.to_dataframe(), whole.to_dataframe(), rtol=1e-9)
 
 
 def test_adding_changes_neither_term():
-    a, b = sums_of(*random_case(0)), sums_of(*random_case(1))
-    before = a.sum_x.clone(), b.sum_x.clone()
+    a, b = sums_of(*random_case(0))[0], sums_of(*random_case(1))[0]
+    before = a.moments.mean.clone(), b.moments.mean.clone()
     _ = a + b
-    assert a.sum_x.equal(before[0])
-    assert b.sum_x.equal(before[1])
+    assert a.moments.mean.equal(before[0])
+    assert b.moments.mean.equal(before[1])
     assert a.n_tokens == 7
 
 
 def test_sums_of_bfloat16_vectors_are_exact():
     x = torch.full((511, 1, 8), 100.0, dtype=torch.bfloat16)
     x[300:] = 101.0
-    sums = sums_of(x, x + 1, torch.ones(511, 1, 2, dtype=torch.bfloat16))
-    assert sums.compute(["hook_embed"]).mse.item() == 1.0
-    assert sums.sum_x.eq(300 * 100 + 211 * 101).all()  # bfloat16 has no such number
+    (sums,) = sums_of(x, x + 1, torch.ones(511, 1, 2, dtype=torch.bfloat16))
+    assert sums.mse.item() == 1.0
+    mean = (300 * 100 + 211 * 101) / 511  # bfloat16 has no such number
+    torch.testing.assert_close(
+        sums.moments.mean,
+        torch.full((8,), mean, dtype=torch.float64),
+        rtol=1e-14,
+        atol=0,
+    )
 
 
-def test_no_token_is_an_error():
-    with pytest.raises(ValueError, match="need at least one token; got none"):
-        LayerSums.zeros(3, 2, 4).compute(HOOKS)
+def test_latents_of_separate_saes_are_dead_by_layer():
+    case = random_case(0)
+    metrics = LayerMetrics.of_layers(HOOKS, sums_of(*case), shared_sae=False)
+    assert metrics.dead_fraction.equal(metrics.silent_fraction)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e4])
@@ -171,7 +185,7 @@ def test_a_layer_that_does_not_vary_is_an_error_that_names_it(value):
     with pytest.raises(
         ValueError, match=r"must vary over tokens.*all 1000 are"
     ) as info:
-        sums_of(x, x_hat, acts).compute(HOOKS)
+        metrics_of(x, x_hat, acts)
     assert HOOKS[1] in str(info.value)
     assert HOOKS[0] not in str(info.value)
 
@@ -179,7 +193,7 @@ def test_a_layer_that_does_not_vary_is_an_error_that_names_it(value):
 def test_a_layer_that_varies_little_about_a_large_mean_is_measured():
     x, _, acts = random_case(0, n_tokens=1000)
     x = 1e4 + x / 10  # deviations of 1e-5 to 1e-2 of the norm
-    metrics = sums_of(x, x.mean(0, keepdim=True).expand_as(x), acts).compute(HOOKS)
+    metrics = metrics_of(x, x.mean(0, keepdim=True).expand_as(x), acts)
     torch.testing.assert_close(
         metrics.fvu, torch.ones(3, dtype=torch.float64), rtol=1e-4, atol=0
     )
@@ -187,7 +201,7 @@ def test_a_layer_that_varies_little_about_a_large_mean_is_measured():
 
 def test_one_token_has_no_fvu():
     with pytest.raises(ValueError, match="must vary over tokens"):
-        sums_of(*random_case(0, n_tokens=1)).compute(HOOKS)
+        metrics_of(*random_case(0, n_tokens=1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -196,11 +210,11 @@ def test_what_is_not_finite_is_an_error_that_names_the_hook(which, value):
     case = random_case(0)
     case[which][3, 2, 1] = value
     with pytest.raises(ValueError, match=r"must be finite; they are not at.*blocks.4"):
-        sums_of(*case).compute(HOOKS)
+        metrics_of(*case)
 
 
 def test_table_has_a_row_for_each_hook_in_order():
-    metrics = sums_of(*random_case(0)).compute(HOOKS)
+    metrics = metrics_of(*random_case(0))
     table = metrics.to_dataframe()
     assert list(table.columns) == COLUMNS
     assert list(table.index) == HOOKS
@@ -210,14 +224,14 @@ def test_table_has_a_row_for_each_hook_in_order():
 
 
 def test_mean_is_over_layers():
-    metrics = sums_of(*random_case(0)).compute(HOOKS)
+    metrics = metrics_of(*random_case(0))
     assert metrics.mean()["mse"] == pytest.approx(metrics.mse.mean().item())
     assert metrics.mean()["dead_fraction"] == pytest.approx(metrics.dead_fraction[0])
     assert list(metrics.mean().index) == COLUMNS
 
 
 def test_log_keys_name_the_layer():
-    metrics = sums_of(*random_case(0)).compute(HOOKS)
+    metrics = metrics_of(*random_case(0))
     log = metrics.to_log_dict()
     assert set(log) == {f"layer_{i}/{c}" for i in (0, 3, 4) for c in COLUMNS}
     assert log["layer_3/fvu"] == metrics.fvu[1].item()
@@ -226,5 +240,5 @@ def test_log_keys_name_the_layer():
 
 def test_log_keys_are_hook_names_where_layers_are_unclear():
     names = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"]
-    log = sums_of(*random_case(0)).compute(names).to_log_dict()
+    log = metrics_of(*random_case(0), hook_names=names).to_log_dict()
     assert set(log) == {f"{name}/{column}" for name in names for column in COLUMNS}

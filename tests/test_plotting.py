@@ -226,7 +226,7 @@ def test_comparison(tmp_path):
 
 
 def test_fvu_by_layer(model, tokens, tmp_path):
-    metrics = evaluate(random_sae(), model, tokens).reconstruction
+    metrics = evaluate(random_sae(), model, tokens)
     figure = plotting.plot_fvu_by_layer(metrics)
     lines = lines_of(figure.axes[0])
     assert lines["around the mean vector (fvu)"] == metrics.fvu.tolist()

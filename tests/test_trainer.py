@@ -165,7 +165,8 @@ class TestAccumulation:
             result, stats, other = train(micro)
             assert_same(result, expected, rtol=1e-9, atol=1e-10)
             for mine, theirs in zip(stats, whole, strict=True):
-                for name in ("fvu", "n_active", "sum_acts", "fire_counts", "max_acts"):
+                torch.testing.assert_close(mine.by_layer(), theirs.by_layer())
+                for name in ("fire_counts", "max_acts"):
                     torch.testing.assert_close(
                         getattr(mine, name), getattr(theirs, name)
                     )
@@ -194,7 +195,7 @@ class TestAccumulation:
         for micro in (4, 64):
             result, stats = train(micro)
             assert_same(result, expected, rtol=1e-8, atol=1e-9)
-            torch.testing.assert_close(stats.fvu, whole.fvu)
+            torch.testing.assert_close(stats.sums.fvu, whole.sums.fvu)
             torch.testing.assert_close(
                 stats.losses["overall_loss"], whole.losses["overall_loss"]
             )
@@ -243,17 +244,21 @@ class TestSteps:
             acts = trainer.sae.encode(x)
             x_hat = trainer.sae.decode(acts)
         stats = trainer.step(x)
+        error = (x_hat - x).square().sum((0, 2))
         expected = {
-            "sum_sq_error": (x_hat - x).square().sum((0, 2)),
-            "sum_sq_deviation": (x - x.mean(0)).square().sum((0, 2)),
-            "n_active": (acts > 0).sum((0, 2)),
-            "sum_acts": acts.sum((0, 2)),
-            "fire_counts": (acts > 0).sum((0, 1)),
-            "max_acts": acts.amax((0, 1)),
+            "fvu": error / (x - x.mean(0)).square().sum((0, 2)),
+            "mse": error / x[:, 0].numel(),
+            "l0": (acts > 0).sum(2).float().mean(0),
+            "l1": acts.sum(2).mean(0),
         }
+        found = stats.by_layer()
+        found |= {"fire_counts": stats.fire_counts, "max_acts": stats.max_acts}
+        expected["fire_counts"] = (acts > 0).sum((0, 1))
+        expected["max_acts"] = acts.amax((0, 1))
         for name, value in expected.items():
-            found = getattr(stats, name).to(value.dtype)
-            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                found[name].to(value.dtype), value, rtol=1e-4, atol=1e-4
+            )
         assert stats.n_tokens == BATCH
 
     @pytest.mark.parametrize(
@@ -286,7 +291,7 @@ class TestSteps:
         with torch.no_grad():
             x_hat = trainer.sae(x)
         torch.testing.assert_close(
-            stats.sum_sq_error, (x_hat - x).square().sum((0, 2)), rtol=1e-3, atol=1e-3
+            stats.sums.mse, (x_hat - x).square().mean((0, 2)), rtol=1e-3, atol=1e-5
         )
 
     def test_loss_that_is_not_finite_changes_nothing(self, make_config):
@@ -392,10 +397,10 @@ class TestSteps:
         )
         trainer = make_trainer(config)
         stats = take_steps(trainer, 40)
-        assert stats[-1].fvu.mean() < 0.5 * stats[0].fvu.mean()
+        assert stats[-1].sums.fvu.mean() < 0.5 * stats[0].sums.fvu.mean()
         assert trainer.sae.W_enc.dtype == torch.float32
         without = make_trainer(replace(config, autocast=False))
-        assert not torch.equal(take_steps(without, 1)[0].fvu, stats[0].fvu)
+        assert not torch.equal(take_steps(without, 1)[0].sums.fvu, stats[0].sums.fvu)
 
     @pytest.mark.parametrize("store_dtype", ["float32", "bfloat16"])
     def test_bfloat16_sae_trains(self, make_config, store_dtype):
@@ -406,7 +411,7 @@ class TestSteps:
         trainer = make_trainer(config, batches)
         stats = take_steps(trainer, 60)
         assert trainer.sae.W_dec.dtype == torch.bfloat16
-        assert stats[-1].fvu.mean() < 0.8 * stats[0].fvu.mean()
+        assert stats[-1].sums.fvu.mean() < 0.8 * stats[0].sums.fvu.mean()
         torch.testing.assert_close(
             trainer.sae.W_dec.float().norm(dim=1), torch.ones(D_SAE), rtol=0, atol=1e-2
         )

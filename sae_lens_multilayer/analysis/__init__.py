@@ -17,7 +17,6 @@ from sae_lens_multilayer.analysis.distributions import (
     layer_distributions,
     prompt_acts,
 )
-from sae_lens_multilayer.analysis.evaluated import Evaluation
 from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import (
     DecoderSimilarity,
@@ -66,7 +65,6 @@ __all__ = [
     "Comparison",
     "DecoderSimilarity",
     "DistributionSums",
-    "Evaluation",
     "ExampleCollector",
     "Examples",
     "LayerDistributions",

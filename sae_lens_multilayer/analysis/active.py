@@ -1,4 +1,4 @@
-"""The activations above 0 of a batch of tokens, and each token's by latent."""
+"""The activations above 0 of a batch of tokens, and their sums over layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,21 +10,17 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
-from sae_lens_multilayer.sae.views import hook_names_of, views
-
-_DENSE_ELEMENTS = 2**24
-"""Activations of a dense encoder held at a time: 64 MiB of float32."""
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 
 
 def sums_device(sae: SAE[Any]) -> torch.device:
-    """Where an analysis adds up: with the SAE, where that device has float64."""
+    """The device of an analysis' sums: the SAE's, or the CPU if it lacks float64."""
     device = torch.device(sae.device)
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def check_latents(latents: Sequence[int], d_sae: int) -> None:
-    """Raise ValueError unless there are latents, all of them the SAE's, each once."""
+    """Raise ValueError unless the latents are distinct indices, at least one."""
     unknown = [latent for latent in latents if not 0 <= latent < d_sae]
     if unknown or not len(latents) or len(set(latents)) != len(latents):
         raise ValueError(
@@ -35,7 +31,7 @@ def check_latents(latents: Sequence[int], d_sae: int) -> None:
 
 @dataclass
 class TokenLatents:
-    """Each latent of each token at which it is active, over the token's layers."""
+    """Sums over layers of each token's activations, one per active latent."""
 
     token: Int[Tensor, " pair"]
     latent: Int[Tensor, " pair"]
@@ -46,15 +42,14 @@ class TokenLatents:
     spread: Float[Tensor, " pair"]
     """`total * Var(L | j, t)`."""
     pair: Int[Tensor, " act"]
-    """Which of the pairs each activation belongs to."""
+    """Index of the pair that each activation belongs to."""
 
 
 @dataclass
 class ActiveLatents:
     """Activations above 0, ordered by token.
 
-    This is all that an SAE's layers say of a batch; nothing of shape
-    [token, layer, d_sae] is held.
+    Sparse: nothing of shape [token, layer, d_sae] is held.
     """
 
     n_tokens: int
@@ -66,22 +61,14 @@ class ActiveLatents:
     value: Float[Tensor, " act"]
     """Activations, in float64."""
 
-    @classmethod
-    def from_dense(cls, acts: Float[Tensor, "token layer d_sae"]) -> "ActiveLatents":
-        """The activations of a tensor that holds all of them; for small ones."""
-        token, layer, latent = acts.nonzero(as_tuple=True)
-        n_tokens, n_layers, d_sae = acts.shape
-        value = acts[token, layer, latent].double()
-        return cls(n_tokens, n_layers, d_sae, token, layer, latent, value)
-
     @cached_property
     def cell(self) -> Int[Tensor, " act"]:
-        """Position of each activation in a flat [layer, d_sae] tensor."""
+        """Index of each activation into a flat [layer, d_sae] tensor."""
         return self.layer * self.d_sae + self.latent
 
     @cached_property
     def by_token(self) -> TokenLatents:
-        """The activations of each token gathered by latent."""
+        """The activations of each token, summed by latent."""
         keys, order = (self.token * self.d_sae + self.latent).sort()
         keys, in_order = keys.unique_consecutive(return_inverse=True)
         pair = torch.empty_like(in_order).index_copy_(0, order, in_order)
@@ -99,7 +86,7 @@ class ActiveLatents:
         )
 
     def of_tokens(self, start: int, stop: int) -> "ActiveLatents":
-        """The activations of some consecutive tokens, counted from `start`."""
+        """The activations of tokens `start` to `stop - 1`, renumbered from 0."""
         if start == 0 and stop >= self.n_tokens:
             return self
         bounds = torch.tensor([start, stop], device=self.token.device)
@@ -115,61 +102,35 @@ class ActiveLatents:
         )
 
 
-class LayerEncoder:
-    """Encodes the vectors of all layers by one SAE, ours or a stock one.
+@torch.no_grad()
+def active_latents(
+    encoder: LayerEncoder, x: Float[Tensor, "token layer d_in"]
+) -> ActiveLatents:
+    """The activations above 0 of raw vectors of all hooks.
 
-    Attributes:
-        hook_names: The hooks, in the order of the layer axis.
-        sae: The SAE.
+    Raises:
+        ValueError: If an activation is negative or not finite.
     """
-
-    def __init__(self, sae: SAE[Any]) -> None:
-        """Take an SAE that was trained on several hooks.
-
-        Raises:
-            ValueError: If the SAE does not name its hooks.
-        """
-        self.hook_names = hook_names_of(sae)
-        self.sae = sae
-        is_ours = isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE))
-        self._encode = self._encode_topk if is_ours else self._encode_dense
-        self._stock = None if is_ours else views(sae)[0]
-
-    @torch.no_grad()
-    def encode(self, x: Float[Tensor, "token layer d_in"]) -> ActiveLatents:
-        """The activations above 0 of these vectors, in raw space.
-
-        Raises:
-            ValueError: If an activation is negative or not finite.
-        """
-        active = self._encode(x.to(self.sae.device))
-        token, layer, latent, value = active
-        token, layer, latent, value = (t.to(sums_device(self.sae)) for t in active)
-        if not bool((value.isfinite() & (value > 0)).all()):
-            bad = self.hook_names[int(layer[~(value.isfinite() & (value > 0))][0])]
-            raise ValueError(
-                "Distributions over layers need activations that are finite and at "
-                f"least 0; one at {bad!r} is not. Check the model's vectors there, "
-                "and that the SAE's activation function is not negative."
-            )
-        shape = (x.shape[0], x.shape[1], self.sae.cfg.d_sae)
-        return ActiveLatents(*shape, token, layer, latent, value.double())
-
-    def _encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert isinstance(self.sae, (MultiLayerSAE, MultiLayerTrainingSAE))
-        acts = self.sae.encode_topk(x)
-        token, layer, place = (acts.values != 0).nonzero(as_tuple=True)
-        chosen = token, layer, place
-        return token, layer, acts.indices[chosen], acts.values[chosen]
-
-    def _encode_dense(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert self._stock is not None
-        n_layers = x.shape[1]
-        n_rows = max(1, _DENSE_ELEMENTS // self.sae.cfg.d_sae)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for i, rows in enumerate(x.flatten(0, 1).split(n_rows)):
-            acts = self._stock.encode(rows)
-            row, latent = acts.nonzero(as_tuple=True)
-            parts.append((row + i * n_rows, latent, acts[row, latent]))
-        row, latent, value = (torch.cat(p) for p in zip(*parts, strict=True))
-        return row // n_layers, row % n_layers, latent, value
+    sae = encoder.saes[0]
+    acts = encoder.encode(x.to(sae.device))
+    device = sums_device(sae)
+    row, latent, value = (t.to(device) for t in (acts.row, acts.latent, acts.value))
+    n_tokens, n_layers = x.shape[:2]
+    layer = row % n_layers
+    bad = ~(value.isfinite() & (value > 0))
+    if bool(bad.any()):
+        raise ValueError(
+            "Distributions over layers need activations that are finite and at "
+            f"least 0; one at {encoder.hook_names[int(layer[bad][0])]!r} is not. Check "
+            "the model's vectors there, and that the SAE's activation function is not "
+            "negative."
+        )
+    return ActiveLatents(
+        n_tokens,
+        n_layers,
+        sae.cfg.d_sae,
+        row // n_layers,
+        layer,
+        latent,
+        value.double(),
+    )

@@ -12,9 +12,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import sums_device
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 
 

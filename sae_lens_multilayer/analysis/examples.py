@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.files import complete_or_absent
 from sae_lens_multilayer.record import Record
+from sae_lens_multilayer.results import Result
 
 EXAMPLES_FILE = "examples.parquet"
 _ROWS_PER_GROUP = 2**15

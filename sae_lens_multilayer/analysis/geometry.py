@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.results import Result
 
 _ELEMENTS = 2**24
 """Cosine similarities held at a time: 64 MiB of float32."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.geometry import cos_sim_chunks
-from sae_lens_multilayer.analysis.results import Result
+from sae_lens_multilayer.results import Result
 
 _MOST_PAIRS = 10_000_000
 _PAIRS_AT_A_TIME = 2**16

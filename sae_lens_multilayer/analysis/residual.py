@@ -12,10 +12,10 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.topk.tile import sum_dtype
 
 _ELEMENTS = 2**22

@@ -13,10 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict, Unpack
 
-from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
+from sae_lens_multilayer.analysis.active import ActiveLatents, active_latents
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.lens.carrier import check_lenses
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.shape import check_widths
+from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import PromptBatches, check_positions
 
 _CALLS_FROM_USER = 7
@@ -47,7 +49,7 @@ class TokenBatch:
     def active(self) -> ActiveLatents:
         """What the SAE makes of the vectors; encoded once for all analyses."""
         assert self.encoder is not None
-        return self.encoder.encode(self.x)
+        return active_latents(self.encoder, self.x)
 
     @property
     def token_ids(self) -> Int[Tensor, " token"]:
@@ -119,7 +121,7 @@ class TokenStream:
             ValueError: If the model lacks a hook, has another width than the SAE or has
                 SAEs attached, or a prompt is not what it can run.
         """
-        sae = encoder.sae if encoder is not None else sae
+        sae = encoder.saes[0] if encoder is not None else sae
         self._d_in: int | None = None if sae is None else sae.cfg.d_in
         model = as_model(model)
         model.check_no_saes_attached()
@@ -209,7 +211,7 @@ def analyze(
             width or has SAEs attached, a prompt is not what it can run, no token
             counts, or an activation is negative or not finite.
     """
-    encoder = LayerEncoder(sae)
+    encoder = LayerEncoder(sae, hook_names_of(sae))
     stream = TokenStream(model, encoder.hook_names, tokens, encoder=encoder, **options)
     return stream.run(*accumulators)
 

@@ -17,7 +17,6 @@ from sae_lens_multilayer.analysis.distributions import (
     DistributionSums,
     LayerDistributions,
 )
-from sae_lens_multilayer.analysis.evaluated import Evaluation
 from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import (
     decoder_similarity,
@@ -28,7 +27,6 @@ from sae_lens_multilayer.analysis.geometry import (
 from sae_lens_multilayer.analysis.max_activating import ExampleCollector
 from sae_lens_multilayer.analysis.redundancy import redundancy
 from sae_lens_multilayer.analysis.residual import residual_stream
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import (
     Accumulator,
     PassOptions,
@@ -43,10 +41,12 @@ from sae_lens_multilayer.analysis.transfer import (
 )
 from sae_lens_multilayer.analysis.variances import VarianceSums
 from sae_lens_multilayer.evaluation.evaluation import evaluate
+from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.files import check_free
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.record import Record
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 
 Analysis = Literal[
@@ -199,10 +199,10 @@ class Suite:
             assert isinstance(found, LayerDistributions)
             return found
 
-        def evaluation(saes: SAE[Any] | list[SAE[Any]]) -> Evaluation:
+        def evaluation(saes: SAE[Any] | list[SAE[Any]]) -> SpliceMetrics:
             excluded = options.get("exclude_tokens") or ()
             chosen: Any = {**options, "exclude_tokens": excluded}
-            return Evaluation.of(evaluate(saes, model, tokens, **chosen))
+            return evaluate(saes, model, tokens, **chosen)
 
         def comparison() -> Comparison:
             if "evaluation" not in results:

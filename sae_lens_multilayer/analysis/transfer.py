@@ -12,13 +12,13 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
-from sae_lens_multilayer.evaluation.encoder import Codec
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder, ReconstructionSums
 from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.carrier import lens_of
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of, view
 from sae_lens_multilayer.text.prompts import take_prompts
 
@@ -101,23 +101,23 @@ class Comparison(Result):
         return both.reindex(columns=pd.MultiIndex.from_tuples(order))
 
 
-class ReconstructionSums:
+class TransferSums:
     """Adds up the metrics of several SAEs at the same hooks."""
 
-    def __init__(self, codecs: Sequence[Codec]) -> None:
-        """Take the SAEs; their hooks are those of the stream, in the same order."""
-        self._codecs = codecs
+    def __init__(self, encoders: Sequence[LayerEncoder]) -> None:
+        """Start with no token; the encoders' hooks are those of the stream."""
+        self._sums = [ReconstructionSums(encoder) for encoder in encoders]
 
     def update(self, batch: TokenBatch) -> None:
         """Add a batch of tokens."""
         counted = torch.ones(len(batch.x), dtype=torch.bool, device=batch.x.device)
-        for codec in self._codecs:
-            for hook in range(batch.x.shape[1]):
-                codec.reconstruct(hook, batch.x[:, hook], counted)
+        for sums in self._sums:
+            for layer in range(batch.x.shape[1]):
+                sums.reconstruct(layer, batch.x[:, layer], counted)
 
     def compute(self) -> list[LayerMetrics]:
         """The metrics of each SAE."""
-        return [codec.compute() for codec in self._codecs]
+        return [sums.compute() for sums in self._sums]
 
 
 def transfer_matrix(
@@ -144,19 +144,19 @@ def transfer_matrix(
             one, one has a lens, the SAEs differ in width, or as `analyze`.
     """
     saes = [_of_one_hook(sae) for sae in saes]
-    trained_on = Codec(saes).hook_names
+    trained_on = LayerEncoder(saes).hook_names
     names = trained_on if multi_layer is None else hook_names_of(multi_layer)
-    codecs = [Codec(sae, names) for sae in saes]
+    encoders = [LayerEncoder(sae, names) for sae in saes]
     if multi_layer is not None:
-        codecs.append(Codec(multi_layer))
+        encoders.append(LayerEncoder(multi_layer))
     if any(lens_of(sae) is not None for sae in saes):
         raise ValueError(
             "A single-layer SAE must have no lens to be used at other layers, as these "
             "have other translators; one has. Train it without."
         )
-    _check_widths([codec.saes[0] for codec in codecs])
+    _check_widths([encoder.saes[0] for encoder in encoders])
     stream = TokenStream(model, names, tokens, sae=saes[0], **options)
-    metrics: list[LayerMetrics] = stream.run(ReconstructionSums(codecs))[0]
+    metrics: list[LayerMetrics] = stream.run(TransferSums(encoders))[0]
     return TransferMatrix(
         names,
         trained_on,
@@ -214,7 +214,7 @@ def single_layers_of(multi_layer: SAE[Any], saes: Sequence[SAE[Any]]) -> list[SA
     """
     names = hook_names_of(multi_layer)
     saes = [_of_one_hook(sae) for sae in saes]
-    by_hook = dict(zip(Codec(saes).hook_names, saes, strict=True))
+    by_hook = dict(zip(LayerEncoder(saes).hook_names, saes, strict=True))
     if other := [name for name in by_hook if name not in names]:
         raise ValueError(
             f"Single-layer SAEs must be of the multi-layer SAE's hooks {names}; got "

@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import ActiveLatents, sums_device
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 
 EXACT = ("var_l", "exp_var_l_j", "exp_var_l_jt")

@@ -12,7 +12,6 @@ from sae_lens_multilayer.analysis import (
     TokenClasses,
     save_results,
 )
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import Analysis
 from sae_lens_multilayer.analysis.token_classes import ClassKind
 from sae_lens_multilayer.cli.analysis_folder import write_record
@@ -32,6 +31,7 @@ from sae_lens_multilayer.pictures.matplotlib_figures import (
     plot_token_classes,
     save_figure,
 )
+from sae_lens_multilayer.results import Result
 
 
 @dataclass

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens_multilayer.analysis import (
-    Evaluation,
     layer_distributions,
     load_results,
 )
@@ -20,6 +19,7 @@ from sae_lens_multilayer.cli.inputs import (
     long_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
+from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
 from sae_lens_multilayer.pictures.plotly_figures import short_labels
 from sae_lens_multilayer.sae.views import hook_names_of
@@ -77,7 +77,7 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     known = {} if options.analysis_path is None else load_results(options.analysis_path)
     results = suite.run(known=known)
     evaluation = results.pop("evaluation")
-    assert isinstance(evaluation, Evaluation)
+    assert isinstance(evaluation, SpliceMetrics)
     prompt = layer_distributions(
         sae,
         inputs.model,

@@ -1,27 +1,45 @@
-"""Reconstructs the vectors of each hook and counts what the SAE did."""
+"""Encodes and reconstructs the vectors of each hook with its SAE, ours or stock."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics, LayerSums
 from sae_lens_multilayer.models.shape import check_widths
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
-from sae_lens_multilayer.sae.views import hook_names_of, views
+from sae_lens_multilayer.sae.views import views
 
-_VECTORS_AT_A_TIME = 4096
+_MAX_ROWS = 4096
+_DENSE_ELEMENTS = 2**24
+"""Activations of a dense encoder held at a time: 64 MiB of float32."""
 
 
-class Codec:
-    """One SAE for all hooks, or one for each, behind one interface.
+@dataclass
+class NonzeroActs:
+    """The nonzero activations of some vectors, ordered by vector."""
+
+    row: Int[Tensor, " act"]
+    """Index of the vector."""
+    latent: Int[Tensor, " act"]
+    value: Float[Tensor, " act"]
+
+
+class LayerEncoder:
+    """One SAE for all hooks, or one SAE for each, behind one interface.
+
+    A multi-layer SAE of this package keeps only its k largest latents and applies the
+    lens of each layer; stock SAEs encode densely.
 
     Attributes:
         hook_names: The hooks, in the order of the layer axis.
-        saes: The SAE of each hook; that of several hooks is there once for each.
+        saes: The SAE of each hook; an SAE of several hooks is repeated.
+        is_shared: Whether one SAE is used at all hooks.
     """
 
     def __init__(
@@ -29,139 +47,182 @@ class Codec:
         sae: SAE[Any] | Sequence[SAE[Any]],
         hook_names: Sequence[str] | None = None,
     ) -> None:
-        """Take the SAEs and start to count.
+        """Assign an SAE to each hook.
 
         Args:
             sae: An SAE trained on several hooks, ours or stock; or one or several SAEs
                 of one hook each, such as views or ordinary SAELens SAEs.
-            hook_names: Hooks at which one SAE of one hook is used, whichever its own
-                is; None: the hooks that the SAEs were trained on.
+            hook_names: Hooks at which the one SAE given is used, instead of its own.
 
         Raises:
-            ValueError: If there is something else than SAEs, one does not name its
-                hook, or two name the same one.
+            ValueError: If `sae` is not an SAE or a list of SAEs, one has no hook name
+                in its metadata, or two have the same one.
         """
-        _check_saes(sae)
-        if isinstance(sae, SAE) and hook_names is not None:
-            self.hook_names = list(hook_names)
-            self.saes = [sae] * len(self.hook_names)
-            self._sums = [_no_sums(sae, len(self.hook_names))]
-            return
-        if isinstance(sae, SAE) and _is_of_one_hook(sae):
-            sae = [sae]
-        if isinstance(sae, SAE):
-            self.hook_names = hook_names_of(sae)
-            is_ours = isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE))
-            self.saes = [sae if is_ours else views(sae)[0]] * len(self.hook_names)
-            self._sums = [_no_sums(sae, len(self.hook_names))]
+        saes: list[Any] = list(sae) if isinstance(sae, Sequence) else [sae]
+        _check_saes(sae, saes)
+        names = hook_names
+        if isinstance(sae, SAE) and names is None:
+            names = sae.cfg.metadata.hook_names
+        self.is_shared = bool(names)
+        if names:
+            self.hook_names = list(names)
+            self.saes = [_inference_form(saes[0])] * len(self.hook_names)
         else:
-            self.hook_names = _single_hook_names(sae)
-            self.saes = list(sae)
-            self._sums = [_no_sums(one, 1) for one in sae]
+            self.hook_names = _single_hook_names(saes)
+            self.saes = saes
 
     @property
     def model_name(self) -> str:
         """The name of the model that the SAEs were trained on."""
         return str(self.saes[0].cfg.metadata.model_name)
 
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "token layer d_in"]) -> NonzeroActs:
+        """Encode raw vectors of all hooks with the SAE that they share.
+
+        Returns:
+            Activations whose row is `token * n_layers + layer`.
+        """
+        assert self.is_shared
+        sae = self.saes[0]
+        if _is_multi_layer(sae):
+            acts = sae.encode_topk(x)
+            return _nonzero_topk(acts.values.flatten(0, 1), acts.indices.flatten(0, 1))
+        size = rows_at_a_time(sae)
+        parts = [_nonzero(sae.encode(rows)) for rows in x.flatten(0, 1).split(size)]
+        return NonzeroActs(
+            torch.cat([part.row + i * size for i, part in enumerate(parts)]),
+            torch.cat([part.latent for part in parts]),
+            torch.cat([part.value for part in parts]),
+        )
+
+    @torch.no_grad()
+    def reconstruct(
+        self, layer: int, x: Float[Tensor, "row d_in"]
+    ) -> tuple[NonzeroActs, Float[Tensor, "row d_in"]]:
+        """Encode and reconstruct raw vectors of one hook.
+
+        Args:
+            layer: Index on the layer axis.
+        """
+        sae = self.saes[layer]
+        if _is_multi_layer(sae):
+            # An SAE in a list has one layer only.
+            own_layer = layer if self.is_shared else 0
+            acts = sae.encode_topk(x, own_layer)
+            x_hat = sae.decode_topk(acts, own_layer)
+            return _nonzero_topk(acts.values, acts.indices), x_hat
+        dense = sae.encode(x)
+        return _nonzero(dense), sae.decode(dense)
+
+
+class ReconstructionSums:
+    """Reconstructs vectors batch by batch and adds up the metrics of each layer."""
+
+    def __init__(self, encoder: LayerEncoder) -> None:
+        """Start with no token."""
+        self.encoder = encoder
+        self._by_layer: dict[int, LayerSums] = {}
+
     def reconstruct(
         self,
-        hook: int,
+        layer: int,
         x: Float[Tensor, "*batch d_in"],
         counted: Bool[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
         """Reconstruct vectors of a hook, in raw space and their own dtype.
 
         Args:
-            hook: Position on the layer axis.
+            layer: Index on the layer axis.
             counted: Vectors that are added to the metrics, of the same tokens at every
                 hook; None: none.
 
         Raises:
-            ValueError: If the vectors are not as wide as the SAE's `d_in`.
+            ValueError: If the width of the vectors is not the SAE's `d_in`.
         """
-        sae = self.saes[hook]
-        check_widths({self.hook_names[hook]: x.shape[-1]}, sae.cfg.d_in)
-        flat = x.flatten(0, -2).to(sae.device)
+        sae = self.encoder.saes[layer]
+        check_widths({self.encoder.hook_names[layer]: x.shape[-1]}, sae.cfg.d_in)
         if counted is None:
             counted = torch.zeros(x.shape[:-1], dtype=torch.bool)
-        counted = counted.flatten().to(flat.device)
-        sums, layer = self._sums_of(hook)
-        if layer == 0:
-            sums.n_tokens += int(counted.sum())
-        blocks = zip(
-            flat.split(_VECTORS_AT_A_TIME),
-            counted.split(_VECTORS_AT_A_TIME),
-            strict=True,
-        )
-        parts = [self._block(hook, rows, keep) for rows, keep in blocks]
+        flat = x.flatten(0, -2).to(sae.device)
+        counted = counted.flatten().to(sae.device)
+        size = rows_at_a_time(sae)
+        parts: list[Tensor] = []
+        for rows, keep in zip(flat.split(size), counted.split(size), strict=True):
+            acts, x_hat = self.encoder.reconstruct(layer, rows)
+            self._add(layer, rows, x_hat, acts, keep)
+            parts.append(x_hat)
         return torch.cat(parts).view(x.shape).to(x.device, x.dtype)
 
-    def _block(
-        self, hook: int, x: Float[Tensor, "act d_in"], keep: Bool[Tensor, " act"]
-    ) -> Float[Tensor, "act d_in"]:
-        sums, layer = self._sums_of(hook)
-        x_hat, n_active, sum_acts = _encode_decode(self.saes[hook], layer, x, keep)
-        if keep.any():
-            sums.add_layer(layer, x[keep], x_hat[keep], n_active, sum_acts)
-        return x_hat
+    def _add(
+        self,
+        layer: int,
+        x: Float[Tensor, "row d_in"],
+        x_hat: Float[Tensor, "row d_in"],
+        acts: NonzeroActs,
+        keep: Bool[Tensor, " row"],
+    ) -> None:
+        if not keep.any():
+            return
+        latent, value = acts.latent, acts.value
+        if not keep.all():
+            x, x_hat, act_is_kept = x[keep], x_hat[keep], keep[acts.row]
+            latent, value = latent[act_is_kept], value[act_is_kept]
+        d_sae = self.encoder.saes[layer].cfg.d_sae
+        sums = LayerSums.of_layer(x, x_hat, latent, value, d_sae)
+        before = self._by_layer.get(layer)
+        self._by_layer[layer] = sums if before is None else before + sums
 
     def compute(self) -> LayerMetrics:
         """The metrics of all vectors that were counted.
 
         Raises:
-            ValueError: As `LayerSums.compute`.
+            ValueError: If there are none, or as `LayerMetrics.of_layers`.
         """
-        if len(self._sums) == 1:
-            return self._sums[0].compute(self.hook_names)
-        return LayerMetrics.concatenate(
-            [
-                sums.compute([name])
-                for sums, name in zip(self._sums, self.hook_names, strict=True)
-            ]
-        )
-
-    def _sums_of(self, hook: int) -> tuple[LayerSums, int]:
-        return (self._sums[0], hook) if len(self._sums) == 1 else (self._sums[hook], 0)
+        if not self._by_layer:
+            raise ValueError("Metrics need at least one token; got none.")
+        names = self.encoder.hook_names
+        layers = [self._by_layer[layer] for layer in range(len(names))]
+        return LayerMetrics.of_layers(names, layers, self.encoder.is_shared)
 
 
-def _encode_decode(
-    sae: SAE[Any], layer: int, x: Float[Tensor, "act d_in"], keep: Bool[Tensor, " act"]
-) -> tuple[Float[Tensor, "act d_in"], Int[Tensor, " d_sae"], Float[Tensor, ""]]:
-    """Reconstructions, and how often each latent is active and how much all are.
-
-    Args:
-        layer: Position of the vectors' hook on the layer axis of the SAE.
-    """
-    if isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE)):
-        acts = sae.encode_topk(x, layer)
-        values = acts.values[keep]
-        fired = acts.indices[keep][values > 0]
-        n_active = fired.bincount(minlength=sae.cfg.d_sae)
-        return sae.decode_topk(acts, layer), n_active, values.sum()
-    dense = sae.encode(x)
-    values = dense[keep]
-    return sae.decode(dense), (values != 0).sum(0), values.abs().sum()
+def rows_at_a_time(sae: SAE[Any]) -> int:
+    """Number of vectors that are encoded at once."""
+    if _is_multi_layer(sae):
+        return _MAX_ROWS
+    return max(1, min(_MAX_ROWS, _DENSE_ELEMENTS // sae.cfg.d_sae))
 
 
-def _no_sums(sae: SAE[Any], n_layers: int) -> LayerSums:
-    return LayerSums.zeros(n_layers, sae.cfg.d_in, sae.cfg.d_sae)
+def _is_multi_layer(sae: SAE[Any]) -> TypeIs[MultiLayerSAE | MultiLayerTrainingSAE]:
+    return isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE))
 
 
-def _check_saes(sae: object) -> None:
-    several = list(sae) if isinstance(sae, Sequence) else [sae]
-    other = [one for one in several if not isinstance(one, SAE)]
+def _inference_form(sae: SAE[Any]) -> SAE[Any]:
+    is_stock_of_several = not _is_multi_layer(sae) and sae.cfg.metadata.hook_names
+    # All views of a stock SAE compute the same.
+    return views(sae)[0] if is_stock_of_several else sae
+
+
+def _nonzero(acts: Float[Tensor, "row d_sae"]) -> NonzeroActs:
+    row, latent = acts.nonzero(as_tuple=True)
+    return NonzeroActs(row, latent, acts[row, latent])
+
+
+def _nonzero_topk(
+    values: Float[Tensor, "row k"], indices: Int[Tensor, "row k"]
+) -> NonzeroActs:
+    row, rank = values.nonzero(as_tuple=True)
+    return NonzeroActs(row, indices[row, rank], values[row, rank])
+
+
+def _check_saes(given: object, saes: Sequence[object]) -> None:
+    other = [sae for sae in saes if not isinstance(sae, SAE)]
     if other:
         raise ValueError(
             "`sae` must be an SAE or a list of SAEs of one hook each; got "
-            f"{sae if isinstance(sae, str) else type(other[0]).__name__!r}. "
+            f"{given if isinstance(given, str) else type(other[0]).__name__!r}. "
             "`SAE.load_from_disk(folder)` loads one."
         )
-
-
-def _is_of_one_hook(sae: SAE[Any]) -> bool:
-    metadata = sae.cfg.metadata
-    return not metadata.hook_names and metadata.hook_name is not None
 
 
 def _single_hook_names(saes: Sequence[SAE[Any]]) -> list[str]:

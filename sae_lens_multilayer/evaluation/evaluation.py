@@ -1,28 +1,21 @@
-"""How well an SAE does on held-out tokens, by itself and spliced into the model."""
+"""Evaluates an SAE on held-out tokens, by itself and spliced into the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
-import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from sae_lens import SAE
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.evaluation.encoder import Codec
-from sae_lens_multilayer.evaluation.metrics import LayerMetrics, log_dict
-from sae_lens_multilayer.evaluation.scores import CrossEntropySums, RunSums, add_scores
-from sae_lens_multilayer.evaluation.splicing import (
-    Edit,
-    ResidualSplicer,
-    Splicer,
-    make_splicer,
-)
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder, ReconstructionSums
+from sae_lens_multilayer.evaluation.metrics import LayerMetrics, SpliceMetrics
+from sae_lens_multilayer.evaluation.runs import EvaluationRuns, mean_vectors
+from sae_lens_multilayer.evaluation.splicing import make_splicer
 from sae_lens_multilayer.lens.carrier import check_lenses
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
@@ -35,60 +28,6 @@ from sae_lens_multilayer.text.prompts import (
 _PROMPTS_PER_BLOCK = 64
 
 Ablation = Literal["zero", "mean"]
-
-
-@dataclass
-class SpliceMetrics:
-    """What happens to the model when layers pass through the SAE, in nats.
-
-    Each list has one entry for each hook, spliced by itself, in the order of
-    `reconstruction.hook_names`.
-    """
-
-    reconstruction: LayerMetrics
-    """How well the vectors themselves are reconstructed."""
-    ce_loss_clean: float
-    """Mean cross-entropy over predicted tokens, model untouched."""
-    ce_loss_spliced: list[float]
-    """The same with the layer's vectors replaced by their reconstructions."""
-    kl_div: list[float]
-    """Mean over positions of KL(clean ‖ spliced), as in SAELens."""
-    kl_div_reverse: list[float]
-    """Mean over positions of KL(spliced ‖ clean), as in the paper's code (which sums it
-    over the positions of a prompt)."""
-    ce_loss_ablated: list[float]
-    """Mean cross-entropy with the layer ablated at every position."""
-    together: dict[str, float] | None = None
-    """`ce_loss_spliced`, `delta_ce`, `kl_div` and `kl_div_reverse` of one run with
-    several layers replaced, each reconstructed from what the replaced ones before it
-    led to; None if not asked for."""
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row for each hook, in order; the index is the hook name."""
-        reconstruction = self.reconstruction.to_dataframe()
-        splices = pd.DataFrame(
-            {
-                "ce_loss_clean": self.ce_loss_clean,
-                "ce_loss_spliced": self.ce_loss_spliced,
-                "kl_div": self.kl_div,
-                "kl_div_reverse": self.kl_div_reverse,
-                "ce_loss_ablated": self.ce_loss_ablated,
-            },
-            index=reconstruction.index,
-        )
-        lost = splices.ce_loss_ablated - splices.ce_loss_spliced
-        score = lost / (splices.ce_loss_ablated - splices.ce_loss_clean)
-        delta = splices.ce_loss_spliced - splices.ce_loss_clean
-        splices.insert(2, "delta_ce", delta)
-        return splices.assign(ce_loss_score=score).join(reconstruction)
-
-    def mean(self) -> pd.Series:
-        """The mean over layers of every column."""
-        return self.to_dataframe().mean()
-
-    def to_log_dict(self) -> dict[str, float]:
-        """Flat keys for loggers: `layer_3/delta_ce` and so on."""
-        return log_dict(self.to_dataframe())
 
 
 @torch.no_grad()
@@ -110,16 +49,15 @@ def evaluate(
 ) -> SpliceMetrics:
     """Splice reconstructions into each layer in turn and compare with the clean run.
 
-    One clean pass gives the vectors of all hooks. The run of a layer starts after it,
-    and the runs of all layers share the blocks above as one larger batch, where the
-    model can start in the middle; else each is a whole pass with a hook. No more than a
-    few positions' logits are held (whole prompts' where the model cannot start in the
-    middle). The result does not depend on the batch size.
+    One clean pass gives the vectors of all hooks. If the model can start in the middle,
+    the run of a layer starts after it, the runs of all layers share the blocks above as
+    one larger batch, and logits are held for a few positions at a time. Otherwise each
+    run is a whole pass with a hook. The result does not depend on the batch size.
 
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package, or one or
             a list of SAEs of one hook each. At a hook with heads they take the heads
-            end to end. Their tuned lenses are applied; all metrics are in raw space.
+            concatenated. Their tuned lenses are applied; all metrics are in raw space.
         model: The model that the SAE was trained on, without SAEs attached.
         tokens: Prompts with their special tokens, or a store to take them from.
         n_prompts: Prompts taken from a store, none of them twice; None:
@@ -163,13 +101,13 @@ def evaluate(
     ]:
         check_integers(name, values)
     model = as_model(model)
-    codec = Codec(sae)
-    _check_no_heads(codec)
-    _check_model(codec, model)
-    hooks_together = _find_hooks(codec.hook_names, together)
-    splicer = make_splicer(model, codec.hook_names, _PROMPTS_PER_BLOCK, from_middle)
+    encoder = LayerEncoder(sae)
+    _check_no_heads(encoder)
+    _check_model(encoder, model)
+    hooks_together = _find_hooks(encoder.hook_names, together)
+    splicer = make_splicer(model, encoder.hook_names, _PROMPTS_PER_BLOCK, from_middle)
     prompts = take_prompts(
-        model, codec.model_name, tokens, n_prompts, batch_size_prompts
+        model, encoder.model_name, tokens, n_prompts, batch_size_prompts
     )
     check_positions("keep_positions", keep_positions, prompts)
     excluded = _excluded(exclude_tokens, exclude_positions, prompts)
@@ -178,22 +116,17 @@ def evaluate(
             "The evaluation needs at least one predicted token; got none. Prompts need "
             "two tokens or more, not all of them excluded."
         )
-    evaluation = _Evaluation(
-        codec,
-        splicer,
-        exclude=excluded,
-        keep=_Positions(keep_tokens, keep_positions),
-        use_error_term=use_error_term,
-        together=hooks_together,
-    )
+    runs = EvaluationRuns(encoder, splicer, hooks_together, use_error_term)
     prompts = prompts.to(model.device)
     batches = prompts.split(batch_size_prompts)
     if ablation == "mean":
-        evaluation.find_means(batches)
+        runs.means = mean_vectors(splicer, len(encoder.hook_names), batches)
+    kept = _Positions(keep_tokens, keep_positions)
     for batch in tqdm(batches, desc="Splicing", unit="batch"):
-        evaluation.add(batch)
-    evaluation.add_ablations(prompts)
-    return evaluation.result()
+        is_excluded = excluded.of(batch)
+        runs.add(batch, ~is_excluded, is_excluded | kept.of(batch))
+    runs.add_ablations_without_prompts(prompts, ~excluded.of(prompts))
+    return runs.result()
 
 
 @torch.no_grad()
@@ -225,21 +158,22 @@ def reconstruction_metrics(
             head are measured.
     """
     model = as_model(model)
-    codec = Codec(sae)
-    _check_model(codec, model)
-    model.own_hook_names(codec.hook_names)
-    heads = [one.cfg.metadata.hook_head_index for one in codec.saes]
+    encoder = LayerEncoder(sae)
+    _check_model(encoder, model)
+    model.own_hook_names(encoder.hook_names)
+    heads = [one.cfg.metadata.hook_head_index for one in encoder.saes]
     prompts = take_prompts(
-        model, codec.model_name, tokens, n_prompts, batch_size_prompts
+        model, encoder.model_name, tokens, n_prompts, batch_size_prompts
     )
     excluded = _excluded(exclude_tokens, exclude_positions, prompts)
+    sums = ReconstructionSums(encoder)
     for batch in tqdm(
         prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
     ):
         counted = ~excluded.of(batch)
-        for hook, x in enumerate(model.vectors(batch, codec.hook_names, heads)):
-            codec.reconstruct(hook, x, counted)
-    return codec.compute()
+        for hook, x in enumerate(model.vectors(batch, encoder.hook_names, heads)):
+            sums.reconstruct(hook, x, counted)
+    return sums.compute()
 
 
 @dataclass(frozen=True)
@@ -263,152 +197,15 @@ def _excluded(
     return _Positions(token_ids, places)
 
 
-class _Evaluation:
-    """Sums over batches, and the edits that make them."""
-
-    def __init__(
-        self,
-        codec: Codec,
-        splicer: Splicer,
-        *,
-        exclude: _Positions,
-        keep: _Positions,
-        use_error_term: bool,
-        together: Sequence[int],
-    ) -> None:
-        self._codec = codec
-        self._splicer = splicer
-        self._exclude = exclude
-        self._keep = keep
-        self._use_error_term = use_error_term
-        self._together = together
-        self._means: list[Tensor] | None = None
-        self._clean = CrossEntropySums()
-        n_hooks = len(codec.hook_names)
-        self._spliced = [RunSums() for _ in range(n_hooks)]
-        self._ablated = [CrossEntropySums() for _ in range(n_hooks)]
-        self._joint = RunSums()
-
-    def find_means(self, batches: Sequence[Tensor]) -> None:
-        """Set the mean vector of each hook, over all positions of these batches."""
-        sums: dict[int, Tensor] = {}
-        n_tokens = 0
-
-        def add(hook: int, x: Tensor) -> Tensor:
-            total = x.flatten(0, 1).double().sum(0)
-            sums[hook] = sums.get(hook, 0.0) + total
-            return x
-
-        hooks_seen = range(len(self._codec.hook_names))
-        edit = Edit({hook: partial(add, hook) for hook in hooks_seen})
-        for batch in batches:
-            n_tokens += batch.numel()
-            for _ in self._splicer.runs(batch, [edit]):
-                pass
-        self._means = [sums[hook] / n_tokens for hook in hooks_seen]
-
-    def add(self, tokens: Int[Tensor, "prompt pos"]) -> None:
-        """Add the runs of a batch of prompts, but those of `add_ablations`."""
-        excluded = self._exclude.of(tokens)
-        kept = excluded | self._keep.of(tokens)
-        edits, sums = self._splices(kept), [*self._spliced]
-        if not isinstance(self._splicer, ResidualSplicer):
-            edits += self._ablations()
-            sums += self._ablated
-        if self._together:
-            replace = {h: partial(self._splice, h, kept, None) for h in self._together}
-            edits.append(Edit(replace))
-            sums.append(self._joint)
-        clean_sums = self._clean
-        for clean, runs in self._splicer.runs(tokens, edits):
-            by_run = {i: sums[i] for i in runs}
-            add_scores(by_run, clean_sums, clean, runs, tokens, ~excluded)
-            clean_sums = None
-
-    def add_ablations(self, tokens: Int[Tensor, "prompt pos"]) -> None:
-        """Add the ablated runs once for all prompts, if they are the same.
-
-        Nothing of a prompt is left where the whole residual stream is ablated; past
-        other hooks, such as an MLP's output, it goes on.
-        """
-        if not isinstance(self._splicer, ResidualSplicer):
-            return
-        sums = dict(enumerate(self._ablated))
-        scored = ~self._exclude.of(tokens)
-        edits = self._ablations()
-        for clean, runs in self._splicer.runs_of_any_prompt(tokens, edits):
-            add_scores(sums, None, clean, runs, tokens, scored)
-
-    def _splices(self, kept: Bool[Tensor, "prompt pos"]) -> list[Edit]:
-        return [
-            Edit({hook: partial(self._splice, hook, kept, ~kept)})
-            for hook in range(len(self._codec.hook_names))
-        ]
-
-    def _ablations(self) -> list[Edit]:
-        return [
-            Edit({hook: partial(self._ablate, hook)})
-            for hook in range(len(self._codec.hook_names))
-        ]
-
-    def _splice(
-        self,
-        hook: int,
-        kept: Bool[Tensor, "prompt pos"],
-        counted: Bool[Tensor, "prompt pos"] | None,
-        x: Float[Tensor, "prompt pos d_in"],
-    ) -> Float[Tensor, "prompt pos d_in"]:
-        x_hat = self._codec.reconstruct(hook, x, counted)
-        if self._use_error_term:
-            x_hat = _with_error(x_hat, x)
-        return torch.where(kept.to(x.device).unsqueeze(-1), x, x_hat)
-
-    def _ablate(
-        self, hook: int, x: Float[Tensor, "prompt pos d_in"]
-    ) -> Float[Tensor, "prompt pos d_in"]:
-        if self._means is None:
-            return torch.zeros_like(x)
-        return self._means[hook].to(x.device, x.dtype).expand_as(x)
-
-    def result(self) -> SpliceMetrics:
-        """The metrics of all batches."""
-        together = None
-        if self._together:
-            together = {
-                "ce_loss_spliced": self._joint.ce_loss(),
-                "delta_ce": self._joint.ce_loss() - self._clean.ce_loss(),
-                "kl_div": self._joint.kl_div(),
-                "kl_div_reverse": self._joint.kl_div_reverse(),
-            }
-        return SpliceMetrics(
-            ce_loss_clean=self._clean.ce_loss(),
-            ce_loss_spliced=[sums.ce_loss() for sums in self._spliced],
-            kl_div=[sums.kl_div() for sums in self._spliced],
-            kl_div_reverse=[sums.kl_div_reverse() for sums in self._spliced],
-            ce_loss_ablated=[sums.ce_loss() for sums in self._ablated],
-            together=together,
-            reconstruction=self._codec.compute(),
-        )
-
-
-def _with_error(
-    x_hat: Float[Tensor, "prompt pos d_in"], x: Float[Tensor, "prompt pos d_in"]
-) -> Float[Tensor, "prompt pos d_in"]:
-    """`x_hat + (x - x_hat)` in float32 or wider: bfloat16 would not give x back."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    wide = x_hat.to(dtype)
-    return (wide + (x.to(dtype) - wide)).to(x.dtype)
-
-
-def _check_model(codec: Codec, model: Model) -> None:
+def _check_model(encoder: LayerEncoder, model: Model) -> None:
     model.check_no_saes_attached()
-    for name, sae in zip(codec.hook_names, codec.saes, strict=True):
+    for name, sae in zip(encoder.hook_names, encoder.saes, strict=True):
         model.shape.check_width([name], sae.cfg.d_in)
-    check_lenses(model, codec.saes, stacklevel=6)
+    check_lenses(model, encoder.saes, stacklevel=6)
 
 
-def _check_no_heads(codec: Codec) -> None:
-    for sae in codec.saes:
+def _check_no_heads(encoder: LayerEncoder) -> None:
+    for sae in encoder.saes:
         if sae.cfg.metadata.hook_head_index is not None:
             raise ValueError(
                 "The evaluation needs SAEs of whole activation vectors; got one of "
@@ -425,14 +222,10 @@ def _find_hooks(hook_names: Sequence[str], chosen: Any) -> list[int]:
     if isinstance(chosen, (int, str)):
         chosen = [chosen]
     # True would be the hook of block 1.
-    if not isinstance(chosen, Sequence) or any(isinstance(c, bool) for c in chosen):
+    is_list = isinstance(chosen, Sequence) and bool(chosen)
+    if not is_list or any(isinstance(hook, bool) for hook in chosen):
         raise ValueError(
-            '`together` must be hooks by name or block number, "all" or None; got '
-            f"{chosen!r}."
-        )
-    if not chosen:
-        raise ValueError(
-            '`together` must name at least one hook, or be "all" or None; got an empty '
-            "list."
+            '`together` must be at least one hook, by name or block number, "all" or '
+            f"None; got {chosen!r}."
         )
     return sorted({hooks.find_hook(hook_names, hook) for hook in chosen})

@@ -1,128 +1,125 @@
-"""What is measured at each layer, as sums over tokens that any split adds up to."""
+"""Metrics of reconstruction at each layer, from sums over tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.ranks import Ranks
+from sae_lens_multilayer.results import Result
+from sae_lens_multilayer.topk.tile import LayerMoments
 
 _ROUNDING = 1e-12
-"""Share of the squared norms below which a variance is only the sums' rounding."""
+"""Share of the squared norms below which a variance is only rounding error."""
 
 
 @dataclass
 class LayerSums:
-    """Sums over tokens of what an SAE did at each layer, in float64 on the CPU.
+    """Sums over tokens at one layer or at each of several, and the metrics they give.
 
-    All vectors are in raw space. `a + b` is what both lots of tokens give together.
+    `a + b` are the sums over the tokens of both. Vectors are in raw space, or in the
+    space of a lens where the training loss is taken there.
     """
 
-    n_tokens: int
-    sum_x: Float[Tensor, "layer d_in"]
-    """Sum of the vectors."""
-    sum_x_sq: Float[Tensor, " layer"]
-    """Sum of squared norms of the vectors."""
-    sum_sq_error: Float[Tensor, " layer"]
+    moments: LayerMoments
+    """Number of tokens, mean and squared deviations of the vectors."""
+    sum_sq_error: Float[Tensor, "*layer"]
     """Sum of squared distances between vectors and reconstructions."""
-    n_active: Int[Tensor, "layer d_sae"]
-    """Number of tokens at which a latent was active."""
-    sum_acts: Float[Tensor, " layer"]
+    n_active: Int[Tensor, "*layer"]
+    """Number of active latents, summed over tokens."""
+    sum_acts: Float[Tensor, "*layer"]
     """Sum of activations."""
+    fire_counts: Int[Tensor, "*layer d_sae"] | None = None
+    """Number of tokens at which each latent was active; None: not counted by layer."""
 
     @classmethod
-    def zeros(cls, n_layers: int, d_in: int, d_sae: int) -> "LayerSums":
-        """The sums over no token."""
-        return cls(
-            n_tokens=0,
-            sum_x=torch.zeros(n_layers, d_in, dtype=torch.float64),
-            sum_x_sq=torch.zeros(n_layers, dtype=torch.float64),
-            sum_sq_error=torch.zeros(n_layers, dtype=torch.float64),
-            n_active=torch.zeros(n_layers, d_sae, dtype=torch.int64),
-            sum_acts=torch.zeros(n_layers, dtype=torch.float64),
-        )
-
-    def add_layer(
-        self,
-        layer: int,
+    def of_layer(
+        cls,
         x: Float[Tensor, "token d_in"],
         x_hat: Float[Tensor, "token d_in"],
-        n_active: Int[Tensor, " d_sae"],
-        sum_acts: Float[Tensor, ""],
-    ) -> None:
-        """Add the tokens of one layer; `n_tokens` is the caller's to count.
+        latents: Int[Tensor, " act"],
+        values: Float[Tensor, " act"],
+        d_sae: int,
+    ) -> "LayerSums":
+        """Sums over the tokens of one layer, in float64 on the CPU.
 
         Args:
-            layer: Position on the layer axis.
-            n_active: Number of these tokens at which each latent was active.
-            sum_acts: Sum of all activations.
+            latents: Latents of all nonzero activations.
+            values: The activations.
         """
         x, x_hat = _double(x), _double(x_hat)
-        self.sum_x[layer] += x.sum(0).cpu()
-        self.sum_x_sq[layer] += x.square().sum().cpu()
-        self.sum_sq_error[layer] += (x_hat - x).square().sum().cpu()
-        self.sum_acts[layer] += sum_acts.cpu().double()
-        self.n_active[layer] += n_active.cpu()
+        moments = LayerMoments.of(x)
+        fire_counts = latents.bincount(minlength=d_sae).cpu()
+        return cls(
+            LayerMoments(len(x), moments.mean.cpu(), moments.sum_sq_deviation.cpu()),
+            (x_hat - x).square().sum().cpu(),
+            fire_counts.sum(),
+            _double(values).abs().sum().cpu(),
+            fire_counts,
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens at each layer."""
+        return self.moments.n_tokens
+
+    @property
+    def fvu(self) -> Float[Tensor, "*layer"]:
+        """Squared error over squared deviations from the layer's mean vector."""
+        return self.sum_sq_error / self.moments.sum_sq_deviation
+
+    @property
+    def fvu_scalar(self) -> Float[Tensor, "*layer"]:
+        """Mean squared error over the variance of all entries about one mean."""
+        return self.mse / self.moments.variance
+
+    @property
+    def mse(self) -> Float[Tensor, "*layer"]:
+        """Mean squared error over tokens and dimensions."""
+        return self.sum_sq_error / self.moments.n_entries
+
+    @property
+    def l0(self) -> Float[Tensor, "*layer"]:
+        """Mean number of active latents per vector."""
+        return self.n_active.to(self.sum_acts.dtype) / self.n_tokens
+
+    @property
+    def l1(self) -> Float[Tensor, "*layer"]:
+        """Mean sum of activations per vector."""
+        return self.sum_acts / self.n_tokens
 
     def __add__(self, other: "LayerSums") -> "LayerSums":
+        both = None
+        if self.fire_counts is not None and other.fire_counts is not None:
+            both = self.fire_counts + other.fire_counts
         return LayerSums(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
+            self.moments + other.moments,
+            self.sum_sq_error + other.sum_sq_error,
+            self.n_active + other.n_active,
+            self.sum_acts + other.sum_acts,
+            both,
         )
 
-    def compute(self, hook_names: Sequence[str]) -> "LayerMetrics":
-        """The metrics of these tokens.
-
-        Raises:
-            ValueError: If there is no token, a vector or reconstruction is not finite,
-                or the vectors of a layer do not vary, as FVU is not defined then.
-        """
-        if self.n_tokens == 0:
-            raise ValueError("Metrics need at least one token; got none.")
-        n, d_in = self.n_tokens, self.sum_x.shape[1]
-        finite = (self.sum_x_sq + self.sum_sq_error + self.sum_acts).isfinite()
-        if not finite.all():
-            raise ValueError(
-                "Vectors, reconstructions and activations must be finite; they are not "
-                f"at {_where(~finite, hook_names)}."
-            )
-        deviation = self.sum_x_sq - self.sum_x.square().sum(1) / n
-        variance = self.sum_x_sq - self.sum_x.sum(1).square() / (n * d_in)
-        constant = deviation <= _ROUNDING * self.sum_x_sq
-        if constant.any():
-            raise ValueError(
-                "The vectors of each layer must vary over tokens to have an FVU; all "
-                f"{n} are the same at {_where(constant, hook_names)}. Use more tokens "
-                "or leave that hook out."
-            )
-        dead = self.n_active.sum(0) == 0
-        return LayerMetrics(
-            hook_names=list(hook_names),
-            n_tokens=n,
-            fvu=self.sum_sq_error / deviation,
-            fvu_scalar=self.sum_sq_error / variance * (n * d_in - 1) / (n * d_in),
-            mse=self.sum_sq_error / (n * d_in),
-            l0=self.n_active.sum(1).double() / n,
-            l1=self.sum_acts / n,
-            silent_fraction=(self.n_active == 0).double().mean(1),
-            dead_fraction=dead.double().mean().expand(len(hook_names)),
-        )
+    def over_ranks(self, ranks: Ranks) -> "LayerSums":
+        """Sums over the tokens of all ranks, which have equally many."""
+        ranks.sum_(self.sum_sq_error, self.n_active, self.sum_acts)
+        moments = self.moments.over_ranks(ranks)
+        return LayerSums(moments, self.sum_sq_error, self.n_active, self.sum_acts)
 
 
-def _double(x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_in"]:
+def _double(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     # Apple's GPUs have no float64.
     return (x.cpu() if x.is_mps else x).double()
 
 
-def _where(layers: Bool[Tensor, " layer"], hook_names: Sequence[str]) -> list[str]:
-    return [name for name, meant in zip(hook_names, layers, strict=True) if meant]
-
-
 @dataclass
 class LayerMetrics:
-    """How well an SAE reconstructs each layer, without running the model on.
+    """How well an SAE reconstructs each layer.
 
     Each tensor has one entry for each hook, in the order of `hook_names`.
     """
@@ -147,19 +144,39 @@ class LayerMetrics:
     """Fraction of latents that were not active at any layer of their SAE on these
     tokens: the same at all layers of one SAE."""
 
-    @staticmethod
-    def concatenate(parts: Sequence["LayerMetrics"]) -> "LayerMetrics":
-        """Put the layers of several SAEs, measured on the same tokens, together."""
-        tensors = [f.name for f in fields(LayerMetrics)][2:]
-        return LayerMetrics(
-            [name for part in parts for name in part.hook_names],
-            parts[0].n_tokens,
-            *(torch.cat([getattr(part, name) for part in parts]) for name in tensors),
+    @classmethod
+    def of_layers(
+        cls, hook_names: Sequence[str], layers: Sequence[LayerSums], shared_sae: bool
+    ) -> "LayerMetrics":
+        """The metrics of each layer from its sums over the same tokens.
+
+        Args:
+            shared_sae: Whether one SAE is used at all layers.
+
+        Raises:
+            ValueError: If a vector or reconstruction is not finite, or the vectors of a
+                layer do not vary, as FVU is not defined then.
+        """
+        _check_defined(hook_names, layers)
+        counts = [
+            layer.fire_counts for layer in layers if layer.fire_counts is not None
+        ]
+        silent = [count == 0 for count in counts]
+        dead = [torch.stack(silent).all(0)] * len(silent) if shared_sae else silent
+        names = ("fvu", "fvu_scalar", "mse", "l0", "l1")
+        return cls(
+            list(hook_names),
+            layers[0].n_tokens,
+            *(torch.stack([getattr(layer, n) for layer in layers]) for n in names),
+            silent_fraction=torch.stack(
+                [latents.double().mean() for latents in silent]
+            ),
+            dead_fraction=torch.stack([latents.double().mean() for latents in dead]),
         )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each hook, in order; the index is the hook name."""
-        columns = [f.name for f in fields(self)][2:]
+        columns = [f.name for f in fields(LayerMetrics)][2:]
         return pd.DataFrame(
             {name: getattr(self, name).numpy() for name in columns},
             index=pd.Index(self.hook_names, name="hook_name"),
@@ -172,6 +189,72 @@ class LayerMetrics:
     def to_log_dict(self) -> dict[str, float]:
         """Flat keys for loggers: `layer_3/fvu` and so on."""
         return log_dict(self.to_dataframe())
+
+
+@dataclass
+class SpliceMetrics(LayerMetrics, Result):
+    """How well an SAE reconstructs each layer, and the model's loss with it, in nats.
+
+    Each hook is spliced by itself; tensors have one entry for each, in the order of
+    `hook_names`.
+    """
+
+    ce_loss_clean: float
+    """Mean cross-entropy over predicted tokens, model untouched."""
+    ce_loss_spliced: Float[Tensor, " layer"]
+    """The same with the layer's vectors replaced by their reconstructions."""
+    kl_div: Float[Tensor, " layer"]
+    """Mean over positions of KL(clean ‖ spliced), as in SAELens."""
+    kl_div_reverse: Float[Tensor, " layer"]
+    """Mean over positions of KL(spliced ‖ clean), as in the paper's code (which sums it
+    over the positions of a prompt)."""
+    ce_loss_ablated: Float[Tensor, " layer"]
+    """Mean cross-entropy with the layer ablated at every position."""
+    together: dict[str, float] | None = None
+    """`ce_loss_spliced`, `delta_ce`, `kl_div` and `kl_div_reverse` of one run with
+    several layers replaced, each reconstructed from the vectors that the earlier
+    replacements led to; None if not requested."""
+
+    @override
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each hook, in order; the index is the hook name."""
+        delta_ce = self.ce_loss_spliced - self.ce_loss_clean
+        lost = self.ce_loss_ablated - self.ce_loss_spliced
+        splices = {
+            "ce_loss_clean": torch.full_like(delta_ce, self.ce_loss_clean),
+            "ce_loss_spliced": self.ce_loss_spliced,
+            "delta_ce": delta_ce,
+            "kl_div": self.kl_div,
+            "kl_div_reverse": self.kl_div_reverse,
+            "ce_loss_ablated": self.ce_loss_ablated,
+            "ce_loss_score": lost / (self.ce_loss_ablated - self.ce_loss_clean),
+        }
+        reconstruction = super().to_dataframe()
+        columns = {name: values.numpy() for name, values in splices.items()}
+        return pd.DataFrame(columns, index=reconstruction.index).join(reconstruction)
+
+
+def _check_defined(hook_names: Sequence[str], layers: Sequence[LayerSums]) -> None:
+    not_finite: list[str] = []
+    constant: list[str] = []
+    for name, layer in zip(hook_names, layers, strict=True):
+        deviation = layer.moments.sum_sq_deviation
+        if not (layer.sum_sq_error + layer.sum_acts + deviation).isfinite():
+            not_finite.append(name)
+        of_mean = layer.n_tokens * layer.moments.mean.square().sum()
+        if deviation <= _ROUNDING * of_mean:
+            constant.append(name)
+    if not_finite:
+        raise ValueError(
+            "Vectors, reconstructions and activations must be finite; they are not at "
+            f"{not_finite}."
+        )
+    if constant:
+        raise ValueError(
+            "The vectors of each layer must vary over tokens to have an FVU; all "
+            f"{layers[0].n_tokens} are the same at {constant}. Use more tokens or "
+            "leave that hook out."
+        )
 
 
 def log_dict(table: pd.DataFrame) -> dict[str, float]:

@@ -12,7 +12,6 @@ import pandas as pd
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import TokenSimilarity
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import most_active
 from sae_lens_multilayer.analysis.transfer import Comparison
 from sae_lens_multilayer.pictures.latents import latents_data
@@ -21,6 +20,7 @@ from sae_lens_multilayer.pictures.plotly_figures import (
     pictures_of,
     short_labels,
 )
+from sae_lens_multilayer.results import Result
 
 _COLUMNS = {
     "fvu": "FVU",

@@ -12,11 +12,11 @@ from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.geometry import DecoderSimilarity
 from sae_lens_multilayer.analysis.redundancy import Redundancy
 from sae_lens_multilayer.analysis.residual import ResidualStream
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.token_classes import ClassKind, TokenClasses
 from sae_lens_multilayer.analysis.transfer import Comparison, TransferMatrix
 from sae_lens_multilayer.analysis.variances import Variances
 from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.results import Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -13,15 +13,15 @@ from torch import Tensor
 from sae_lens_multilayer.analysis import (
     ActiveLayers,
     DecoderSimilarity,
-    Evaluation,
     Variances,
 )
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import Analysis, Suite
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.config_files import check_known
-from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics, evaluate
+from sae_lens_multilayer.evaluation.evaluation import evaluate
+from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.record import hash_of_tensors
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.text.held_out import (
     check_n_tokens,
     excluded_token_ids,
@@ -167,8 +167,7 @@ def measure(
     }
     metrics = evaluate(sae, model, data.tokens, **options)
     suite = Suite(sae, model, data.tokens, **options)
-    known = {"evaluation": Evaluation.of(metrics)}
-    return metrics, suite.run(evaluation.analyses, known)
+    return metrics, suite.run(evaluation.analyses, {"evaluation": metrics})
 
 
 def summary(metrics: SpliceMetrics, results: dict[str, Result]) -> dict[str, float]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pandas as pd
 
-from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import save_results
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
-from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics
+from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.files import complete_or_absent, read_json, write_whole
 from sae_lens_multilayer.record import RECORD_FILENAME, Record, as_lines
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sweeps.cost import Cost, measured
 from sae_lens_multilayer.sweeps.evaluation import summary
 from sae_lens_multilayer.training.run_folder import comparable_settings
@@ -141,7 +141,7 @@ class PointFolder:
     ) -> None:
         """Write what was measured, and of what."""
         content = {
-            "n_tokens": metrics.reconstruction.n_tokens,
+            "n_tokens": metrics.n_tokens,
             "values": _without_nan(summary(metrics, results)),
         }
         with complete_or_absent(self.analysis) as folder:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +22,6 @@ from sae_lens_multilayer.topk.tile import (
     LayerMoments,
     Tile,
     compute_dtype,
-    layer_moments,
     make_tile,
     sum_dtype,
     sum_of_squares,
@@ -47,10 +47,8 @@ class TopKStep:
     """Number of activations above 0."""
     sum_acts: Float[Tensor, " layer"]
     """Sum of the activations (L1)."""
-    variance: Float[Tensor, " layer"]
-    """Unbiased variance of all entries of a layer about one scalar mean."""
-    sum_sq_deviation: Float[Tensor, " layer"]
-    """Sum over tokens and dimensions of the squares about the layer's mean vector."""
+    moments: LayerMoments
+    """Mean and squared deviations of the vectors z of each layer."""
     max_acts: Float[Tensor, " d_sae"]
     """Largest activation of each latent over all layers and tokens, or 0."""
     fire_counts: Int[Tensor, " d_sae"]
@@ -145,21 +143,22 @@ class _Batch:
         self.max_acts = W_dec.new_zeros(len(W_dec))
         self.fire_counts = torch.zeros_like(self.max_acts, dtype=torch.int64)
         self.sums: list[Tensor] = []
-        self.moments: list[LayerMoments] = []
 
     def add_layers(self, layers: list[Callable[[], Iterable[Tensor]]]) -> None:
         """Add all layers, given functions that start over their tiles."""
-        own = [layer_moments(tiles()) for tiles in layers]
-        self.moments = _over_ranks(own, self.ranks)
-        for tiles, moments in zip(layers, self.moments, strict=True):
-            self._add_layer(tiles, moments)
+        own = [reduce(add, map(LayerMoments.of, tiles())) for tiles in layers]
+        self.moments = LayerMoments.stack(own).over_ranks(self.ranks)
+        weights = 2 / (len(layers) * self.moments.n_entries * self.moments.variance)
+        for tiles, weight in zip(layers, weights, strict=True):
+            self._add_layer(tiles, weight, len(layers))
 
     def _add_layer(
-        self, tiles: Callable[[], Iterable[Tensor]], moments: LayerMoments
+        self,
+        tiles: Callable[[], Iterable[Tensor]],
+        weight: Float[Tensor, ""],
+        n_layers: int,
     ) -> None:
-        n_layers = len(self.moments)
-        weight = 2 / (n_layers * moments.n_entries * moments.variance)
-        sums = torch.zeros_like(moments.variance).expand(3).clone()
+        sums = torch.zeros_like(weight).expand(3).clone()
         for z in tiles():
             tile = make_tile(z, self.b_dec, self.standardize_inputs)
             selection = self.encoder(tile.v)
@@ -208,9 +207,8 @@ class _Batch:
         sums = torch.stack(self.sums, dim=1)
         self.ranks.sum_(sums, self.fire_counts)
         self.ranks.max_(self.max_acts)
-        variance = torch.stack([m.variance for m in self.moments])
-        n_entries = self.moments[0].n_entries
-        mse_loss = (sums[0] / (n_entries * variance)).mean()
+        mse = sums[0] / self.moments.n_entries
+        mse_loss = (mse / self.moments.variance).mean()
         aux_loss = torch.zeros_like(mse_loss)
         if self.aux is not None:
             aux_loss = torch.stack(self.aux.losses).mean()
@@ -221,26 +219,10 @@ class _Batch:
             sum_sq_error=sums[0],
             n_active=sums[1].to(torch.int64),
             sum_acts=sums[2],
-            variance=variance,
-            sum_sq_deviation=torch.stack([m.sum_sq_deviation for m in self.moments]),
+            moments=self.moments,
             max_acts=self.max_acts,
             fire_counts=self.fire_counts,
         )
-
-
-def _over_ranks(layers: list[LayerMoments], ranks: Ranks) -> list[LayerMoments]:
-    """The moments of each layer over all ranks' tokens, in one exchange."""
-    if ranks.is_alone:
-        return layers
-    stacked = LayerMoments(
-        layers[0].n_tokens,
-        torch.stack([layer.mean for layer in layers]),
-        torch.stack([layer.sum_sq_deviation for layer in layers]),
-    ).over_ranks(ranks)
-    return [
-        LayerMoments(stacked.n_tokens, mean, squares)
-        for mean, squares in zip(stacked.mean, stacked.sum_sq_deviation, strict=True)
-    ]
 
 
 def _tiles(

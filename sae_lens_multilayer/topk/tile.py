@@ -1,7 +1,7 @@
 """A tile of vectors before and after the encoder, shared by inference and training."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -83,6 +83,22 @@ class LayerMoments:
     sum_sq_deviation: Float[Tensor, "*layer"]
     """Sum of squares about the mean vector."""
 
+    @classmethod
+    def of(cls, z: Float[Tensor, "token d_in"]) -> "LayerMoments":
+        """The moments of the vectors of one layer."""
+        mean = z.mean(dim=0)
+        squares = sum_of_squares(z - mean)
+        return cls(len(z), mean.to(squares.dtype), squares)
+
+    @classmethod
+    def stack(cls, layers: Sequence["LayerMoments"]) -> "LayerMoments":
+        """The moments of several layers over the same tokens."""
+        return cls(
+            layers[0].n_tokens,
+            torch.stack([layer.mean for layer in layers]),
+            torch.stack([layer.sum_sq_deviation for layer in layers]),
+        )
+
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
         n_tokens = self.n_tokens + other.n_tokens
         share = other.n_tokens / n_tokens
@@ -116,14 +132,3 @@ class LayerMoments:
             for part in ranks.gather(both)
         ]
         return reduce(add, parts)
-
-
-def layer_moments(tiles: Iterable[Float[Tensor, "_ d_in"]]) -> LayerMoments:
-    """Moments of a layer from one look at each tile."""
-    return reduce(add, map(_tile_moments, tiles))
-
-
-def _tile_moments(z: Float[Tensor, "_ d_in"]) -> LayerMoments:
-    mean = z.mean(dim=0)
-    squares = sum_of_squares(z - mean)
-    return LayerMoments(len(z), mean.to(squares.dtype), squares)

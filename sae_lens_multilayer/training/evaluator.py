@@ -10,7 +10,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.types import DataProvider
 from torch import Tensor
 
-from sae_lens_multilayer.evaluation.evaluation import SpliceMetrics, evaluate
+from sae_lens_multilayer.evaluation.evaluation import evaluate
+from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.training.batches import RunBatches

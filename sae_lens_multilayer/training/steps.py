@@ -1,9 +1,8 @@
-"""From a training batch to gradients: sparsely for ours, as SAELens for the rest."""
+"""Gradients and metrics of a training batch, for multi-layer and stock SAEs."""
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,51 +12,46 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
+from sae_lens_multilayer.evaluation.metrics import LayerSums
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.select import block_rows
-from sae_lens_multilayer.topk.tile import LayerMoments
+from sae_lens_multilayer.topk.tile import LayerMoments, compute_dtype
 
 
 @dataclass
 class StepStats:
-    """What one training batch gave, as sums; raw space unless it has a lens."""
+    """Losses and sums of one training batch, over the tokens of all ranks."""
 
-    n_tokens: int
-    d_in: int
+    sums: LayerSums
+    """In raw space, or in the space of the SAE's lens."""
     losses: dict[str, Tensor]
     """The losses by name; "overall_loss" is the one that was differentiated."""
-    sum_sq_error: Float[Tensor, " layer"]
-    sum_sq_deviation: Float[Tensor, " layer"]
-    """Sum of squared distances from the layer's mean vector over the batch."""
-    n_active: Int[Tensor, " layer"]
-    sum_acts: Float[Tensor, " layer"]
     fire_counts: Int[Tensor, " d_sae"]
     """Number of activations of each latent over all tokens and layers."""
     max_acts: Float[Tensor, " d_sae"]
     """Largest activation of each latent; 0 if it was silent."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """What the architecture itself wants logged."""
+    """Other values that the architecture logs."""
     is_in_lens_space: bool = False
-    """Whether errors and deviations are of transformed vectors, as the loss is."""
 
     @property
-    def fvu(self) -> Float[Tensor, " layer"]:
-        """Fraction of variance unexplained in this batch."""
-        return self.sum_sq_error / self.sum_sq_deviation
+    def n_tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.sums.n_tokens
 
     def by_layer(self) -> dict[str, Float[Tensor, " layer"]]:
         """The metrics of this batch, one value per layer.
 
-        Those in the space of a lens have names of their own: `lens_fvu`, `lens_mse`.
+        Those in the space of a lens have other names: `lens_fvu`, `lens_mse`.
         """
         space = "lens_" if self.is_in_lens_space else ""
         return {
-            f"{space}fvu": self.fvu,
-            f"{space}mse": self.sum_sq_error / (self.n_tokens * self.d_in),
-            "l0": self.n_active / self.n_tokens,
-            "l1": self.sum_acts / self.n_tokens,
+            f"{space}fvu": self.sums.fvu,
+            f"{space}mse": self.sums.mse,
+            "l0": self.sums.l0,
+            "l1": self.sums.l1,
         }
 
 
@@ -74,22 +68,17 @@ def topk_gradients(
         micro_batch_size_tokens: Tokens whose vectors at one layer are encoded at a
             time; None: as many as fit the cache, and 512 at least. The gradients do not
             depend on it.
-        ranks: Each holds as many other tokens of the batch.
+        ranks: Each holds an equal share of the batch's tokens.
     """
     micro = micro_batch_size_tokens or block_rows(sae.cfg.d_sae, x.device.type)
     step = sae.accumulate_gradients(x, dead_latents, min(micro, len(x)), ranks)
     return StepStats(
-        n_tokens=x.shape[0] * ranks.count,
-        d_in=x.shape[2],
+        LayerSums(step.moments, step.sum_sq_error, step.n_active, step.sum_acts),
         losses={
             "overall_loss": step.loss,
             "mse_loss": step.mse_loss,
             "auxiliary_reconstruction_loss": step.aux_loss,
         },
-        sum_sq_error=step.sum_sq_error,
-        sum_sq_deviation=step.sum_sq_deviation,
-        n_active=step.n_active,
-        sum_acts=step.sum_acts,
         fire_counts=step.fire_counts,
         max_acts=step.max_acts,
         is_in_lens_space=sae.lens is not None,
@@ -98,20 +87,20 @@ def topk_gradients(
 
 @dataclass
 class StockStep:
-    """How a stock SAELens architecture is trained on a multi-layer batch."""
+    """The training step of a stock SAELens architecture on a multi-layer batch."""
 
     sae: TrainingSAE[Any]
     coefficients: dict[str, float]
     n_training_steps: int
     is_logging_step: bool
     scaler: ActivationScaler
-    """The host's scale of raw vectors; the losses are taken between scaled ones."""
+    """SAELens' scale of raw vectors; losses are computed on scaled vectors."""
     autocast: AbstractContextManager[Any]
     standardize_inputs: bool
-    """Whether vectors are standardised here instead of by the SAE, so that its losses
-    are taken between standardised vectors."""
+    """Standardise vectors before the SAE instead of in it, so that its losses are
+    computed on standardised vectors."""
     ranks: Ranks = ALONE
-    """Each holds as many other tokens of the batch."""
+    """Each holds an equal share of the batch's tokens."""
 
     def gradients(
         self,
@@ -122,22 +111,20 @@ class StockStep:
         """Add the gradients of a batch to the SAE's parameters, by autograd.
 
         Vectors of all layers are rows of one batch. The loss is the mean over the
-        micro-batches of all ranks, and what the SAE itself estimates from batches, as
-        BatchTopK its threshold, is the mean over ranks.
+        micro-batches of all ranks; buffers that the SAE updates from batches, such as
+        the threshold of BatchTopK, are averaged over ranks.
         """
-        stats = _empty_stats(x, self.sae.cfg.d_sae, self.ranks)
+        stats: StepStats | None = None
         for part in x.split(micro_batch_size_tokens or len(x)):
             share = len(part) / len(x)
             output, x_hat = self._forward(part.to(self.sae.dtype), dead_latents)
             (output.loss * share).backward()
-            _add_losses(stats, output, share)
-            _add_sums(stats, part, x_hat, output)
-        self._reduce(stats)
-        return stats
+            found = _stats_of_part(part, x_hat, output, share)
+            stats = found if stats is None else _add_parts(stats, found)
+        assert stats is not None
+        return stats if self.ranks.is_alone else self._over_ranks(stats)
 
-    def _reduce(self, stats: StepStats) -> None:
-        if self.ranks.is_alone:
-            return
+    def _over_ranks(self, stats: StepStats) -> StepStats:
         for parameter in self.sae.parameters():
             # Whether there is a gradient may depend on the vectors.
             if parameter.grad is None:
@@ -145,9 +132,9 @@ class StockStep:
             self.ranks.mean_(parameter.grad)
         self.ranks.mean_(*(b for b in self.sae.buffers() if b.is_floating_point()))
         self.ranks.mean_(*stats.losses.values())
-        sums = (stats.sum_sq_error, stats.n_active, stats.sum_acts, stats.fire_counts)
-        self.ranks.sum_(*sums)
+        self.ranks.sum_(stats.fire_counts)
         self.ranks.max_(stats.max_acts)
+        return replace(stats, sums=stats.sums.over_ranks(self.ranks))
 
     def _forward(
         self, x: Tensor, dead_latents: Tensor
@@ -170,71 +157,68 @@ class StockStep:
 
 @contextmanager
 def _without_own_norm(sae: TrainingSAE[Any], active: bool) -> Generator[None]:
-    """Let a layer-norm SAE take vectors that are standardised already.
+    """Turn off a layer-norm SAE's own norm, as its inputs are already standardised.
 
-    Its loss and its auxiliary loss (which the host refuses under layer norm) are then
-    taken between standardised vectors.
+    Its loss and auxiliary loss (which SAELens refuses under layer norm) are then
+    computed on standardised vectors.
     """
     if not active:
         yield
         return
-    saved = (
-        sae.cfg.normalize_activations,
-        sae.run_time_activation_norm_fn_in,
-        sae.run_time_activation_norm_fn_out,
+    names = (
+        "run_time_activation_norm_fn_in",
+        "run_time_activation_norm_fn_out",
     )
+    saved = {name: getattr(sae, name) for name in names}
+    normalize = sae.cfg.normalize_activations
     sae.cfg.normalize_activations = "none"
-    sae.run_time_activation_norm_fn_in = _identity
-    sae.run_time_activation_norm_fn_out = _identity
+    for name in names:
+        setattr(sae, name, _identity)
     try:
         yield
     finally:
-        (
-            sae.cfg.normalize_activations,
-            sae.run_time_activation_norm_fn_in,
-            sae.run_time_activation_norm_fn_out,
-        ) = saved
+        sae.cfg.normalize_activations = normalize
+        for name, function in saved.items():
+            setattr(sae, name, function)
 
 
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _empty_stats(x: Tensor, d_sae: int, ranks: Ranks) -> StepStats:
-    n_layers, d_in = x.shape[1:]
-    raw = x.float()
-    mean = raw.mean(0)
-    moments = LayerMoments(len(x), mean, (raw - mean).square().sum((0, 2)))
-    moments = moments.over_ranks(ranks)
-    zeros = partial(torch.zeros, device=x.device)
+@torch.no_grad()
+def _stats_of_part(
+    x: Float[Tensor, "token layer d_in"],
+    x_hat: Float[Tensor, "token layer d_in"],
+    output: TrainStepOutput,
+    share: float,
+) -> StepStats:
+    """The stats of a micro-batch; its losses are multiplied by its share."""
+    dtype = compute_dtype(x)
+    acts = output.feature_acts.detach()
+    acts = (acts.to_dense() if acts.is_sparse else acts).to(dtype)
+    by_layer = acts.view(*x.shape[:2], -1)
+    x = x.to(dtype)
+    losses = {"overall_loss": output.loss, **output.losses}
     return StepStats(
-        n_tokens=moments.n_tokens,
-        d_in=d_in,
-        losses={},
-        sum_sq_error=zeros(n_layers),
-        sum_sq_deviation=moments.sum_sq_deviation,
-        n_active=zeros(n_layers, dtype=torch.int64),
-        sum_acts=zeros(n_layers),
-        fire_counts=zeros(d_sae, dtype=torch.int64),
-        max_acts=zeros(d_sae),
+        LayerSums(
+            LayerMoments.stack([LayerMoments.of(of_layer) for of_layer in x.unbind(1)]),
+            sum_sq_error=(x_hat.to(dtype) - x).square().sum((0, 2)),
+            n_active=(by_layer != 0).sum((0, 2)),
+            sum_acts=by_layer.abs().sum((0, 2)),
+        ),
+        losses={name: loss.detach() * share for name, loss in losses.items()},
+        fire_counts=(acts != 0).sum(0),
+        max_acts=acts.abs().amax(0),
+        metrics=output.metrics,
     )
 
 
-def _add_losses(stats: StepStats, output: TrainStepOutput, share: float) -> None:
-    for name, loss in {"overall_loss": output.loss, **output.losses}.items():
-        stats.losses[name] = stats.losses.get(name, 0.0) + loss.detach() * share
-    stats.metrics = output.metrics
-
-
-@torch.no_grad()
-def _add_sums(
-    stats: StepStats, x: Tensor, x_hat: Tensor, output: TrainStepOutput
-) -> None:
-    acts = output.feature_acts.detach()
-    acts = (acts.to_dense() if acts.is_sparse else acts).float()
-    by_layer = acts.view(*x.shape[:2], -1)
-    stats.sum_sq_error += (x_hat.float() - x.float()).square().sum((0, 2))
-    stats.n_active += (by_layer != 0).sum((0, 2))
-    stats.sum_acts += by_layer.abs().sum((0, 2))
-    stats.fire_counts += (acts != 0).sum(0)
-    stats.max_acts = torch.maximum(stats.max_acts, acts.abs().amax(0))
+def _add_parts(a: StepStats, b: StepStats) -> StepStats:
+    return StepStats(
+        a.sums + b.sums,
+        losses={name: loss + b.losses[name] for name, loss in a.losses.items()},
+        fire_counts=a.fire_counts + b.fire_counts,
+        max_acts=torch.maximum(a.max_acts, b.max_acts),
+        metrics=b.metrics,
+    )

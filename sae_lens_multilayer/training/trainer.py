@@ -179,7 +179,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         progress.update(stats.n_tokens)
         progress.set_postfix(
             loss=f"{stats.losses['overall_loss'].item():.4f}",
-            fvu=f"{stats.fvu.mean().item():.4f}",
+            fvu=f"{stats.sums.fvu.mean().item():.4f}",
             dead=f"{self.dead_neurons.float().mean().item():.1%}",
         )
         self._checkpoint_if_needed()
@@ -245,7 +245,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         return stats
 
     def _advice(self, stats: StepStats) -> str:
-        constant = (stats.sum_sq_deviation == 0).nonzero().flatten().tolist()
+        deviation = stats.sums.moments.sum_sq_deviation
+        constant = (deviation == 0).nonzero().flatten().tolist()
         if constant:
             names = [self.cfg.hook_names[layer] for layer in constant]
             return f"All vectors of the batch are the same at {names}."
@@ -309,7 +310,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.tokens_since_fired += stats.n_tokens
         self.tokens_since_fired[stats.max_acts > threshold] = 0
         self.act_freq_scores += stats.fire_counts
-        self.n_frac_active_samples += stats.n_tokens * len(stats.sum_sq_error)
+        self.n_frac_active_samples += stats.n_tokens * len(self.cfg.hook_names)
         self.n_training_samples += stats.n_tokens
 
     @override

@@ -7,21 +7,9 @@ import torch
 from hypothesis import strategies as st
 from sae_lens.saes.sae import SAEMetadata
 from saes import random_sae
-from typing_extensions import override
 
-from sae_lens_multilayer.analysis.active import ActiveLatents, LayerEncoder
+from sae_lens_multilayer.analysis.active import ActiveLatents
 from sae_lens_multilayer.analysis.stream import TokenBatch
-
-
-class DenseEncoder(LayerEncoder):
-    """Takes the activations themselves for the vectors."""
-
-    def __init__(self) -> None:
-        pass
-
-    @override
-    def encode(self, x: torch.Tensor) -> ActiveLatents:
-        return ActiveLatents.from_dense(x)
 
 
 def sae_of(acts: torch.Tensor) -> Any:
@@ -39,6 +27,14 @@ def random_sparse(seed: int, *shape: int) -> torch.Tensor:
     return acts.clamp(min=0).double()
 
 
+def active_of(acts: torch.Tensor) -> ActiveLatents:
+    """The nonzero activations of a dense tensor [token, layer, d_sae]."""
+    token, layer, latent = acts.nonzero(as_tuple=True)
+    value = acts[token, layer, latent].double()
+    n_tokens, n_layers, d_sae = acts.shape
+    return ActiveLatents(n_tokens, n_layers, d_sae, token, layer, latent, value)
+
+
 def batch_of(
     acts: torch.Tensor,
     prompts: torch.Tensor | None = None,
@@ -51,7 +47,9 @@ def batch_of(
     if kept is None:
         kept = torch.ones_like(prompts, dtype=torch.bool)
     prompt, position = kept.nonzero(as_tuple=True)
-    return TokenBatch(prompts, first_prompt, prompt, position, acts, DenseEncoder())
+    batch = TokenBatch(prompts, first_prompt, prompt, position, acts, None)
+    batch.active = active_of(acts)
+    return batch
 
 
 def accumulate(accumulator: Any, batches: Iterable[TokenBatch]) -> Any:

@@ -21,10 +21,10 @@ from sae_lens_multilayer.analysis import (
     TokenClassSums,
     TokenStream,
     VarianceSums,
-    active,
     analyze,
     layer_distributions,
 )
+from sae_lens_multilayer.evaluation import encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -83,7 +83,7 @@ def test_no_result_depends_on_the_batch_size(tokenizer, tokens, size):
 def test_any_architecture_is_analysed(
     tokenizer, tokens, make_config, token_dataset, sae_config, elements, monkeypatch
 ):
-    monkeypatch.setattr(active, "_DENSE_ELEMENTS", elements)
+    monkeypatch.setattr(encoder, "_DENSE_ELEMENTS", elements)
     model = tiny_model(tokenizer, HookedSAETransformer)
     config = make_config(sae=sae_config, output_path=None, checkpoint_path=None)
     sae = LanguageModelSAETrainingRunner(
