@@ -23,7 +23,7 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.carrier import LENS_PREFIX
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
-from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
+from sae_lens_multilayer.lens.tuned_lens_files import Translators, read_tuned_lens
 from sae_lens_multilayer.published.origin import (
     Origin,
     find_origin,
@@ -82,7 +82,7 @@ def load(
         warn_of_other_sizes(place, d_sae / d_in, settings["k"])
         n_layers = _n_layers_stored(names)
         if n_layers is None and translators is not None:
-            n_layers = translators[0].num_hidden_layers
+            n_layers = translators.config.num_hidden_layers
         origin = find_origin(settings, place, n_layers, model_name).at(hook_name)
         if origin.d_in not in (None, d_in):
             logger.warning(
@@ -219,29 +219,29 @@ def _check_sizes(
 
 def _stored_translators(
     file: Any, names: list[str], origin: Origin, d_in: int
-) -> tuple[TunedLensConfig, dict[str, Tensor]] | None:
+) -> Translators | None:
     """The lens beside the SAE, as `read_tuned_lens` gives it; None if there is none."""
     own = [name for name in names if name.startswith(_TRANSLATORS)]
     if not own:
         return None
     tensors = {name.removeprefix(_TRANSLATORS): file.get_tensor(name) for name in own}
     n_layers = len({name.partition(".")[0] for name in tensors})
-    return TunedLensConfig(str(origin.model_name), d_in, n_layers), tensors
+    config = TunedLensConfig(str(origin.model_name), d_in, n_layers)
+    return Translators.validated(config, tensors)
 
 
 def _lens(
     origin: Origin,
     d_in: int,
-    translators: tuple[TunedLensConfig, dict[str, Tensor]] | None,
+    translators: Translators | None,
 ) -> LayerLens | None:
     if translators is None:
         if not origin.has_lens:
             return None
         translators = read_tuned_lens(str(origin.model_name), {})
-    stated, tensors = translators
-    config = LensConfig.from_tuned_lens(stated, origin.hook_names, "reference")
-    lens = LayerLens.from_translators(config, tensors)
-    shape = hooks.ModelShape(origin.n_layers or stated.num_hidden_layers, d_in, None)
+    config = translators.config_at(origin.hook_names, "reference")
+    lens = LayerLens.from_tensors(config, translators.tensors_at(config))
+    shape = hooks.ModelShape(origin.n_layers or config.n_layers, d_in, None)
     lens.config.check_shape(shape, str(origin.model_name))
     return lens
 
