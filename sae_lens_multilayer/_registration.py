@@ -77,7 +77,7 @@ def _register_releases() -> None:
 def _lookup(release: Release) -> PretrainedSAELookup:
     known: dict[str, Any] = {
         "release": release.name,
-        "repo_id": release.place,
+        "repo_id": release.location,
         "model": release.model_name,
         "conversion_func": LOADER_NAME,
         "saes_map": release.paths,
