@@ -384,9 +384,9 @@ def test_scales_of_raw_vectors_are_not_folded_into_weights_behind_a_lens():
     want = sae(x)
     eye = torch.eye(D_MODEL)
     for one in (sae, sae.view(0)):
-        with pytest.raises(ValueError, match="come after its tuned lens"):
+        with pytest.raises(ValueError, match="after its tuned lens"):
             one.fold_activation_norm_scaling_factor(2.0)
-        with pytest.raises(ValueError, match="come after its tuned lens"):
+        with pytest.raises(ValueError, match="after its tuned lens"):
             one.fold_activation_whitening(torch.zeros(D_MODEL), eye, eye)
     assert torch.equal(sae(x), want)
 
