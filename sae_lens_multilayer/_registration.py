@@ -1,4 +1,4 @@
-"""The only place that writes to SAELens: its registries, one method of its runner."""
+"""Registers this package with SAELens and patches one method of its runner."""
 
 import functools
 import warnings
@@ -40,15 +40,15 @@ _MARK = "_sae_lens_multilayer"
 
 
 def register() -> None:
-    """Make SAELens know the multi-layer SAE, the published ones, and how to train one.
+    """Register the multi-layer SAE, the published checkpoints and the runner.
 
-    Calling it again changes nothing. After this package is imported anew, its new
-    classes take the place of the old ones.
+    Calling it again has no effect. If this package is reloaded, its new classes replace
+    the old ones.
 
     Raises:
-        RuntimeError: If another package has registered our architecture's name.
+        RuntimeError: If another package has registered the same architecture name.
     """
-    # A training config looks its inference class up when it is built.
+    # A training config looks up its inference class when it is created.
     _register_once(
         SAE_CLASS_REGISTRY, register_sae_class, MultiLayerSAE, MultiLayerSAEConfig
     )
@@ -63,33 +63,33 @@ def register() -> None:
 
 
 def _register_releases() -> None:
-    """Enter the published checkpoints where `SAE.from_pretrained` looks for them."""
+    """Add the published checkpoints to the directory of `SAE.from_pretrained`."""
     NAMED_PRETRAINED_SAE_LOADERS[LOADER_NAME] = mlsae_huggingface_loader
     NAMED_PRETRAINED_SAE_CONFIG_GETTERS[LOADER_NAME] = get_mlsae_config_from_hf
     directory = get_pretrained_saes_directory()
     for release in published_releases():
         present = directory.get(release.name)
-        # SAELens may come to list one itself, which is then left as it is.
+        # If SAELens lists a release itself, its entry is kept.
         if present is None or present.conversion_func == LOADER_NAME:
             directory[release.name] = _lookup(release)
 
 
 def _lookup(release: Release) -> PretrainedSAELookup:
-    known: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "release": release.name,
-        "repo_id": release.place,
+        "repo_id": release.location,
         "model": release.model_name,
         "conversion_func": LOADER_NAME,
         "saes_map": release.paths,
-        # What SAELens enters where nothing was measured.
+        # SAELens' value where nothing was measured.
         "expected_var_explained": dict.fromkeys(release.paths, 1.0),
         "expected_l0": release.expected_l0,
         "neuronpedia_id": {},
         "norm_scaling_factor": {},
     }
-    # Versions of SAELens differ in the further fields.
+    # The other fields differ between versions of SAELens.
     values: dict[str, Any] = {
-        f.name: known.get(f.name) for f in fields(PretrainedSAELookup)
+        f.name: entries.get(f.name) for f in fields(PretrainedSAELookup)
     }
     return PretrainedSAELookup(**values)
 
@@ -104,24 +104,23 @@ def _register_once(
         registry[ARCHITECTURE] = (sae_class, config_class)
     else:
         raise RuntimeError(
-            f"The SAELens architecture {ARCHITECTURE!r} must be free for "
-            f"sae_lens_multilayer; {present[0].__module__}.{present[0].__qualname__} "
-            "is registered under it. Import only one of the two packages."
+            f"sae_lens_multilayer cannot register the architecture {ARCHITECTURE!r}: "
+            f"{present[0].__module__}.{present[0].__qualname__} is registered under "
+            "this name. Import only one of the two packages."
         )
 
 
 def _patch_runner() -> None:
-    """Let SAELens' runner become ours when it is given a `MultiLayerConfig`.
+    """Make SAELens' runner use our class when it receives a `MultiLayerConfig`.
 
-    SAELens has no registry of runners. Its constructor is the one place that every way
-    of starting a run passes through: both runner classes, users' subclasses and the
-    command line, whichever package was imported first.
+    SAELens has no registry of runners. Every way to start a run calls this constructor:
+    both runner classes, users' subclasses and the command line, in any import order.
     """
     original = LanguageModelSAETrainingRunner.__init__
     if getattr(original, _MARK, None) is MultiLayerConfig:
         return
     if hasattr(original, _MARK):
-        # This package was loaded before; that patch knows the old config class only.
+        # Patched by this package before it was reloaded, for the old config class.
         original = original.__wrapped__  # type: ignore[attr-defined]
 
     @functools.wraps(original)
@@ -139,10 +138,10 @@ def _patch_runner() -> None:
 
 @functools.cache
 def _multi_layer_runner(runner: type) -> type[MultiLayerSAETrainingRunner]:
-    """The caller's runner class with our runner beneath it, so its overrides win."""
+    """A class with the overrides of the caller's runner class on top of our runner."""
     if issubclass(MultiLayerSAETrainingRunner, runner):
         return MultiLayerSAETrainingRunner
     with warnings.catch_warnings():
-        # Subclassing the deprecated SAETrainingRunner warns; calling it did already.
+        # Subclassing the deprecated SAETrainingRunner would repeat its warning.
         warnings.simplefilter("ignore", DeprecationWarning)
         return type(runner.__name__, (runner, MultiLayerSAETrainingRunner), {})

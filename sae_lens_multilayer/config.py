@@ -285,19 +285,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
 
     def check_lens(self, lens: LensConfig) -> None:
         """Raise ValueError if a lens is not of this run's width, hooks or alignment."""
-        if lens.d_in != self.sae.d_in:
-            raise ValueError(
-                f"The lens must be of the SAE's width, d_in = {self.sae.d_in}; the "
-                f"lens of {lens.base_model_name!r} is {lens.d_in} wide. Use the lens "
-                "of this model or fit one with `fit_tuned_lens`."
-            )
-        hook_names = self.resolve_hook_names(lens.n_layers)
-        if lens.hook_names != hook_names:
-            raise ValueError(
-                f"The lens must be of this run's hooks, {hook_names}; got a lens of "
-                f"{lens.hook_names}. Build it for these, give the TunedLens, or train "
-                "on its hooks."
-            )
+        lens.check_sae(self.sae.d_in, self.resolve_hook_names(lens.n_layers))
         if lens.alignment != self.lens_alignment:
             raise ValueError(
                 f"`lens_alignment` must be that of the lens, {lens.alignment!r}; got "

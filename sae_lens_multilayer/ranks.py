@@ -1,8 +1,8 @@
-"""The processes of one training run: what they add up, and what they agree on.
+"""The processes (ranks) of one training run: sums, messages and errors on all ranks.
 
-All that knows of `torch.distributed` is here. torchrun starts the processes, called
-ranks; gradients and sums go through NCCL on GPUs and gloo on CPUs, messages always
-through gloo. Nothing is pickled. A run of one process communicates with nobody.
+The only module that uses `torch.distributed`. torchrun starts the processes. Gradients
+and sums use NCCL on GPUs and gloo on CPUs, messages always gloo. Nothing is pickled. A
+run of one process does not communicate.
 """
 
 import atexit
@@ -23,23 +23,23 @@ from sae_lens.config import HfDataset
 from torch import Tensor
 
 _TIMEOUT = timedelta(hours=1)
-"""How long ranks wait for one that lives; one that is dead is noticed at once. Others
-wait so long for the evaluation of the first."""
+"""Longest wait for a living rank, such as for rank 0 during an evaluation. The death of
+a rank is noticed at once."""
 
 
 class RankError(RuntimeError):
-    """The ranks of a run cannot go on together."""
+    """The ranks of a run cannot continue together."""
 
 
 class AgreedError(RankError):
-    """A rank has failed where all of them have taken notice: all stand at one place."""
+    """An error raised on all ranks at the same point, because it occurred on one."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process of a run, among all of them; alone by default.
+    """One process of a run; by default the only one.
 
-    Methods that talk to the others must be called by all ranks in the same order.
+    Methods that communicate must be called by all ranks in the same order.
     """
 
     index: int = 0
@@ -52,11 +52,11 @@ class Ranks:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there are no others."""
+        """Whether there are no other ranks."""
         return self.count == 1
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Replace tensors by their sums over ranks, the same bits on each."""
+        """Replace tensors by their sums over ranks, bit-identical on all ranks."""
         self._reduce("SUM", tensors)
 
     def mean_(self, *tensors: Tensor) -> None:
@@ -66,7 +66,7 @@ class Ranks:
             tensor.div_(self.count)
 
     def max_(self, *tensors: Tensor) -> None:
-        """Replace tensors by their largest entries over ranks."""
+        """Replace tensors by their elementwise maxima over ranks."""
         self._reduce("MAX", tensors)
 
     def _reduce(self, operation: str, tensors: Iterable[Tensor]) -> None:
@@ -78,7 +78,7 @@ class Ranks:
                 tensor.copy_(dense)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, of one shape, in the order of ranks."""
+        """The tensors of all ranks, which have one shape, in the order of ranks."""
         if self.is_alone:
             return [tensor]
         parts = [torch.empty_like(tensor) for _ in range(self.count)]
@@ -96,7 +96,7 @@ class Ranks:
         return bool(flags)
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """What all ranks say, in the order of ranks."""
+        """The data of all ranks, in the order of ranks."""
         if self.is_alone:
             return [data]
         sizes = [torch.tensor(0) for _ in range(self.count)]
@@ -114,16 +114,16 @@ class Ranks:
         ]
 
     def of_first(self, value: Any) -> Any:
-        """What the first rank has; of values that JSON can hold."""
+        """The value of rank 0, which JSON can hold."""
         return json.loads(self.gather_bytes(json.dumps(value).encode())[0])
 
     @contextmanager
     def together(self) -> Generator[None]:
-        """Let all ranks fail where one does; the block must not talk to the others.
+        """Raise an error on all ranks if one raises it; the block cannot communicate.
 
         Raises:
-            AgreedError: On all ranks, if the block raised an exception on any; one that
-                is alone raises its own.
+            AgreedError: On all ranks, if the block raised an exception on any. With one
+                rank, the exception itself.
         """
         if self.is_alone:
             yield
@@ -135,23 +135,23 @@ class Ranks:
             error = raised
         if not self.any(error is not None):
             return
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        messages = self.gather_bytes(said.encode())
-        failed = {i: message.decode() for i, message in enumerate(messages) if message}
-        raise AgreedError(
-            "; ".join(f"Rank {i} has failed: {said}" for i, said in failed.items())
-        ) from error
+        message = "" if error is None else f"{type(error).__name__}: {error}"
+        messages = self.gather_bytes(message.encode())
+        failed = [
+            f"Rank {i} has failed: {m.decode()}" for i, m in enumerate(messages) if m
+        ]
+        raise AgreedError("; ".join(failed)) from error
 
-    def check_same(self, what: str, facts: Mapping[str, Any]) -> None:
-        """Check that facts, which JSON can hold, are the same on all ranks.
+    def check_same(self, what: str, values: Mapping[str, Any]) -> None:
+        """Check that values, which JSON can hold, are the same on all ranks.
 
         Raises:
-            RankError: If not, on all ranks; names the facts.
+            RankError: If not, on all ranks; lists the names of the values that differ.
         """
         if self.is_alone:
             return
-        said = self.gather_bytes(json.dumps(facts).encode())
-        first, *others = [json.loads(data) for data in said]
+        gathered = self.gather_bytes(json.dumps(values).encode())
+        first, *others = [json.loads(data) for data in gathered]
         for index, other in enumerate(others, start=1):
             names = sorted(first.keys() | other.keys())
             differing = [n for n in names if first.get(n) != other.get(n)]
@@ -162,11 +162,11 @@ class Ranks:
                 )
 
     def own_rows(self, dataset: HfDataset) -> HfDataset:
-        """This rank's rows of a dataset: every row is one rank's.
+        """This rank's share of the rows of a dataset; each row belongs to one rank.
 
-        Of rows by number each rank takes every `count`-th one. Of a stream it takes
-        files, if their number is a multiple of `count`, else it reads all rows and
-        keeps every `count`-th.
+        From an indexed dataset, each rank takes every `count`-th row. From a stream, it
+        takes whole files if their number is a multiple of `count`, else it reads all
+        rows and keeps every `count`-th.
         """
         if self.is_alone:
             return dataset
@@ -175,11 +175,11 @@ class Ranks:
             return rows.shard(self.count, self.index, contiguous=False)
         if rows.n_shards % self.count == 0:
             return split_dataset_by_node(rows, self.index, self.count)
-        # datasets' own way would skip other rows when it is begun in the middle.
+        # `split_dataset_by_node` would skip other rows when resumed in the middle.
         return rows.filter(self._is_own, with_indices=True)
 
-    def _is_own(self, _row: object, number: int) -> bool:
-        return number % self.count == self.index
+    def _is_own(self, _row: object, row_index: int) -> bool:
+        return row_index % self.count == self.index
 
     @contextmanager
     def _connected(self) -> Generator[None]:
@@ -187,21 +187,21 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RankError(
-                f"Rank {self.index} of {self.count} has lost the others, one of which "
-                "has ended or cannot be reached. The run ends; its newest complete "
-                f"checkpoint is as it was ({error})."
+                f"Rank {self.index} of {self.count} has lost the connection to the "
+                "others: one has ended or cannot be reached. The run ends; its newest "
+                f"complete checkpoint is unchanged ({error})."
             ) from error
 
 
 ALONE = Ranks()
-"""The only process of a run."""
+"""The only rank of a run of one process."""
 
 
 def ranks_of_environment(device: str) -> Ranks:
-    """This process among those that torchrun has started, once they are connected.
+    """Connect to the other processes started by torchrun, if there are any.
 
     Args:
-        device: Where the SAE is trained.
+        device: The device of the SAE.
     """
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
@@ -216,10 +216,10 @@ def ranks_of_environment(device: str) -> Ranks:
 
 
 def check_one_process(what: str) -> None:
-    """Raise ValueError if torchrun has started this process among others.
+    """Raise ValueError if torchrun has started several processes.
 
     Args:
-        what: The work that only training shares out.
+        what: Name of the work that cannot be distributed.
     """
     count = os.environ.get("WORLD_SIZE", "1")
     if int(count) > 1:
@@ -230,24 +230,24 @@ def check_one_process(what: str) -> None:
 
 
 def own_device(device: str) -> str:
-    """The GPU of this rank among those of its machine, if a device is a GPU.
+    """The device of this rank: with "cuda", the GPU with the index LOCAL_RANK.
 
     Raises:
-        ValueError: If the device is another GPU than the first.
+        ValueError: If the device is a GPU other than the first.
     """
     named = torch.device(device)
     if named.type != "cuda":
         return device
     if named.index not in (None, 0):
         raise ValueError(
-            "Of several processes each has the GPU of its number (LOCAL_RANK); give "
+            "With several processes, each uses the GPU with the index LOCAL_RANK: use "
             f"'cuda' as device instead of {device!r}."
         )
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def bits_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Sums of the bits of tensors, which tell tensors apart without being moved."""
+    """Sums of the bits of tensors: a checksum computed on their device."""
     return {name: _sums_of_bits(tensor) for name, tensor in tensors.items()}
 
 
@@ -261,7 +261,7 @@ def _sums_of_bits(tensor: Tensor) -> list[int]:
 
 @cache
 def _messages() -> Any:
-    """The processes, connected by gloo."""
+    """The group of all ranks for messages, which uses gloo."""
     if dist.get_backend() == "gloo":
         return dist.group.WORLD
     return dist.new_group(backend="gloo", timeout=_TIMEOUT)

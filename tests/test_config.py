@@ -383,8 +383,8 @@ def test_a_stock_normalisation_is_allowed_on_raw_vectors():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 65}, "`k` must be in"),
-        ({"k_aux": 65}, "`k_aux` must be in"),
+        ({"k": 65}, "`k` must be"),
+        ({"k_aux": 65}, "`k_aux` must be"),
         ({"d_in": 0}, "`d_in` must be positive"),
     ],
 )

@@ -125,18 +125,19 @@ def test_reference_alignment_uses_a_blocks_own_translator_for_its_output():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["blocks.0.hook_mlp_out", "blocks.0.hook_resid_mid", "hook_embed", "lm_head"],
+    ("name", "message"),
+    [
+        ("blocks.0.hook_mlp_out", "cannot have a lens"),
+        ("blocks.0.hook_resid_mid", "cannot have a lens"),
+        ("hook_embed", "cannot have a lens"),
+        ("lm_head", "cannot have a lens"),
+        ("model.layers.5", "5 blocks"),
+    ],
 )
-def test_a_hook_off_the_stream_between_blocks_cannot_have_a_lens(name):
-    message = f"{name!r} cannot have a tuned lens.*hook_resid_pre.*hook_resid_post"
-    with pytest.raises(ValueError, match=message):
+def test_other_hooks_cannot_have_a_lens(name, message):
+    with pytest.raises(ValueError, match=message) as error:
         translator_of(name, BLOCKS)
-
-
-def test_a_hook_that_the_model_lacks_is_an_error(tuned_lens):
-    with pytest.raises(ValueError, match=r"of 5 blocks; 'model\.layers\.5' is not one"):
-        layer_lens(tuned_lens, ["model.layers.5"])
+    assert repr(name) in str(error.value)
 
 
 def test_a_worked_case():
@@ -285,17 +286,6 @@ def test_the_inverse_follows_the_tensors():
     assert not torch.equal(z, lens.transform(x, 0))
 
 
-@pytest.mark.parametrize("in_inference_mode", [False, True])
-def test_the_inverse_follows_writes_that_no_version_counts(in_inference_mode):
-    with torch.inference_mode(in_inference_mode):
-        lens = random_lens(8, 0.1)
-        x = torch.randn(3, 8, dtype=float64)
-        lens.invert(x, 0)
-        for tensor in lens.buffers():
-            tensor.data.mul_(2)
-        assert (lens.invert(lens.transform(x, 0), 0) - x).abs().max() < 1e-9
-
-
 @pytest.mark.parametrize(
     ("value", "dtype", "number"),
     [
@@ -305,17 +295,16 @@ def test_the_inverse_follows_writes_that_no_version_counts(in_inference_mode):
         (-0.999, torch.bfloat16, "inf in torch.bfloat16.* a wider dtype"),
     ],
 )
-def test_a_lens_that_cannot_be_inverted_says_so(value, dtype, number):
-    """However it came by its tensors: written to, loaded or converted."""
+def test_a_lens_that_cannot_be_inverted_is_an_error(value, dtype, number):
     lens = LayerLens(LensConfig(POST[:1], BLOCKS, 2), dtype=float64)
     weight = torch.tensor([[value, 0.0], [0.0, 0.0]], dtype=float64)
     lens.load_state_dict({"0.weight": weight, "0.bias": torch.zeros(2)})
-    message = rf"Translator 1 .*'{POST[0]}', cannot .*cond\(I \+ W\) = {number}"
+    message = rf"'{POST[0]}' cannot .*cond\(I \+ W\) = {number}"
     with pytest.raises(ValueError, match=message):
         lens.to(dtype).invert(torch.ones(2), 0)
 
 
-# Layers, positions and parts
+# Layers, indices and parts
 
 
 def test_all_layers_at_once_are_each_layer_by_itself():
@@ -325,37 +314,39 @@ def test_all_layers_at_once_are_each_layer_by_itself():
     for i in range(BLOCKS):
         assert torch.equal(z[..., i, :], lens.transform(x[..., i, :], POST[i]))
     torch.testing.assert_close(lens.invert(z), x)
-    with pytest.raises(
-        ValueError, match=r"\[\*batch, layer = 5, d_in\]; got shape \(2, 3, 4, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"layer = 5, .*shape \(2, 3, 4, 8\)"):
         lens.transform(x[..., 1:, :])
 
 
-def test_positions_are_on_the_layer_axis_and_checked(tuned_lens):
+def test_indices_are_on_the_layer_axis_and_checked(tuned_lens):
     lens = layer_lens(tuned_lens, [POST[3], POST[0]])
     x = torch.randn(2, D_IN)
     expected = tuned_lens.transform_hidden(x, 4)
     assert torch.equal(lens.transform(x, 0), expected)
     assert torch.equal(lens.transform(x, POST[3]), expected)
     for bad in (2, -1):
-        with pytest.raises(ValueError, match=f"has 2 hooks; position {bad}"):
+        with pytest.raises(ValueError, match=f"2 hooks; {bad} is not an index"):
             lens.transform(x, bad)
     with pytest.raises(ValueError, match=r"'blocks\.1\.hook_resid_post' is not a hook"):
         lens.hook(POST[1])
 
 
-def test_a_part_shares_memory_until_it_is_converted():
+def test_a_part_shares_memory_until_it_is_converted_or_loaded_into():
     lens = random_lens(8, 0.1)
-    part = lens.select([POST[2]])
+    converted, loaded = lens.select([POST[2]]), lens.select([POST[2]])
     x = torch.randn(3, 8, dtype=float64)
-    whole, own = lens.state_dict(), part.state_dict()
+    whole, own = lens.state_dict(), converted.state_dict()
     assert own["0.weight"].data_ptr() == whole["2.weight"].data_ptr()
-    assert part.hook_names == [POST[2]]
-    assert torch.equal(part.transform(x, 0), lens.transform(x, 2))
+    assert converted.hook_names == [POST[2]]
+    assert torch.equal(converted.transform(x, 0), lens.transform(x, 2))
     before = lens.invert(x, 2)
-    part.to(torch.float32)
+    converted.to(torch.float32)
+    loaded.load_state_dict(random_lens(8, 0.1, [POST[2]]).state_dict())
     assert torch.equal(lens.invert(x, 2), before)
     assert all(tensor.dtype == float64 for tensor in lens.buffers())
+    for part in (converted, loaded):
+        back = part.invert(part.transform(x, 0), 0)
+        torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
 
 
 def test_it_says_what_it_is(tuned_lens):
@@ -386,37 +377,40 @@ def test_hooks_with_the_same_translator_share_no_memory(tuned_lens, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
-def test_a_state_dict_of_another_lens_is_an_error():
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"0.bias": None}, r"missing: \['0.bias'\]"),
+        ({"1.bias": torch.ones(4)}, r"unknown: \['1.bias'\]"),
+        ({"0.bias": torch.ones(4, 4)}, r"'0.bias'.*\(4,\).*got.*\(4, 4\)"),
+        ({"0.bias": torch.full((4,), torch.nan)}, "'0.bias'.*without NaN"),
+        ({"0.bias": torch.ones(4, dtype=torch.complex64)}, "'0.bias'.*complex64"),
+        ({"0.bias": torch.ones(4, dtype=torch.int64)}, "'0.bias'.*int64"),
+        ({"0.bias": torch.ones(4).to_sparse()}, "'0.bias'.*sparse_coo"),
+    ],
+)
+def test_a_state_dict_of_another_lens_is_an_error(changes, message):
     lens = random_lens(4, 0.1, POST[:1])
-    good = lens.state_dict()
-    weight = good["0.weight"]
-    cases = [
-        ({"0.weight": weight}, "missing: \\['0.bias'\\]"),
-        ({**good, "1.bias": weight}, "unknown: \\['1.bias'\\]"),
-        ({**good, "0.bias": weight}, "'0.bias'.*shape \\(4,\\); got \\(4, 4\\)"),
-        ({**good, "0.weight": weight / 0}, "'0.weight'.*NaN or infinite"),
-    ]
-    for tensors, message in cases:
-        with pytest.raises(ValueError, match=message):
-            lens.check_tensors(tensors)
+    changed = {**lens.state_dict(), **changes}
+    tensors = {k: v for k, v in changed.items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        lens.check_tensors(tensors)
+    with pytest.raises(ValueError, match=message):
+        LayerLens.from_tensors(lens.config, tensors)
 
 
 def test_settings_are_checked():
-    config = LensConfig(POST, BLOCKS, D_IN)
-    # As a file might have it; the tests' type checks would stop a call.
-    object.__setattr__(config, "alignment", "paper")
-    with pytest.raises(ValueError, match=r"`alignment` must be one of .*'paper'"):
-        config.__post_init__()
-    with pytest.raises(ValueError, match="`hook_names` must hold at least one name"):
-        LensConfig([POST[0], POST[0]], BLOCKS, D_IN)
-    with pytest.raises(
-        ValueError, match=r"settings of a lens.*got \['d_in', 'width'\]"
-    ):
-        LensConfig.from_dict({"d_in": 4, "width": 4})
-    good = {**config.to_dict(), "alignment": "tuned_lens"}
+    good = LensConfig(POST, BLOCKS, D_IN).to_dict()
     assert LensConfig.from_dict(good).to_dict() == good
-    for name, value in [("n_layers", None), ("d_in", "16"), ("hook_names", None)]:
-        with pytest.raises(ValueError, match="`tuned_lens`, are wrong"):
+    for name, value in [
+        ("n_layers", None),
+        ("d_in", "16"),
+        ("hook_names", None),
+        ("hook_names", [POST[0], POST[0]]),
+        ("alignment", "paper"),
+        ("unknown_key", 4),
+    ]:
+        with pytest.raises(ValueError, match="`tuned_lens`, are not valid"):
             LensConfig.from_dict({**good, name: value})
 
 
@@ -450,13 +444,6 @@ def test_a_lens_that_is_nowhere_is_an_error(tmp_path):
         layer_lens(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "params.pt"])
-def test_half_a_lens_is_an_error_that_names_the_other_half(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(ValueError, match=f"this is without {name};"):
-        layer_lens(folder)
-
-
 def test_a_folder_may_be_at_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert layer_lens("~/lens").config == layer_lens(folder).config
@@ -484,16 +471,11 @@ def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **changes) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"d_model": 32}, "'0.weight'.*\\(32, 32\\); got \\(64, 64\\).*another width"),
-        (
-            {"num_hidden_layers": 6},
-            "missing: \\['5.bias', '5.weight'\\].*another depth",
-        ),
+        ({"d_model": 32}, "'0.weight'.*\\(32, 32\\).*got.*\\(64, 64\\)"),
+        ({"num_hidden_layers": 6}, "missing: \\['5.bias', '5.weight'\\]"),
         ({"num_hidden_layers": 4}, "unknown: \\['4.bias', '4.weight'\\]"),
-        ({"d_model": "16"}, "config.json .*`d_model` must be a whole number.*'16'"),
-        ({"d_model": 64.0}, "config.json .*`d_model` must be a whole number.*64.0"),
-        ({"d_model": None}, "config.json .*`d_model` must be positive; got None"),
-        ({"num_hidden_layers": "2"}, "config.json .*`num_hidden_layers` must .*'2'"),
+        ({"d_model": "16"}, "`d_model` .*'16'"),
+        ({"num_hidden_layers": None}, "`num_hidden_layers` .*None"),
         ({"lens_type": "mlp"}, "`lens_type` must be 'linear_tuned_lens'; got 'mlp'"),
     ],
 )
@@ -503,51 +485,27 @@ def test_files_that_do_not_fit_each_other_are_an_error(folder, changes, message)
         layer_lens(folder, POST[:4])
 
 
-@pytest.mark.parametrize(
-    ("tensor", "found"),
-    [
-        (torch.zeros(D_IN, dtype=torch.complex64), "torch.complex64"),
-        (torch.zeros(D_IN).to_sparse(), "torch.sparse_coo"),
-        (torch.zeros(D_IN, dtype=torch.int64), "torch.int64"),
-    ],
-)
-def test_tensors_of_other_kinds_are_an_error(folder, tensor, found):
-    rewrite(folder, {"0.bias": tensor})
-    message = rf"{folder}.*'0\.bias' of the lens must be a dense tensor.*{found}"
-    with pytest.raises(ValueError, match=message):
-        layer_lens(folder)
-
-
-@pytest.mark.parametrize("content", [{"0.bias": 1.0}, {0: torch.ones(1)}, [1, 2]])
-def test_values_that_are_no_named_tensors_are_an_error(folder, content):
-    torch.save(content, folder / "params.pt")
-    with pytest.raises(ValueError, match=r"params\.pt must hold tensors only, by"):
-        layer_lens(folder)
-
-
 def test_a_nan_in_the_file_is_an_error_even_where_it_is_not_used(folder):
     rewrite(folder, {"0.bias": torch.full((D_IN,), torch.nan)})
-    with pytest.raises(ValueError, match=r"'0\.bias' of the lens holds NaN"):
+    with pytest.raises(ValueError, match=rf"{folder}.*'0\.bias' .*without NaN"):
         layer_lens(folder)
 
 
 @pytest.mark.parametrize(
-    ("smallest", "number"), [(2.0**-23, "8.39e\\+06"), (0.0, "inf|\\de\\+\\d\\d")]
+    ("weight", "number"),
+    [
+        (torch.tensor([2.0**-23 - 1] + [0.0] * (D_IN - 1)).diag(), "8.39e\\+06"),
+        (torch.tensor([-1.0] + [0.0] * (D_IN - 1)).diag(), "inf|\\de\\+\\d\\d"),
+        (-torch.eye(D_IN), "inf"),
+    ],
+    ids=["ill-conditioned", "singular", "zero"],
 )
-def test_an_ill_conditioned_translator_is_an_error(folder, smallest, number):
-    weight = torch.zeros(D_IN, D_IN)
-    weight[3, 3] = smallest - 1
+def test_an_ill_conditioned_translator_is_an_error(folder, weight, number):
     rewrite(folder, {"2.weight": weight})
-    message = rf"Translator 2 .*{re.escape(POST[1])}.*cond\(I \+ W\) = ({number})"
+    message = rf"{re.escape(POST[1])}.*cond\(I \+ W\) = ({number})"
     with pytest.raises(ValueError, match=message):
         layer_lens(folder)
     layer_lens(folder, [POST[0]])  # which does not use it
-
-
-def test_a_translator_that_maps_all_to_nothing_is_an_error(folder):
-    rewrite(folder, {"2.weight": -torch.eye(D_IN)})
-    with pytest.raises(ValueError, match=r"Translator 2 .*cond\(I \+ W\) = inf"):
-        layer_lens(folder)
 
 
 class Harmful:
@@ -563,17 +521,28 @@ def test_a_pickle_of_anything_else_is_not_run(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04", b"text\n"])
-def test_a_broken_file_is_an_error(folder, content):
-    (folder / "params.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"params\.pt must hold tensors only"):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("params.pt", b""),
+        ("params.pt", b"not a pickle"),
+        ("params.pt", b"PK\x03\x04"),
+        ("config.json", b"{"),
+        ("config.json", b"{}"),
+        ("config.json", b"[1]"),
+        ("config.json", b"null"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_it(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(folder / name))):
         layer_lens(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", "[1]", "null"])
-def test_broken_settings_are_an_error(folder, content):
-    (folder / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json is not of a tuned lens"):
+@pytest.mark.parametrize("content", [{"0.bias": 1.0}, {0: torch.ones(1)}, [1, 2]])
+def test_values_that_are_no_named_tensors_are_an_error(folder, content):
+    torch.save(content, folder / "params.pt")
+    with pytest.raises(ValueError, match=str(folder)):
         layer_lens(folder)
 
 
@@ -598,7 +567,7 @@ def test_another_unembedding_is_a_warning_that_names_both(folder, hf_model):
         layer_lens(folder, model=hf_model)
 
 
-@pytest.mark.filterwarnings("error:The tuned lens may be")
+@pytest.mark.filterwarnings("error:The lens may be")
 def test_the_same_unembedding_is_silent_whoever_holds_it(folder, hf_model, bridge):
     layer_lens(folder, model=hf_model)
     layer_lens(folder, model=bridge)
@@ -860,22 +829,20 @@ def test_the_progress_bar_can_be_had_and_left_out(model, capsys, monkeypatch):
 
 
 BAD_SETTINGS = {
-    "optimizer": ("SGD", r"`optimizer` must be one of \('sgd', 'adam'\); got 'SGD'"),
-    "max_grad_norm": (-1.0, r"`max_grad_norm` must be positive; got -1\.0"),
-    "weight_decay": (torch.nan, "`weight_decay` must be 0 or more; got nan"),
-    "lr": (-1.0, r"`lr` must be positive and finite; got -1\.0"),
-    "n_steps": (1.5, "`n_steps` must be a whole number"),
-    "batch_size_prompts": (0, "`batch_size_prompts` must be positive; got 0"),
-    "forward_batch_size_prompts": (0, "`forward_batch_size_prompts` must be positive"),
+    "optimizer": "SGD",
+    "lr": -1.0,
+    "n_steps": 1.5,
+    "forward_batch_size_prompts": 0,
 }
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
 def test_a_setting_that_cannot_be_fitted_with_is_an_error(model, name):
-    value, message = BAD_SETTINGS[name]
     fit = inspect.unwrap(fit_tuned_lens)  # the tests' type checks would stop a call
+    settings = {name: BAD_SETTINGS[name]}
+    message = "learning rate" if name == "lr" else name
     with pytest.raises(ValueError, match=message):
-        fit(model, torch.randint(1, 512, (2, 8)), **{name: value})
+        fit(model, torch.randint(1, 512, (2, 8)), **settings)
 
 
 @pytest.mark.parametrize("function", [fit_tuned_lens, lens_kl])
@@ -914,22 +881,19 @@ def test_kl_needs_batches_and_a_lens_of_the_model(model, tokenizer, tuned_lens):
         lens_kl(model, tokens, forward_batch_size_prompts=0)
 
 
-def test_inference_mode_changes_nothing(model, tokenizer):
+def test_inference_mode_changes_nothing(model):
     tokens = torch.randint(1, 512, (2, 8))
     expected = fit_tuned_lens(model, tokens, n_steps=2, progress=False)
     with torch.inference_mode():
         lens = fit_tuned_lens(model, tokens.clone(), n_steps=2, progress=False)
-        made_here = tiny_model(tokenizer)
     for a, b in zip(lens.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="gradients can pass through"):
-        fit_tuned_lens(made_here, tokens)
 
 
 def test_a_lens_that_is_not_finite_is_not_saved(tokenizer, tmp_path):
     """The loss, taken before each step, does not see the last one."""
     model = tiny_model(tokenizer, dtype=torch.float16)
-    message = r"'0\.weight' of the fitted lens is not finite in torch\.float16"
+    message = r"'0\.weight' .*not finite in torch\.float16"
     with pytest.raises(FloatingPointError, match=message):
         fit_tuned_lens(
             model,
@@ -988,14 +952,12 @@ def test_bad_input_to_a_fit_is_an_error(model, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_an_error(model):
     model.blocks[0].mlp.b_out.data.fill_(torch.nan)
-    with pytest.raises((FloatingPointError, ValueError), match=r"KL .*nan"):
+    with pytest.raises((FloatingPointError, ValueError), match=r"KL .*(nan|finite)"):
         fit_tuned_lens(model, torch.randint(1, 512, (2, 8)), n_steps=1, progress=False)
 
 
 def test_a_model_whose_logits_are_something_else_is_an_error(model):
     model.unembed.register_forward_hook(lambda module, inputs, output: 3 * output)
     model.unembed.W_U.data.mul_(20)
-    with pytest.raises(
-        ValueError, match="logits are the unembedding of the final norm"
-    ):
+    with pytest.raises(ValueError, match="logits must be the unembedding"):
         fit_tuned_lens(model, torch.randint(1, 512, (2, 8)), progress=False)

@@ -46,7 +46,12 @@ def papers_sae(hook_names: list[str]) -> Any:
     )
     config = LensConfig(hook_names, BLOCKS, D_IN, "reference")
     translators = load_file(PAPER_DATA / "lens.safetensors")
-    sae.lens = LayerLens.from_translators(config, translators)
+    tensors = {
+        f"{i}.{part}": translators[f"{config.translator(name)}.{part}"]
+        for i, name in enumerate(hook_names)
+        for part in ("weight", "bias")
+    }
+    sae.lens = LayerLens.from_tensors(config, tensors)
     return sae
 
 
@@ -158,10 +163,10 @@ def test_a_model_that_the_lens_was_not_made_for_is_named(tokenizer):
         evaluate(sae, model, tokens)
     with pytest.warns(UserWarning, match="'theirs'") as caught:
         evaluate(sae.views(), model, tokens)
-    assert len([w for w in caught if "tuned lens" in str(w.message)]) == 1
+    assert len([w for w in caught if "lens may" in str(w.message)]) == 1
     sae.lens = None
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "The tuned lens may be")
+        warnings.filterwarnings("error", "The lens may be")
         evaluate(sae, model, tokens)
 
 

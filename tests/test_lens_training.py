@@ -77,20 +77,18 @@ class TestConfig:
     @pytest.mark.parametrize("kind", ["object", "folder"])
     def test_another_width_is_an_error(self, make_config, tuned_lens, folder, kind):
         lens = tuned_lens if kind == "object" else folder
-        message = "SAE's width, d_in = 8; the lens of 'custom' is 16 wide"
+        message = "SAE's width, d_in = 8; the lens of 'custom' has 16"
         with pytest.raises(ValueError, match=message):
             make_config(sae=tiny_sae_config(d_in=8), tuned_lens=lens)
 
     def test_a_hook_that_cannot_have_a_lens_is_an_error(self, make_config, folder):
         names = ["hook_embed", *HOOK_NAMES]
-        with pytest.raises(ValueError, match="'hook_embed' cannot have a tuned lens"):
+        with pytest.raises(ValueError, match="'hook_embed' cannot have a lens"):
             make_config(hook_names=names, tuned_lens=folder)
 
     def test_a_lens_of_other_hooks_is_an_error(self, make_config):
         lens = random_lens(HOOK_NAMES[:1], "tuned_lens")
-        with pytest.raises(
-            ValueError, match=r"must be of this run's hooks.*got a lens"
-        ):
+        with pytest.raises(ValueError, match="hooks of the SAE"):
             make_config(tuned_lens=lens)
         make_config(tuned_lens=lens, layers=[0])
 
@@ -165,13 +163,13 @@ class TestEarlyErrors:
 
     def test_a_nan_in_the_file(self, check, folder):
         self.rewrite(folder, {"0.bias": torch.full((D_MODEL,), torch.nan)})
-        check(r"'0\.bias' of the lens holds NaN", folder)
+        check(r"'0\.bias' .*without NaN", folder)
 
     def test_an_ill_conditioned_translator(self, check, folder):
         weight = torch.zeros(D_MODEL, D_MODEL)
         weight[3, 3] = 2.0**-23 - 1
         self.rewrite(folder, {"1.weight": weight})
-        check(r"Translator 1 .*blocks\.0\.hook_resid_post.*= 8\.39e\+06", folder)
+        check(r"blocks\.0\.hook_resid_post.*= 8\.39e\+06", folder)
 
     def test_a_name_that_cannot_be_had(self, check):
         check("There is no tuned lens 'EleutherAI/none'", "EleutherAI/none")
@@ -397,7 +395,7 @@ class TestCheckpoints:
         self, start, make_config, checkpoint
     ):
         config = make_config(from_pretrained_path=checkpoint, layers=[0])
-        with pytest.raises(ValueError, match="must be of this run's hooks"):
+        with pytest.raises(ValueError, match="hooks of the SAE"):
             start(config)
 
     @pytest.mark.parametrize("way", ["resume_from_checkpoint", "from_pretrained_path"])

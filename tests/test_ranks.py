@@ -244,7 +244,7 @@ class TestRuns:
         time.sleep(0.2)
         os.kill(other, signal.SIGKILL)
         assert ranked.wait() == [256, signal.SIGKILL]
-        assert "Rank 0 of 2 has lost the others" in logs(killed)
+        assert "Rank 0 of 2 has lost the connection" in logs(killed)
         newest = max(killed.glob("checkpoints/*/[0-9]*"), key=lambda p: int(p.name))
         assert SAE.load_from_disk(newest).cfg.d_sae == 256
         ranked.run("train", killed, resume_from_checkpoint="latest")
@@ -255,7 +255,7 @@ class TestRuns:
     ):
         said = ranked.fail(tmp_path, break_at=640)
         assert "RuntimeError: no memory on this rank" in said
-        assert "Rank 0 of 2 has lost the others" in said
+        assert "Rank 0 of 2 has lost the connection" in said
         assert checkpoints(tmp_path) == []
 
     def test_ranks_that_do_not_begin_alike_are_refused(self, ranked, tmp_path):
@@ -320,5 +320,5 @@ class TestRanks:
         monkeypatch.setenv("LOCAL_RANK", "3")
         assert own_device("cuda") == own_device("cuda:0") == "cuda:3"
         assert own_device("cpu") == "cpu"
-        with pytest.raises(ValueError, match="give 'cuda' as device instead"):
+        with pytest.raises(ValueError, match="use 'cuda' as device instead"):
             own_device("cuda:1")

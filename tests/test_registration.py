@@ -82,7 +82,7 @@ def test_a_foreign_class_under_our_name_is_an_error(registry, monkeypatch):
 
     with pytest.raises(
         RuntimeError,
-        match=r"'multilayer' must be free.*standard_sae\.StandardSAE is registered",
+        match=r"'multilayer'.*standard_sae\.StandardSAE is registered",
     ):
         register()
 

@@ -575,19 +575,17 @@ def test_training_settings_default_to_the_papers_recipe():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 65}, r"`k` must be in \[1, d_sae = 64\]; got 65"),
-        ({"k": 0}, r"`k` must be in \[1, d_sae = 64\]; got 0"),
-        ({"k": -3}, r"`k` must be in \[1, d_sae = 64\]; got -3"),
-        ({"d_in": 0}, "`d_in` must be positive; got 0"),
-        ({"d_sae": 0}, "`d_sae` must be positive; got 0"),
-        ({"d_sae": -64}, "`d_sae` must be positive; got -64"),
+        ({"k": 65}, "`k` .* d_sae = 64; got 65"),
+        ({"k": 0}, "`k` .*got 0"),
+        ({"d_in": 0}, "`d_in` .*got 0"),
+        ({"d_sae": -64}, "`d_sae` .*got -64"),
         (
             {"normalize_activations": "expected_average_only_in"},
-            "must be 'layer_norm' or 'none'; got 'expected_average_only_in'",
+            "`normalize_activations` .*'layer_norm'.*got 'expected_average_only_in'",
         ),
         ({"normalize_activations": "batch_norm"}, "Got batch_norm"),
-        ({"apply_b_dec_to_input": False}, "`apply_b_dec_to_input` must be True"),
-        ({"reshape_activations": "hook_z"}, "must be 'none'; got 'hook_z'"),
+        ({"apply_b_dec_to_input": False}, "`apply_b_dec_to_input` .*got False"),
+        ({"reshape_activations": "hook_z"}, "`reshape_activations` .*got 'hook_z'"),
     ],
 )
 def test_settings_out_of_range_are_an_error(config_class, changes, message):
@@ -598,9 +596,9 @@ def test_settings_out_of_range_are_an_error(config_class, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k_aux": 65}, r"`k_aux` must be in \[1, d_sae = 64\]; got 65"),
-        ({"k_aux": 0}, r"`k_aux` must be in \[1, d_sae = 64\]; got 0"),
-        ({"dead_after_tokens": 0}, "`dead_after_tokens` must be positive; got 0"),
+        ({"k_aux": 65}, "`k_aux` .* d_sae = 64; got 65"),
+        ({"k_aux": 0}, "`k_aux` .*got 0"),
+        ({"dead_after_tokens": 0}, "`dead_after_tokens` .*got 0"),
         ({"decoder_init_norm": 0.1}, "`decoder_init_norm` must be 1.*got 0.1"),
         ({"decoder_init_norm": None}, "`decoder_init_norm` must be 1.*got None"),
     ],

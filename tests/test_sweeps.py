@@ -148,7 +148,7 @@ class TestPoints:
             ([{"kk": 2}], "no setting 'kk'"),
             ([{"layer": [0]}], r"no setting 'layer'. Known: \['layers'"),
             ([{"output_path": "x"}], r"must not set \['output_path'\]"),
-            ([{"k": 65}], r"`k` must be in \[1, d_sae = 64\]; got 65"),
+            ([{"k": 65}], "`k` must be at most d_sae = 64; got 65"),
             ([{"expansion_factor": 0.3}], "must give a whole number of latents"),
             ([{"expansion_factor": "2"}], "must give a whole number of latents"),
             ([{"expansion_factor": 2, "d_sae": 3}], "not both; got 2 and 3"),

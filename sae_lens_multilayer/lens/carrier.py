@@ -1,4 +1,4 @@
-"""What an SAE needs to work in the space of a tuned lens and to carry it along."""
+"""The base class of SAEs that can work in the space of a lens and store it."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import override
 
@@ -18,36 +18,36 @@ from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.model import Model
 
 LENS_PREFIX = "lens."
-"""What stands before the names of a lens' tensors in the state dict of an SAE."""
+"""Prefix of the names of a lens' tensors in the state dict of an SAE."""
 
 
 class LensCarrier(SAE[Any]):
-    """An SAE of raw vectors that are taken into a lens' space before it and out after.
+    """An SAE whose input is mapped into a lens' space and whose output is mapped back.
 
-    `z = T(x)`, the SAE reconstructs z, and `x_hat = T^-1(z_hat)`, with T of the
+    `z = T(x)`, the SAE reconstructs z, and `x_hat = T^-1(z_hat)`, with T the map of the
     vector's hook. The settings of the lens are `cfg.metadata.tuned_lens` and its
     tensors are in the state dict, so it is saved, loaded and moved with the SAE.
     """
 
     lens: LayerLens | None
-    """The lens, or None. Set it to put one on or to take it off; nothing is left of it
-    then. The SAE has a lens of its own, in its dtype and on its device, which shares
-    the memory of the one given where these are the same. `cfg` is replaced by one that
-    says so, and other SAEs made from it stay as they are."""
+    """The lens, or None. Set it to replace or remove the lens; `cfg` is then replaced
+    too, so that other SAEs made from the same config stay as they are. The SAE holds
+    its own lens, in its dtype and on its device, which shares the memory of the one
+    given where these are the same."""
 
     def __init__(self, cfg: SAEConfig, use_error_term: bool = False) -> None:
-        """Make the lens that `cfg` states, to load tensors into."""
+        """Create the lens that `cfg` describes, to load tensors into."""
         super().__init__(cfg, use_error_term)
-        stated = cfg.metadata.tuned_lens
+        settings = cfg.metadata.tuned_lens
         self.lens = (
             None
-            if stated is None
-            else LayerLens(LensConfig.from_dict(stated), self.dtype, self.device)
+            if settings is None
+            else LayerLens(LensConfig.from_dict(settings), self.dtype, self.device)
         )
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        # A property would not do: Module registers a submodule before it looks for one.
+        # Not a property: Module registers a submodule before it looks for one.
         if name == "lens":
             value = self._own_lens(value)
         super().__setattr__(name, value)
@@ -62,13 +62,13 @@ class LensCarrier(SAE[Any]):
     def _own_lens(self, lens: Any) -> LayerLens | None:
         if lens is not None:
             self._check_lens(lens)
-        stated = None if lens is None else lens.config.to_dict()
-        if stated != self.cfg.metadata.tuned_lens:
-            # Another SAE may have been made from the same object.
+        settings = None if lens is None else lens.config.to_dict()
+        if settings != self.cfg.metadata.tuned_lens:
+            # Another SAE may use the same config object.
             self.cfg = copy.deepcopy(self.cfg)
             self.cfg.metadata.__dict__.pop("tuned_lens", None)
-            if stated is not None:
-                self.cfg.metadata.tuned_lens = stated
+            if settings is not None:
+                self.cfg.metadata.tuned_lens = settings
         if lens is None:
             return None
         return lens.select(lens.hook_names).to(self.device, self.dtype)
@@ -80,44 +80,30 @@ class LensCarrier(SAE[Any]):
                 "`LayerLens.from_tuned_lens(lens, sae.cfg.metadata.hook_names)` makes "
                 "one of a TunedLens or its folder."
             )
-        if lens.config.d_in != self.cfg.d_in:
-            raise ValueError(
-                f"The lens must be of the SAE's width, d_in = {self.cfg.d_in}; that of "
-                f"{lens.config.base_model_name!r} is {lens.config.d_in} wide. Use the "
-                "lens of the model that the SAE is for."
-            )
-        hook_names = self.cfg.metadata.hook_names
-        if hook_names and list(hook_names) != lens.hook_names:
-            raise ValueError(
-                "The hooks of the lens must be those of the SAE, in its order, "
-                f"{list(hook_names)}; got {lens.hook_names}. Use `lens.select` or "
-                "build the lens for these hooks."
-            )
+        hook_names = self.cfg.metadata.hook_names or lens.hook_names
+        lens.config.check_sae(self.cfg.d_in, hook_names)
 
     def into_lens(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Take raw vectors into the space that is reconstructed.
+        """Map raw vectors into the space that is reconstructed.
 
         Args:
-            hook: As in `LayerLens.transform`; without a lens all hooks are the same.
-
-        Raises:
-            ValueError: As `LayerLens.transform`.
+            hook: As in `LayerLens.transform`; ignored without a lens.
         """
         return x if self.lens is None else self.lens.transform(x, hook)
 
     def out_of_lens(
         self, z: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Take reconstructions back to raw space."""
+        """Map reconstructions back to raw space; see `into_lens`."""
         return z if self.lens is None else self.lens.invert(z, hook)
 
     @override
     def process_sae_in(
         self, sae_in: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """What the encoder multiplies; `hook_sae_input` sees raw vectors.
+        """The input of the encoder's matrix product; `hook_sae_input` has raw vectors.
 
         Args:
             hook: As in `into_lens`.
@@ -146,24 +132,24 @@ def _lens_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def saved_lens(folder: Path) -> LayerLens | None:
-    """The lens of a saved SAE, or None.
+    """The lens of a saved SAE, or None, read without the SAE's own weights.
 
     Raises:
-        ValueError: If its settings are wrong, or its tensors are not theirs or not
-            finite.
+        ValueError: If its settings or tensors are not valid.
     """
     cfg: dict[str, Any] = json.loads((folder / SAE_CFG_FILENAME).read_text())
-    stated = cfg.get("metadata", {}).get("tuned_lens")
-    if stated is None:
+    settings = cfg.get("metadata", {}).get("tuned_lens")
+    if settings is None:
         return None
-    tensors = _lens_tensors(load_file(folder / SAE_WEIGHTS_FILENAME))
+    with safe_open(folder / SAE_WEIGHTS_FILENAME, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(LENS_PREFIX)]  # noqa: SIM118
+        tensors = {
+            name.removeprefix(LENS_PREFIX): file.get_tensor(name) for name in names
+        }
     try:
-        lens = LayerLens(LensConfig.from_dict(stated), device="meta")
-        lens.check_tensors(tensors)
+        return LayerLens.from_tensors(LensConfig.from_dict(settings), tensors)
     except ValueError as error:
         raise ValueError(f"The lens of the SAE in {folder}: {error}") from error
-    lens.load_state_dict(tensors, assign=True)
-    return lens
 
 
 def check_lenses(model: Model, saes: Iterable[SAE[Any]], stacklevel: int) -> None:

@@ -1,7 +1,7 @@
-"""What a tuned lens is for, and which of its translators belongs to which hook."""
+"""The settings of a lens, and which translator of a tuned lens belongs to a hook."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from tuned_lens.nn.lenses import TunedLensConfig
@@ -16,14 +16,14 @@ Alignment = Literal["tuned_lens", "reference"]
 def translator_of(
     hook_name: str, n_layers: int, alignment: Alignment = "tuned_lens"
 ) -> int | None:
-    """Which of tuned-lens' translators belongs to a hook; None: the identity.
+    """Index of the tuned-lens translator of a hook; None: the identity.
 
     Translator i was trained on the input of block i, so the output of block l uses
     l + 1, and the output of the last block none.
 
     Args:
-        hook_name: The residual stream before or after a block, in TransformerLens'
-            or Hugging Face's words (a block of a Hugging Face model is its output).
+        hook_name: The residual stream before or after a block, with the name of
+            TransformerLens or Hugging Face (whose blocks mean their output).
         n_layers: Number of blocks of the model.
         alignment: "reference" uses translator l for the output of block l, as the
             paper's code did; only for the published `-lens` checkpoints.
@@ -42,7 +42,7 @@ def translator_of(
     end = hooks.block_end(hook_name)
     if end is None:
         raise ValueError(
-            f"{hook_name!r} cannot have a tuned lens: hooks that can are "
+            f"{hook_name!r} cannot have a lens: hooks that can are "
             "'blocks.{layer}.hook_resid_pre', 'blocks.{layer}.hook_resid_post', and "
             "a Hugging Face model's blocks, as 'model.layers.{layer}'. Choose those, "
             "or leave out the lens."
@@ -50,8 +50,8 @@ def translator_of(
     layer, is_output = end
     if layer >= n_layers:
         raise ValueError(
-            f"The lens is for a model of {n_layers} blocks; {hook_name!r} is not one "
-            "of them. Use the lens of this model."
+            f"The lens is for a model of {n_layers} blocks, which has no "
+            f"{hook_name!r}. Use the lens of this model."
         )
     if not is_output or alignment == "reference":
         return layer
@@ -60,25 +60,25 @@ def translator_of(
 
 @dataclass(frozen=True)
 class LensConfig:
-    """What a lens is, apart from its tensors."""
+    """The settings of a lens, saved in the metadata of an SAE that has it."""
 
     hook_names: list[str]
     """The hooks, in the order of the layer axis."""
     n_layers: int
-    """Number of blocks of the model, which is tuned-lens' number of translators."""
+    """Number of blocks of the model."""
     d_in: int
     """Width of the residual stream."""
     alignment: Alignment = "tuned_lens"
     """Which translator a block's output uses; see `translator_of`."""
     base_model_name: str | None = None
-    """The model that the lens was trained for, as tuned-lens names it."""
+    """The model that the lens was made for, as tuned-lens names it."""
     base_model_revision: str | None = None
     """Its revision."""
     unembed_hash: str | None = None
     """tuned-lens' hash of that model's unembedding."""
 
     def __post_init__(self) -> None:
-        """Check what cannot be right for any model."""
+        """Check the values that do not depend on the model."""
         check_size("n_layers", self.n_layers)
         check_size("d_in", self.d_in)
         hooks.check_hook_choice("", self.hook_names, None)
@@ -93,27 +93,35 @@ class LensConfig:
     @classmethod
     def from_tuned_lens(
         cls,
-        stated: TunedLensConfig,
+        config: TunedLensConfig,
         hook_names: Sequence[str],
         alignment: Alignment = "tuned_lens",
     ) -> "LensConfig":
-        """The part of a lens of tuned-lens that is used at these hooks.
+        """The settings of the part of a tuned lens that these hooks use.
 
         Raises:
             ValueError: If a hook cannot have a lens.
         """
         return cls(
             hook_names=list(hook_names),
-            n_layers=stated.num_hidden_layers,
-            d_in=stated.d_model,
+            n_layers=config.num_hidden_layers,
+            d_in=config.d_model,
             alignment=alignment,
-            base_model_name=stated.base_model_name_or_path,
-            base_model_revision=stated.base_model_revision,
-            unembed_hash=stated.unembed_hash,
+            base_model_name=config.base_model_name_or_path,
+            base_model_revision=config.base_model_revision,
+            unembed_hash=config.unembed_hash,
         )
 
+    def translator(self, hook_name: str) -> int | None:
+        """Index of the tuned-lens translator of a hook; None: the identity."""
+        return translator_of(hook_name, self.n_layers, self.alignment)
+
+    def is_identity(self, hook_name: str) -> bool:
+        """Whether vectors of a hook are left unchanged, without tensors for it."""
+        return self.translator(hook_name) is None
+
     def check_shape(self, shape: ModelShape, model_name: str) -> None:
-        """Raise ValueError if the lens is of another width or depth than the model."""
+        """Raise ValueError if the model has another width or depth."""
         if (self.n_layers, self.d_in) != (shape.n_layers, shape.d_model):
             raise ValueError(
                 f"The lens of {self.base_model_name!r} is for {self.n_layers} blocks "
@@ -122,8 +130,27 @@ class LensConfig:
                 "`fit_tuned_lens`."
             )
 
+    def check_sae(self, d_in: int, hook_names: Sequence[str]) -> None:
+        """Raise ValueError if an SAE has another width or other hooks.
+
+        Args:
+            hook_names: Hooks of the SAE, in the order of its layer axis.
+        """
+        if self.d_in != d_in:
+            raise ValueError(
+                f"The lens must have the SAE's width, d_in = {d_in}; the lens of "
+                f"{self.base_model_name!r} has {self.d_in}. Use the lens of the SAE's "
+                "model or fit one with `fit_tuned_lens`."
+            )
+        if self.hook_names != list(hook_names):
+            raise ValueError(
+                f"The lens must have the hooks of the SAE in the same order, "
+                f"{list(hook_names)}; got {self.hook_names}. Use `lens.select` or "
+                "build the lens for these hooks."
+            )
+
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
+        """The settings as values that JSON can hold."""
         return asdict(self)
 
     @classmethod
@@ -131,18 +158,11 @@ class LensConfig:
         """Undo `to_dict`.
 
         Raises:
-            ValueError: If a key is unknown or missing, or a value cannot be right.
+            ValueError: If a key is unknown or missing, or a value is not valid.
         """
-        known = [field.name for field in fields(cls)]
-        required = {"hook_names", "n_layers", "d_in"}
-        if not required <= set(values) <= set(known):
-            raise ValueError(
-                f"The settings of a lens must be among {known}, with "
-                f"{sorted(required)}; got {sorted(values)}."
-            )
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The saved settings of the lens, `tuned_lens`, are wrong: {error}"
+                f"The saved settings of the lens, `tuned_lens`, are not valid: {error}"
             ) from error

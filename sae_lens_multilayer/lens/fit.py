@@ -1,9 +1,9 @@
-"""Fits a tuned lens to any model the host can load, in the format of tuned-lens."""
+"""Fits a tuned lens to any model SAELens can load, in the format of tuned-lens."""
 
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,7 @@ _HEAD_TOLERANCE = 1e-3  # nats
 def new_tuned_lens(model: Any) -> TunedLens:
     """A tuned lens of zeros for a model: the logit lens.
 
-    `TunedLens.from_model` does this for Hugging Face models only, since it asks the
-    model for a `.config`.
+    `TunedLens.from_model` does this for Hugging Face models only.
 
     Args:
         model: As for `as_model`.
@@ -72,37 +71,36 @@ def fit_tuned_lens(
     Minimises, for the residual stream h_i before each block i,
     `KL(model's output || unembed(norm(h_i + W_i h_i + b_i)))`, the mean over all
     positions, in nats. The model stays as it is, and one forward pass serves all
-    layers. W and b start at 0 and the learning rate falls linearly to 0. It is
-    tuned-lens' recipe in float32 instead of bfloat16.
+    layers. W and b start at 0 and the learning rate falls linearly to 0. This is
+    the recipe of tuned-lens in float32 instead of bfloat16.
 
     Args:
-        model: A HookedTransformer, a TransformerBridge or the host's HookedProxyLM
+        model: A HookedTransformer, a TransformerBridge or SAELens' HookedProxyLM
             around a Hugging Face model, without SAEs attached.
-        tokens: Prompts to train on, no longer than the context; shuffled, and used
-            again when all were.
+        tokens: Prompts to train on, no longer than the context; shuffled anew in each
+            pass over them.
         n_steps: Optimiser steps.
-        batch_size_prompts: Prompts per step; None: 2**18 tokens' worth, as in the
-            paper, or all prompts if they are fewer.
-        forward_batch_size_prompts: Prompts per forward pass, which sets the memory:
-            about four times their logits in float32.
+        batch_size_prompts: Prompts per step; None: 2**18 tokens as in the paper, at
+            most all prompts.
+        forward_batch_size_prompts: Prompts per forward pass. It needs memory for about
+            four times their logits in float32.
         optimizer: "sgd" is the paper's, with Nesterov momentum 0.9; "adam" is AMSGrad
-            with a warm-up over the first fifth, at most 1000 steps.
+            with a warm-up over the first fifth of the steps, at most 1000.
         lr: Largest learning rate; None: 1.0 for SGD and 1e-3 for Adam. As in
-            tuned-lens, SGD's is multiplied by 1 - momentum.
-        weight_decay: Pulls W and b towards 0, the identity.
-        max_grad_norm: Bound on the norm of the gradient of all layers together.
+            tuned-lens, that of SGD is multiplied by 1 - momentum.
+        weight_decay: Coefficient of the L2 penalty on W and b.
+        max_grad_norm: Largest norm of the gradient of all layers together.
         output_path: Folder to save to, in tuned-lens' format. It must be new or empty;
-            if something has appeared there at the end, it is saved beside it.
-        progress: Show a progress bar.
+            if it was filled by the end, the lens is saved beside it.
 
     Returns:
         The lens in the model's dtype. `TunedLens.from_unembed_and_pretrained` loads it
         from `output_path`.
 
     Raises:
-        ValueError: If `tokens` or a setting cannot be trained with, the model has SAEs
-            attached or was made in inference mode, or its logits are not the
-            unembedding of the final norm of the last residual stream.
+        ValueError: If `tokens` or a size is not valid, the model has SAEs attached, or
+            its logits are not the unembedding of the final norm of the last residual
+            stream.
         OSError: If `output_path` cannot be written.
         FloatingPointError: If the loss or the lens is not finite.
 
@@ -111,32 +109,32 @@ def fit_tuned_lens(
     """
     model = as_model(model)
     tokens = _check_input(model, tokens, forward_batch_size_prompts)
-    _check_settings(n_steps, batch_size_prompts, lr, weight_decay, max_grad_norm)
+    check_size("n_steps", n_steps)
     if output_path is not None:
         output_path = Path(output_path).expanduser()
         check_writable(output_path, "output_path")
-    _check_differentiable(model)
     lens = new_tuned_lens(model)
     dtype = lens.unembed.unembedding.weight.dtype
     lens.layer_translators.to(torch.promote_types(dtype, torch.float32))
     _check_head(model, lens.unembed, tokens[:1])
     params = list(lens.layer_translators.parameters())
-    steps, schedule = _optimizer(optimizer, params, lr, weight_decay, n_steps)
+    updates, schedule = _optimizer(optimizer, params, lr, weight_decay, n_steps)
     batches = _batches(tokens, n_steps, batch_size_prompts, seed)
-    # Left out, `disable` follows TQDM_DISABLE.
-    silent: dict[str, Any] = {} if progress else {"disable": True}
-    bar = tqdm(batches, "Fitting the tuned lens", n_steps, **silent)
-    with bar as shown, torch.enable_grad():
-        for batch in shown:
+    # Without `disable`, tqdm follows TQDM_DISABLE.
+    options: dict[str, Any] = {} if progress else {"disable": True}
+    bar = tqdm(batches, "Fitting the tuned lens", n_steps, **options)
+    with bar, torch.enable_grad():
+        for batch in bar:
             losses = _backward(model, lens, batch, forward_batch_size_prompts)
-            _check_finite(losses)
-            shown.set_postfix(kl=f"{losses.mean():.4f}", refresh=False)
+            _check_finite("The KL of each layer", losses)
+            bar.set_postfix(kl=f"{losses.mean():.4f}", refresh=False)
             nn.utils.clip_grad_norm_(params, max_grad_norm)
-            steps.step()
-            steps.zero_grad()
+            updates.step()
+            updates.zero_grad()
             schedule.step()
     lens.layer_translators.to(dtype).requires_grad_(False)
-    _check_translators(lens)
+    for name, tensor in lens.layer_translators.state_dict().items():
+        _check_finite(f"{name!r} of the fitted lens", tensor)
     if output_path is not None:
         with complete_or_absent(free_path(output_path)) as folder:
             lens.save(folder)
@@ -149,22 +147,23 @@ def lens_kl(
     lens: TunedLens | None = None,
     forward_batch_size_prompts: int = 8,
 ) -> Float[Tensor, " n_layers"]:
-    """KL of the model's output from a lens' prediction, before each block.
+    """KL of the model's output from the prediction of a lens before each block.
 
-    `KL(model || lens)`, the mean over all positions, in nats: 0 or more, 0 where the
-    lens predicts what the model does.
+    `KL(model || lens)`, the mean over all positions, in nats: 0 where the predictions
+    agree.
 
     Args:
         lens: None for the logit lens: no translators.
 
     Raises:
-        ValueError: If the lens is of another width or depth, the model has SAEs
-            attached, or `tokens` are not what it can run.
+        ValueError: If the lens is for another width or depth, the model has SAEs
+            attached, or `tokens` are not valid for it.
     """
     model = as_model(model)
     tokens = _check_input(model, tokens, forward_batch_size_prompts)
     lens = lens or new_tuned_lens(model)
-    _check_lens(lens, model)
+    config = LensConfig.from_tuned_lens(lens.config, ["blocks.0.hook_resid_pre"])
+    config.check_shape(model.shape, model.name)
     total = torch.zeros(len(lens), dtype=torch.float64)
     with torch.no_grad():
         for part in tokens.split(forward_batch_size_prompts):
@@ -182,37 +181,6 @@ def _check_input(
     return check_prompts(model, model.name, tokens)
 
 
-def _check_settings(
-    n_steps: object,
-    batch_size_prompts: object,
-    lr: float | None,
-    weight_decay: float,
-    max_grad_norm: float,
-) -> None:
-    check_size("n_steps", n_steps)
-    if batch_size_prompts is not None:
-        check_size("batch_size_prompts", batch_size_prompts)
-    if lr is not None and not 0 < lr < math.inf:
-        raise ValueError(f"`lr` must be positive and finite; got {lr}.")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"`weight_decay` must be 0 or more; got {weight_decay}.")
-    if not max_grad_norm > 0:
-        raise ValueError(f"`max_grad_norm` must be positive; got {max_grad_norm}.")
-
-
-def _check_differentiable(model: Model) -> None:
-    if next(model.module.parameters()).is_inference():
-        raise ValueError(
-            "The model must be one that gradients can pass through; this one was made "
-            "in `torch.inference_mode()`. Load it outside of that."
-        )
-
-
-def _check_lens(lens: TunedLens, model: Model) -> None:
-    config = LensConfig.from_tuned_lens(lens.config, ["blocks.0.hook_resid_pre"])
-    config.check_shape(model.shape, model.name)
-
-
 def _optimizer(
     name: str,
     params: list[nn.Parameter],
@@ -221,10 +189,6 @@ def _optimizer(
     n_steps: int,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     optimizer: torch.optim.Optimizer
-    if name not in get_args(Optimizer):
-        raise ValueError(
-            f"`optimizer` must be one of {get_args(Optimizer)}; got {name!r}."
-        )
     if name == "sgd":
         warmup_steps = 0
         optimizer = torch.optim.SGD(
@@ -235,7 +199,7 @@ def _optimizer(
             nesterov=True,
             weight_decay=weight_decay,
         )
-    else:
+    elif name == "adam":
         warmup_steps = min(1000, n_steps // 5)
         optimizer = torch.optim.Adam(
             params,
@@ -244,6 +208,8 @@ def _optimizer(
             amsgrad=True,
             weight_decay=weight_decay,
         )
+    else:
+        raise ValueError(f"`optimizer` must be 'sgd' or 'adam'; got {name!r}.")
 
     def factor(step: int) -> float:
         rising = (step + 1) / (warmup_steps + 1)
@@ -259,23 +225,23 @@ def _batches(
     if batch_size_prompts is None:
         batch_size_prompts = min(n_prompts, math.ceil(_RECIPE_TOKENS_PER_STEP / n_pos))
     generator = torch.Generator().manual_seed(seed)
-    waiting = torch.empty(0, dtype=torch.int64)
+    remaining = torch.empty(0, dtype=torch.int64)
     for _ in range(n_steps):
-        while len(waiting) < batch_size_prompts:
+        while len(remaining) < batch_size_prompts:
             order = torch.randperm(n_prompts, generator=generator)
-            waiting = torch.cat([waiting, order])
-        chosen, waiting = waiting.tensor_split([batch_size_prompts])
+            remaining = torch.cat([remaining, order])
+        chosen, remaining = remaining.tensor_split([batch_size_prompts])
         yield tokens[chosen.to(tokens.device)]
 
 
 def _backward(
     model: Model, lens: TunedLens, batch: Tensor, forward_batch_size_prompts: int
 ) -> Float[Tensor, " n_layers"]:
-    """Add the gradient of the mean KL of each layer; give these means."""
+    """Add the gradients of the mean KL of each layer; returns these means."""
     losses = torch.zeros(len(lens), dtype=torch.float64)
     for part in batch.split(forward_batch_size_prompts):
         streams, log_p = _run(model, lens.unembed, part)
-        # One layer at a time, so that the logits of one are held.
+        # One layer at a time, to hold the logits of one layer only.
         for i, h in enumerate(streams[:-1]):
             loss = _kl(log_p, _lens_logits(lens, h, i)) / batch.numel()
             loss.backward()
@@ -311,25 +277,15 @@ def _check_head(model: Model, unembed: Unembed, tokens: Tensor) -> None:
         kl = _kl(log_p, unembed(streams[-1])).item() / tokens.numel()
     if not kl <= _HEAD_TOLERANCE:
         raise ValueError(
-            "A lens needs a model whose logits are the unembedding of the final norm "
-            "of the residual stream after the last block; this one's differ from that "
-            f"by a KL of {kl:.3g} nats."
+            "The model's logits must be the unembedding of the final norm of the "
+            "residual stream after the last block; they differ from that by a KL of "
+            f"{kl:.3g} nats, so a tuned lens cannot be fitted."
         )
 
 
-def _check_finite(losses: Float[Tensor, " n_layers"]) -> None:
-    if not losses.isfinite().all():
-        layer = int((~losses.isfinite()).nonzero()[0])
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
         raise FloatingPointError(
-            f"The KL of translator {layer} is {losses[layer].item()}. Use a lower "
-            "`lr`, and look for NaN in the model's activations."
+            f"{name} is not finite in {tensor.dtype}. Use a lower `lr` or "
+            "`weight_decay`, and look for NaN in the model's activations."
         )
-
-
-def _check_translators(lens: TunedLens) -> None:
-    for name, tensor in lens.layer_translators.state_dict().items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(
-                f"{name!r} of the fitted lens is not finite in {tensor.dtype}. Use a "
-                "lower `lr` or `weight_decay`."
-            )

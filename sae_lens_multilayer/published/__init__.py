@@ -1,1 +1,1 @@
-"""The MLSAEs that the paper's authors published: where they are and how they load."""
+"""The MLSAEs that the paper's authors published: their names, files and loading."""

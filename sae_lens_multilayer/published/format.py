@@ -1,14 +1,11 @@
-"""The format of the paper's own checkpoints: two files -> SAELens' config and tensors.
+"""Reads the two files of a published checkpoint as SAELens' config and tensors.
 
-Only safetensors are read, and of a file that holds the transformer, too, only the
-autoencoder's tensors are.
+Only safetensors are read, and from a file that also holds the transformer, only the
+tensors of the autoencoder and its lens.
 """
 
 import json
-import logging
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +19,14 @@ from tuned_lens.nn.lenses import TunedLensConfig
 from sae_lens_multilayer.lens.carrier import LENS_PREFIX
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
-from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
+from sae_lens_multilayer.lens.tuned_lens_files import Translators, read_tuned_lens
 from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.published.origin import (
     Origin,
     find_origin,
-    warn_of_other_sizes,
+    warn_of_differences,
 )
 from sae_lens_multilayer.sae.config import ARCHITECTURE
-
-logger = logging.getLogger(__name__)
 
 _TENSORS = ("encoder.weight", "decoder.weight", "pre_encoder_bias")
 _BESIDE_TRANSFORMER = "autoencoder."
@@ -45,7 +40,7 @@ _DATASET, _CONTEXT_SIZE = "monology/pile-uncopyrighted", 2048
 def load(
     config_path: Path,
     weights_path: Path,
-    place: str,
+    location: str,
     device: str,
     overrides: dict[str, Any] | None,
     *,
@@ -60,42 +55,34 @@ def load(
     Args:
         config_path: The published `config.json`.
         weights_path: The published `model.safetensors`.
-        place: The repository or folder, whose name may be of the published form.
+        location: The repository or folder, which may have a published name.
         device: Where the tensors are read to.
-        overrides: Entries of the config that replace what was found; None: none.
-        hook_name: Give the SAE of this hook only.
-        model_name: The language model; None: as the files or their place say.
+        overrides: Entries that replace those of the config.
+        hook_name: Return the SAE of this hook only.
+        model_name: The language model; None: from the config or the location.
         tuned_lens: The lens that it was trained with, as a folder or a name in
-            tuned-lens' hub space; None: as the files or their place say.
+            tuned-lens' hub space; None: from the files or the model.
 
     Raises:
-        ValueError: If the files are not those of an MLSAE, torn, or disagree; or it
-            needs a lens that cannot be had.
+        ValueError: If the files are not those of an MLSAE, incomplete, or contradict
+            each other; or its lens cannot be read.
     """
     settings = _read_settings(config_path)
     translators = None if tuned_lens is None else read_tuned_lens(tuned_lens, {})
     with _open(weights_path, device) as file:
-        names = list(file.keys())
-        prefix = _prefix(names, weights_path)
-        shapes = [tuple(file.get_slice(prefix + n).get_shape()) for n in _TENSORS]
-        d_in, d_sae = _check_sizes(settings, shapes, config_path)
-        warn_of_other_sizes(place, d_sae / d_in, settings["k"])
+        names = set(file.keys())
+        is_plain = names.issuperset(_TENSORS)
+        prefix = "" if is_plain else _BESIDE_TRANSFORMER
+        d_in, d_sae = _sizes(file, prefix, settings, config_path, weights_path)
         n_layers = _n_layers_stored(names)
         if n_layers is None and translators is not None:
-            n_layers = translators[0].num_hidden_layers
-        origin = find_origin(settings, place, n_layers, model_name).at(hook_name)
-        if origin.d_in not in (None, d_in):
-            logger.warning(
-                "The MLSAE at %s is for vectors of width %d, and those of %s have %d.",
-                place,
-                d_in,
-                origin.model_name,
-                origin.d_in,
-            )
-        translators = translators or _stored_translators(file, names, origin, d_in)
-        lens = _lens(origin, d_in, translators)
+            n_layers = translators.config.num_hidden_layers
+        origin = find_origin(settings, location, n_layers, model_name, hook_name)
+        warn_of_differences(location, origin, settings, d_in, d_sae)
+        translators = translators or _stored_translators(file, origin, d_in)
+        lens = _make_lens(origin, d_in, translators)
         tensors = _read_tensors(file, prefix)
-    cfg = _config(settings, d_in, d_sae, origin, lens and lens.config)
+    cfg = _make_config(settings, d_in, d_sae, origin, lens and lens.config)
     dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
     cfg.update({"dtype": dtype, "device": device, **(overrides or {})})
     if cfg["architecture"] != ARCHITECTURE:
@@ -103,11 +90,127 @@ def load(
         tensors["b_enc"] = tensors["b_dec"].new_zeros(d_sae)
     if lens is not None:
         tensors.update(lens.to(device).state_dict(prefix=LENS_PREFIX))
-    return cfg, _checked(tensors, str_to_dtype(cfg["dtype"]), weights_path)
+    return cfg, _finite(tensors, str_to_dtype(cfg["dtype"]), weights_path)
+
+
+def load_config(
+    config_path: Path,
+    location: str,
+    device: str | None,
+    overrides: dict[str, Any] | None,
+    hook_name: str | None = None,
+) -> dict[str, Any]:
+    """The config alone. A `-tfm` config has no sizes, which are then the model's.
+
+    Raises:
+        ValueError: If the file is not of an MLSAE, or the sizes are unknown.
+    """
+    settings = _read_settings(config_path)
+    origin = find_origin(settings, location, None, None, hook_name)
+    d_in = settings.get("n_inputs", origin.d_in)
+    if d_in is None:
+        raise ValueError(f"{config_path} must have 'n_inputs'; it has {settings}.")
+    d_sae = settings.get("n_latents") or settings["expansion_factor"] * d_in
+    lens_config = None
+    if origin.has_lens:
+        assert origin.n_layers is not None  # a lens needs a known model
+        lens_config = LensConfig(
+            origin.hook_names, origin.n_layers, d_in, "reference", origin.model_name
+        )
+    cfg = _make_config(settings, d_in, d_sae, origin, lens_config)
+    return {**cfg, "dtype": "float32", "device": device or "cpu", **(overrides or {})}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if (
+        not isinstance(settings, dict)
+        or type(settings.get("k")) is not int
+        or not {"n_latents", "expansion_factor"} & settings.keys()
+        or not isinstance(settings.get("standardize", True), bool)
+    ):
+        raise ValueError(
+            f"{path} is not the config of an MLSAE, which has an integer 'k', "
+            "'n_latents' or 'expansion_factor', and 'standardize' true or false; it "
+            f"holds {str(settings)[:300]}."
+        )
+    return settings
+
+
+def _open(path: Path, device: str) -> Any:
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} must be a complete safetensors file; its {path.stat().st_size:,} "
+            f"bytes cannot be read ({error}). Download it again: "
+            "`SAE.from_pretrained(..., force_download=True)`."
+        ) from error
+
+
+def _sizes(
+    file: Any, prefix: str, settings: dict[str, Any], config_path: Path, path: Path
+) -> tuple[int, int]:
+    """d_in and d_sae of the tensors, once they agree with each other and the config."""
+    try:
+        shapes = [tuple(file.get_slice(prefix + n).get_shape()) for n in _TENSORS]
+        (d_sae, d_in), decoder, bias = shapes
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not an MLSAE: it must hold {list(_TENSORS)}, with or without "
+            f"the prefix {_BESIDE_TRANSFORMER!r} ({error})."
+        ) from error
+    found = {"n_inputs": d_in, "n_latents": d_sae, "expansion_factor": d_sae / d_in}
+    wrong = [n for n in found if settings.get(n, found[n]) != found[n]]
+    if not 0 < settings["k"] <= d_sae:
+        wrong.append("k")
+    if (decoder, bias) != ((d_in, d_sae), (d_in,)) or wrong:
+        raise ValueError(
+            f"{config_path} and {path} contradict each other in {wrong or 'shapes'}: "
+            f"the config has {settings}, and {list(_TENSORS)} have the shapes {shapes}."
+        )
+    return d_in, d_sae
+
+
+def _n_layers_stored(names: set[str]) -> int | None:
+    """Number of blocks of the transformer beside the SAE; None if there is none."""
+    blocks = [int(block[1]) for block in map(_BLOCK.match, names) if block]
+    return max(blocks) + 1 if blocks else None
+
+
+def _stored_translators(file: Any, origin: Origin, d_in: int) -> Translators | None:
+    """The tuned lens stored beside the SAE; None if there is none."""
+    tensors = {
+        name.removeprefix(_TRANSLATORS): file.get_tensor(name)
+        for name in file.keys()  # noqa: SIM118  (not iterable)
+        if name.startswith(_TRANSLATORS)
+    }
+    if not tensors:
+        return None
+    n_layers = len({name.partition(".")[0] for name in tensors})
+    config = TunedLensConfig(str(origin.model_name), d_in, n_layers)
+    return Translators.validated(config, tensors)
+
+
+def _make_lens(
+    origin: Origin, d_in: int, translators: Translators | None
+) -> LayerLens | None:
+    if translators is None:
+        if not origin.has_lens:
+            return None
+        translators = read_tuned_lens(str(origin.model_name), {})
+    config = translators.config_at(origin.hook_names, "reference")
+    lens = LayerLens.from_tensors(config, translators.tensors_at(config))
+    shape = ModelShape(origin.n_layers or config.n_layers, d_in)
+    lens.config.check_shape(shape, str(origin.model_name))
+    return lens
 
 
 def _read_tensors(file: Any, prefix: str) -> dict[str, Tensor]:
-    """SAELens' tensors; in `W_enc` one latent's weights lie together in memory."""
+    """SAELens' tensors; in `W_enc` the weights of one latent are contiguous."""
     encoder, decoder, bias = (prefix + name for name in _TENSORS)
     return {
         "W_enc": file.get_tensor(encoder).T,
@@ -116,137 +219,7 @@ def _read_tensors(file: Any, prefix: str) -> dict[str, Tensor]:
     }
 
 
-def load_config(
-    config_path: Path,
-    place: str,
-    device: str | None,
-    overrides: dict[str, Any] | None,
-    hook_name: str | None = None,
-) -> dict[str, Any]:
-    """The config alone; a `-tfm` one does not state its sizes, so the model gives them.
-
-    Raises:
-        ValueError: If the file is not of an MLSAE, or its sizes are not known.
-    """
-    settings = _read_settings(config_path)
-    origin = find_origin(settings, place, None, None).at(hook_name)
-    d_in = settings.get("n_inputs", origin.d_in)
-    if d_in is None:
-        raise ValueError(f"{config_path} must state 'n_inputs'; it has {settings}.")
-    d_sae = settings.get("n_latents") or settings["expansion_factor"] * d_in
-    lens_config = origin.lens_config(d_in) if origin.has_lens else None
-    cfg = _config(settings, d_in, d_sae, origin, lens_config)
-    cfg.update({"dtype": "float32", "device": device or "cpu", **(overrides or {})})
-    return cfg
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON; {error}.") from error
-    sizes = {"n_latents", "expansion_factor"}
-    if (
-        not isinstance(settings, dict)
-        or type(settings.get("k")) is not int
-        or not sizes & set(settings)
-    ):
-        raise ValueError(
-            f"{path} is not the config of an MLSAE, which has the whole number 'k' and "
-            f"'n_latents' or 'expansion_factor'; it holds {str(settings)[:300]}."
-        )
-    if not isinstance(settings.get("standardize", True), bool):
-        raise ValueError(
-            f"'standardize' in {path} must be true or false; it is "
-            f"{settings['standardize']!r}."
-        )
-    return settings
-
-
-@contextmanager
-def _open(path: Path, device: str) -> Generator[Any, None, None]:
-    try:
-        file = safe_open(path, framework="pt", device=device)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} must be a whole safetensors file; it has {path.stat().st_size:,} "
-            f"bytes and cannot be read ({error}). Fetch it again: "
-            "`SAE.from_pretrained(..., force_download=True)`."
-        ) from error
-    with file:
-        yield file
-
-
-def _prefix(names: list[str], path: Path) -> str:
-    """What stands before the autoencoder's names in the file."""
-    for prefix in ("", _BESIDE_TRANSFORMER):
-        if all(prefix + name in names for name in _TENSORS):
-            return prefix
-    raise ValueError(
-        f"{path} is not an MLSAE: it must hold {list(_TENSORS)}, with or without "
-        f"{_BESIDE_TRANSFORMER!r} before; it holds {sorted(names)[:8]}."
-    )
-
-
-def _n_layers_stored(names: list[str]) -> int | None:
-    """Number of blocks of the transformer beside the SAE; None if there is none."""
-    blocks = [int(block[1]) for block in map(_BLOCK.match, names) if block]
-    return max(blocks) + 1 if blocks else None
-
-
-def _check_sizes(
-    settings: dict[str, Any], shapes: list[tuple[int, ...]], path: Path
-) -> tuple[int, int]:
-    """d_in and d_sae, on which the tensors and the config must agree."""
-    encoder, decoder, bias = shapes
-    if len(encoder) != 2 or decoder != encoder[::-1] or bias != encoder[1:]:
-        raise ValueError(
-            "The tensors of an MLSAE must have the shapes (d_sae, d_in), (d_in, d_sae) "
-            f"and (d_in,); got {shapes} for {list(_TENSORS)}."
-        )
-    d_sae, d_in = encoder
-    found = {"n_inputs": d_in, "n_latents": d_sae, "expansion_factor": d_sae / d_in}
-    stated = {name: settings[name] for name in found if name in settings}
-    if any(found[name] != value for name, value in stated.items()):
-        raise ValueError(
-            f"The tensors must have the sizes that {path} states, {stated}; they have "
-            f"{ {name: found[name] for name in stated} }."
-        )
-    if not 0 < settings["k"] <= d_sae:
-        raise ValueError(f"'k' in {path} must be in [1, {d_sae}]; got {settings['k']}.")
-    return d_in, d_sae
-
-
-def _stored_translators(
-    file: Any, names: list[str], origin: Origin, d_in: int
-) -> tuple[TunedLensConfig, dict[str, Tensor]] | None:
-    """The lens beside the SAE, as `read_tuned_lens` gives it; None if there is none."""
-    own = [name for name in names if name.startswith(_TRANSLATORS)]
-    if not own:
-        return None
-    tensors = {name.removeprefix(_TRANSLATORS): file.get_tensor(name) for name in own}
-    n_layers = len({name.partition(".")[0] for name in tensors})
-    return TunedLensConfig(str(origin.model_name), d_in, n_layers), tensors
-
-
-def _lens(
-    origin: Origin,
-    d_in: int,
-    translators: tuple[TunedLensConfig, dict[str, Tensor]] | None,
-) -> LayerLens | None:
-    if translators is None:
-        if not origin.has_lens:
-            return None
-        translators = read_tuned_lens(str(origin.model_name), {})
-    stated, tensors = translators
-    config = LensConfig.from_tuned_lens(stated, origin.hook_names, "reference")
-    lens = LayerLens.from_translators(config, tensors)
-    shape = ModelShape(origin.n_layers or stated.num_hidden_layers, d_in)
-    lens.config.check_shape(shape, str(origin.model_name))
-    return lens
-
-
-def _config(
+def _make_config(
     settings: dict[str, Any],
     d_in: int,
     d_sae: int,
@@ -255,7 +228,7 @@ def _config(
 ) -> dict[str, Any]:
     hook_names = origin.hook_names
     metadata: dict[str, Any] = {
-        # Without it, SAELens takes the config for one of its old ones.
+        # Without it, SAELens treats the config as one of its old versions.
         "sae_lens_version": sae_lens_version,
         "model_name": origin.model_name,
         "model_class_name": "HookedTransformer",
@@ -284,11 +257,12 @@ def _config(
     }
 
 
-def _checked(
+def _finite(
     tensors: dict[str, Tensor], dtype: torch.dtype, path: Path
 ) -> dict[str, Tensor]:
+    """The tensors in a dtype, once they are finite floating-point numbers."""
     for name, tensor in tensors.items():
-        # Unlike `isfinite` of all, this takes no memory; NaN is passed on.
+        # Unlike `isfinite` of all, this needs no memory; NaN propagates.
         extremes = torch.stack(tensor.aminmax())
         if not tensor.is_floating_point() or not extremes.isfinite().all():
             raise ValueError(

@@ -1,22 +1,24 @@
 """Loads published checkpoints, from the hub or from a folder, as SAELens' loaders do.
 
-`SAE.from_pretrained` finds the hub's loader by its name, under which `_registration`
-enters it. A folder needs `MultiLayerSAE.load_from_disk(folder)`, or the same of any
+`SAE.from_pretrained` uses the loader for the hub, which `_registration` registers under
+`LOADER_NAME`. Load a folder with `MultiLayerSAE.load_from_disk(folder)`, or that of any
 SAELens class with `converter=mlsae_disk_loader`.
 """
 
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, hf_hub_download, scan_cache_dir
+from huggingface_hub.errors import CacheNotFound, LocalEntryNotFoundError
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from torch import Tensor
 
 from sae_lens_multilayer.published import format as mlsae
-from sae_lens_multilayer.published.hub import download
+from sae_lens_multilayer.published.releases import owner
 
 LOADER_NAME = "mlsae"
-"""The name under which SAELens knows these loaders."""
+"""The name of these loaders in SAELens' registries."""
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
@@ -34,29 +36,29 @@ def mlsae_huggingface_loader(
     """Load a published checkpoint, or one hook of it, from the hub or its cache.
 
     Any repository of this format loads with `SAE.from_pretrained(repository, hook_name,
-    converter=mlsae_huggingface_loader)`; a `hook_name` of "" means the whole SAE. Where
-    neither its name nor its config says of which model it is, say it with
+    converter=mlsae_huggingface_loader)`; a `hook_name` of "" means the whole SAE. If
+    neither its name nor its config names the model, use
     `functools.partial(mlsae_huggingface_loader, model_name=...)`.
 
     Args:
-        repo_id: The repository, or its owner where `folder_name` begins with its name.
-        folder_name: What follows: the name of a hook, or nothing for the whole SAE.
+        repo_id: The repository, or its owner if `folder_name` begins with its name.
+        folder_name: The name of a hook, or nothing for the whole SAE.
         device: Where the tensors are read to.
-        force_download: Whether to fetch the files again.
-        cfg_overrides: Entries of the config that replace what was found.
+        force_download: Whether to download the files again.
+        cfg_overrides: Entries that replace those of the config.
         model_name, tuned_lens: As in `mlsae_disk_loader`.
 
     Returns:
-        Config, tensors and no sparsities, as SAELens' loaders.
+        Config, tensors and None, as SAELens' loaders.
 
     Raises:
         FileNotFoundError: If a file is not cached and the hub cannot be reached; lists
             what is cached.
-        ValueError: If the repository does not hold a sound MLSAE.
+        ValueError: If the repository does not hold a valid MLSAE.
     """
-    repository, hook_name = _place(repo_id, folder_name)
-    config = download(repository, _CONFIG, force_download)
-    weights = download(repository, _WEIGHTS, force_download)
+    repository, hook_name = _split(repo_id, folder_name)
+    config = _download(repository, _CONFIG, force_download)
+    weights = _download(repository, _WEIGHTS, force_download)
     cfg, tensors = mlsae.load(
         config,
         weights,
@@ -77,13 +79,13 @@ def get_mlsae_config_from_hf(
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The config of `mlsae_huggingface_loader`, without fetching the tensors.
+    """The config of `mlsae_huggingface_loader`, without downloading the tensors.
 
     Raises:
         FileNotFoundError, ValueError: As `mlsae_huggingface_loader`.
     """
-    repository, hook_name = _place(repo_id, folder_name)
-    config = download(repository, _CONFIG, force_download)
+    repository, hook_name = _split(repo_id, folder_name)
+    config = _download(repository, _CONFIG, force_download)
     return mlsae.load_config(config, repository, device, cfg_overrides, hook_name)
 
 
@@ -98,22 +100,22 @@ def mlsae_disk_loader(
     """Load the published files from a folder: a `converter` of `SAE.load_from_disk`.
 
     The number of layers comes from the model, which is named in the config of a `-tfm`
-    checkpoint and in the name of the repository; so keep that as the folder's name, or
-    say which model with `functools.partial(mlsae_disk_loader, model_name=...)`.
-    Otherwise the SAE does not know its hooks: it encodes and decodes, and has no views.
+    checkpoint and in the name of the repository. So name the folder like the
+    repository, or use `functools.partial(mlsae_disk_loader, model_name=...)`. Otherwise
+    the SAE has no hooks: it encodes and decodes, but has no views.
 
     Args:
         path: A folder with `config.json` and `model.safetensors`.
         device: Where the tensors are read to.
-        cfg_overrides: Entries of the config that replace what was found.
+        cfg_overrides: Entries that replace those of the config.
         model_name: The language model's name for TransformerLens.
         tuned_lens: For a `-lens` checkpoint: a folder that tuned-lens saved, or a name
-            in its hub space; None: the model's, where the folder's name or the config
-            says that it has one.
+            in its hub space; None: the model's, if the folder's name or the config
+            states that it has one.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If they do not hold a sound MLSAE.
+        ValueError: If they do not hold a valid MLSAE.
     """
     path = Path(path)
     for name in (_CONFIG, _WEIGHTS):
@@ -121,15 +123,14 @@ def mlsae_disk_loader(
             found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
             raise FileNotFoundError(
                 f"{path} must be a folder with the published {_CONFIG} and {_WEIGHTS} "
-                f"of an MLSAE; {name} is not there, but {found or 'nothing'}. Pickles "
-                "are never loaded; a folder with cfg.json is SAELens' own and needs no "
-                "converter."
+                f"of an MLSAE; {name} is missing, and it holds {found or 'nothing'}. "
+                "Pickles are never loaded; a folder saved by SAELens (cfg.json) needs "
+                "no converter."
             )
-    place = str(path.resolve())
     return mlsae.load(
         path / _CONFIG,
         path / _WEIGHTS,
-        place,
+        str(path.resolve()),
         device,
         cfg_overrides,
         model_name=model_name,
@@ -147,13 +148,45 @@ def own_or_mlsae_disk_loader(
     device: str = "cpu",
     cfg_overrides: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """SAELens' own loader for its own folders, else `mlsae_disk_loader`."""
-    is_own = (Path(path) / SAE_CFG_FILENAME).is_file()
-    load = sae_lens_disk_loader if is_own else mlsae_disk_loader
+    """SAELens' loader for folders that it saved, else `mlsae_disk_loader`."""
+    is_saved = (Path(path) / SAE_CFG_FILENAME).is_file()
+    load = sae_lens_disk_loader if is_saved else mlsae_disk_loader
     return load(path, device, cfg_overrides)
 
 
-def _place(repo_id: str, folder_name: str) -> tuple[str, str | None]:
-    """The repository, and the hook if one is meant."""
+def _split(repo_id: str, folder_name: str) -> tuple[str, str | None]:
+    """The repository, and the hook or None."""
     parts = [part for part in f"{repo_id}/{folder_name}".split("/") if part]
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
+
+
+def _download(repository: str, filename: str, force_download: bool) -> Path:
+    """A file of a repository, from the cache or the hub."""
+    try:
+        return Path(
+            hf_hub_download(repository, filename, force_download=force_download)
+        )
+    except LocalEntryNotFoundError as error:
+        files = _cached_files()
+        published = sorted(name for name in files if name.startswith(f"{owner()}/"))
+        raise FileNotFoundError(
+            f"{filename!r} of {repository} is not cached, and the Hugging Face hub "
+            "cannot be reached (no network, or HF_HUB_OFFLINE is set). Cached files of "
+            f"this repository: {files.get(repository, [])}; cached repositories of "
+            f"{owner()}: {published}."
+        ) from error
+
+
+def _cached_files() -> dict[str, list[str]]:
+    """The names of the files in the hub's cache, by repository."""
+    try:
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return {}
+    return {
+        repository.repo_id: sorted(
+            {file.file_name for r in repository.revisions for file in r.files}
+        )
+        for repository in repositories
+        if repository.repo_type == "model"
+    }

@@ -1,97 +1,63 @@
-"""What a published checkpoint was trained on: its model, hooks, and whether a lens."""
+"""The model and hooks that a published checkpoint was trained on."""
 
 import logging
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from transformer_lens.loading_from_pretrained import (
-    OFFICIAL_MODEL_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (of 2.x, too)
-    get_official_model_name,
-)
-
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.models.loading import shape_by_name
 from sae_lens_multilayer.models.shape import ModelShape
-from sae_lens_multilayer.published.releases import (
-    PublishedName,
-    nearest,
-    published_model,
-)
+from sae_lens_multilayer.published.releases import PublishedName, published_model
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a checkpoint was trained on."""
+    """The model and hooks that a checkpoint was trained on."""
 
     model_name: str | None
-    """The language model; None if nothing names it."""
+    """The language model; None if it is unknown."""
     hook_names: list[str]
-    """The hooks; none if the model is not known."""
+    """The hooks; empty if the model is unknown."""
     n_layers: int | None
-    """Number of blocks of the model; None if it is not known."""
+    """Number of blocks of the model; None if it is unknown."""
     d_in: int | None
-    """The model's width, where it is known without the tensors."""
+    """The model's width; None if only the tensors have it."""
     has_lens: bool
     """Whether the inputs were transformed by the model's tuned lens."""
-
-    def at(self, hook_name: str | None) -> "Origin":
-        """The same for one of the hooks; None: for all.
-
-        Raises:
-            ValueError: If it is not one of the hooks; lists those.
-        """
-        if hook_name is None:
-            return self
-        position = hooks.find_hook(self.hook_names, hook_name)
-        return replace(self, hook_names=[self.hook_names[position]])
-
-    def lens_config(self, d_in: int) -> LensConfig:
-        """The lens, without what only its own files say of it."""
-        assert self.n_layers is not None  # a lens is that of a known model
-        return LensConfig(
-            self.hook_names, self.n_layers, d_in, "reference", self.model_name
-        )
 
 
 def find_origin(
     settings: dict[str, Any],
-    place: str,
-    n_layers_stored: int | None,
+    location: str,
+    n_layers: int | None,
     model_name: str | None,
+    hook_name: str | None,
 ) -> Origin:
-    """Find out on what a checkpoint was trained.
-
-    Args:
-        settings: Its `config.json`, which may name the model and the layers.
-        place: Its repository or folder, whose name may be of the published form.
-        n_layers_stored: Number of blocks, where the tensors beside it tell.
-        model_name: The language model; None: as the settings or the place say.
+    """The model and hooks, from the config, the location and the stored tensors.
 
     Raises:
-        ValueError: If TransformerLens does not know the model, or a layer is not one
-            of its blocks.
-        FileNotFoundError: If the model's own config is needed and cannot be had.
+        ValueError: If TransformerLens does not have the model, or a layer is not one of
+            its blocks, or `hook_name` is not one of the hooks.
+        FileNotFoundError: If the model's own config is needed and cannot be read.
     """
-    name = _name_in(place)
+    name = PublishedName.find_in(location)
     has_lens = bool(settings.get("tuned_lens")) or (name is not None and name.has_lens)
-    named = (settings.get("model_name"), name.model if name else None)
-    stated = [m for m in ((model_name,) if model_name else named) if m]
-    model_name, n_layers, d_in = _model(stated, n_layers_stored)
+    candidates = [model_name, settings.get("model_name"), name.model if name else None]
+    candidates = [c for c in candidates[: 1 if model_name else None] if c]
+    published = next(filter(None, map(published_model, candidates)), None)
+    d_in = None
+    if published is not None:
+        model_name, d_in = published.name, published.d_in
+        n_layers = n_layers or published.n_layers
+    elif candidates:
+        model_name = candidates[0]
+        if n_layers is None:
+            shape = _shape_of(candidates[0])
+            n_layers, d_in = shape.n_layers, shape.d_model
     if n_layers is None:
-        problem = (
-            f"Nothing says on which model the MLSAE at {place} was trained, so it "
-            "knows no hooks, has no views, and a tuned lens that it may have been "
-            "trained with is not applied. Give the folder the repository's name, or "
-            "name the model: converter=partial(mlsae_disk_loader, model_name=..., "
-            "tuned_lens=...), of a repository partial(mlsae_huggingface_loader, ...)."
-        )
-        if has_lens:
-            raise ValueError(problem)
-        logger.warning("%s", problem)
+        _report_unknown_model(location, has_lens)
         return Origin(None, [], None, None, has_lens)
     layers = settings.get("layers")
     if layers is None and name is not None and name.layer is not None:
@@ -99,81 +65,54 @@ def find_origin(
     hook_names = hooks.resolve_hook_names(
         hooks.DEFAULT_HOOK_NAME, None, layers, n_layers, str(model_name)
     )
+    if hook_name is not None:
+        hook_names = [hook_names[hooks.find_hook(hook_names, hook_name)]]
     return Origin(model_name, hook_names, n_layers, d_in, has_lens)
 
 
-def warn_of_other_sizes(place: str, expansion_factor: float, k: int) -> None:
-    """Warn if the name of a repository or folder says other sizes than its files.
-
-    Args:
-        place: The repository or folder.
-        expansion_factor: d_sae / d_in of the tensors.
-        k: Of the config.
-    """
-    name = _name_in(place)
-    if name and (name.expansion_factor, name.k) != (expansion_factor, k):
-        logger.warning(
-            "The MLSAE at %s has the expansion factor %g and k = %d, and its name says "
-            "%d and %d: its files may be those of another one.",
-            place,
-            expansion_factor,
-            k,
-            name.expansion_factor,
-            name.k,
-        )
-
-
-def _model(
-    stated: list[str], n_layers_stored: int | None
-) -> tuple[str | None, int | None, int | None]:
-    """The model's name, number of blocks and width, as far as they are known."""
-    known = next(filter(None, map(published_model, stated)), None)
-    if known is not None:
-        if n_layers_stored not in (None, known.n_layers):
-            logger.warning(
-                "%s has %d blocks, and the transformer or lens of the MLSAE has %d, "
-                "whose hooks it is given: one of them is of another model.",
-                known.name,
-                known.n_layers,
-                n_layers_stored,
-            )
-        return known.name, n_layers_stored or known.n_layers, known.d_in
-    if not stated:
-        return None, n_layers_stored, None
-    if n_layers_stored is None:
-        shape = _shape_of(stated[0])
-        return stated[0], shape.n_layers, shape.d_model
-    try:
-        get_official_model_name(stated[0])
-    except ValueError:
-        logger.warning(
-            "TransformerLens does not know the model %r, so SAELens' tools cannot load "
-            "it by the name in `cfg.metadata.model_name`.",
-            stated[0],
-        )
-    return stated[0], n_layers_stored, None
-
-
-def _name_in(place: str) -> PublishedName | None:
-    """The published name in a repository's name or a path, also of the hub's cache."""
-    parts = reversed(re.split("/|--", place))
-    return next(filter(None, map(PublishedName.parse, parts)), None)
+def _report_unknown_model(location: str, has_lens: bool) -> None:
+    """Log that the SAE has no hooks, or raise ValueError if it needs a lens."""
+    problem = (
+        f"The language model of the MLSAE at {location} is unknown, so it has no hooks "
+        "and no views, and a tuned lens is not applied. Give the folder the "
+        "repository's name, or name the model: converter=partial(mlsae_disk_loader, "
+        "model_name=..., tuned_lens=...), or partial(mlsae_huggingface_loader, ...)."
+    )
+    if has_lens:
+        raise ValueError(problem)
+    logger.warning("%s", problem)
 
 
 def _shape_of(model_name: str) -> ModelShape:
-    try:
-        shape = shape_by_name("HookedTransformer", model_name)
-    except ValueError as error:
-        raise ValueError(
-            f"The MLSAE was trained on {model_name!r}, which is not a model that "
-            f"TransformerLens knows; the nearest are "
-            f"{nearest(model_name, OFFICIAL_MODEL_NAMES)}. Name another: "
-            "converter=partial(mlsae_huggingface_loader, model_name=...), of a folder "
-            "partial(mlsae_disk_loader, ...)."
-        ) from error
+    shape = shape_by_name("HookedTransformer", model_name)
     if shape is None:
         raise FileNotFoundError(
             f"The number of layers comes from the config of {model_name!r}, which is "
             "not cached, and the Hugging Face hub cannot be reached."
         )
     return shape
+
+
+def warn_of_differences(
+    location: str, origin: Origin, settings: dict[str, Any], d_in: int, d_sae: int
+) -> None:
+    """Warn if the sizes are not those of the model or of the published name."""
+    found = {"d_in": d_in, "expansion_factor": d_sae / d_in, "k": settings["k"]}
+    found["n_layers"] = origin.n_layers
+    expected: dict[str, Any] = {"d_in": origin.d_in}
+    model = published_model(origin.model_name or "")
+    if model is not None:
+        expected["n_layers"] = model.n_layers
+    name = PublishedName.find_in(location)
+    if name is not None:
+        expected |= {"expansion_factor": name.expansion_factor, "k": name.k}
+    differing = {n: v for n, v in expected.items() if v not in (None, found[n])}
+    if differing:
+        logger.warning(
+            "The MLSAE at %s has %s, but its name or its model %s has %s: its files "
+            "may be those of another one.",
+            location,
+            {n: found[n] for n in differing},
+            origin.model_name,
+            differing,
+        )

@@ -1,11 +1,10 @@
-"""The published checkpoints: which there are, what their names say, and their ids."""
+"""The list of published checkpoints, their names and their ids in SAELens."""
 
-import difflib
 import functools
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -22,7 +21,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A language model of which there are published SAEs."""
+    """A language model with published SAEs."""
 
     name: str
     """Its name for Hugging Face and TransformerLens."""
@@ -34,7 +33,7 @@ class PublishedModel:
 
 @dataclass(frozen=True)
 class PublishedName:
-    """What the name of a repository or of its folder says.
+    """The parts of the name of a repository or of its folder.
 
     Example:
         >>> name = PublishedName.parse("sae-pythia-70m-deduped-x64-k32-tfm-layers-3")
@@ -53,15 +52,15 @@ class PublishedName:
     k: int
     """Latents kept for each vector."""
     has_lens: bool
-    """Whether it was trained on vectors that a tuned lens had transformed."""
+    """Whether it was trained on vectors transformed by a tuned lens."""
     has_transformer: bool
-    """Whether its file holds the transformer, too."""
+    """Whether its file also holds the transformer."""
     layer: int | None
     """The block of a single-layer SAE."""
 
     @classmethod
     def parse(cls, name: str) -> "PublishedName | None":
-        """Take a name apart; None if it is not of the published form."""
+        """Split a name into its parts; None if it has another form."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
@@ -77,91 +76,36 @@ class PublishedName:
             layer=None if part["layer"] is None else int(part["layer"]),
         )
 
+    @classmethod
+    def find_in(cls, location: str) -> "PublishedName | None":
+        """The last published name in a repository's name or a path."""
+        parts = reversed(re.split("/|--", location))
+        return next(filter(None, map(cls.parse, parts)), None)
+
     @property
     def release(self) -> str:
-        """The release that it belongs to: all checkpoints of its kind for its model."""
+        """Its release: all checkpoints with this prefix for this model."""
         return f"{self.prefix}-{self.model}"
 
     @property
     def repository(self) -> str:
-        """The last part of its repository's name."""
-        return f"{self.release}-{self.variant}"
-
-
-def published_model(name: str) -> PublishedModel | None:
-    """A model by its name or the last part of it; None if it is not one of ours."""
-    for model in _directory()[1]:
-        if name in (model.name, _last_part(model.name)):
-            return model
-    return None
-
-
-def owner() -> str:
-    """The name on the Hugging Face hub under which the checkpoints are."""
-    return _directory()[0]
-
-
-def published_names() -> list[PublishedName]:
-    """All checkpoints, in the order of the release file."""
-    return list(_directory()[2])
-
-
-def hook_names(name: PublishedName) -> list[str]:
-    """The hooks that a published checkpoint was trained on."""
-    layers = None if name.layer is None else [name.layer]
-    return resolve_hook_names(DEFAULT_HOOK_NAME, None, layers, _model(name).n_layers)
-
-
-def sae_ids(name: PublishedName) -> list[str]:
-    """The ids of a checkpoint: the whole SAE, then each of its hooks.
-
-    A single-layer SAE has one id.
-    """
-    if name.layer is not None:
-        return [name.variant]
-    return [name.variant, *(f"{name.variant}/{hook}" for hook in hook_names(name))]
-
-
-class SaeIds(dict[str, str]):
-    """Ids of a release with where to find them.
-
-    SAELens' error for an unknown id lists the first five of `keys()`. So that these
-    are the nearest, they come first once, after an id was not found.
-    """
-
-    _not_found: str | None = None
-
-    def __contains__(self, sae_id: object) -> bool:
-        found = super().__contains__(sae_id)
-        self._not_found = None if found else str(sae_id)
-        return found
-
-    def keys(self) -> Any:  # dict's own type of keys has no public name
-        sought, self._not_found = self._not_found, None
-        if sought is None:
-            return super().keys()
-        return ({i: self[i] for i in nearest(sought, list(self))} | self).keys()
-
-
-def nearest(name: str, known: list[str]) -> list[str]:
-    """The five of the known names that are most like a name, or the first five."""
-    return difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:5]
+        """Its repository on the hub, with the owner."""
+        return f"{owner()}/{self.release}-{self.variant}"
 
 
 @dataclass(frozen=True)
 class Release:
-    """What `SAE.from_pretrained` takes as a release, with its SAEs."""
+    """A release of `SAE.from_pretrained`: several repositories, or one by its name."""
 
     name: str
-    """All checkpoints of one kind for one model, or a repository, which has the same
-    ids."""
-    place: str
-    """Their owner on the hub, or the repository."""
+    """`{prefix}-{model}`, or the repository."""
+    location: str
+    """The owner of the repositories on the hub, or the repository."""
     model_name: str
     """The language model."""
-    paths: SaeIds
-    """What follows `place`, by id: a repository, a hook, or both."""
-    expected_l0: dict[str, float]
+    paths: dict[str, str] = field(default_factory=dict[str, str])
+    """By id, what follows `location`: a repository, a hook, or both."""
+    expected_l0: dict[str, float] = field(default_factory=dict[str, float])
     """k, by id."""
 
 
@@ -169,44 +113,52 @@ def published_releases() -> list[Release]:
     """The releases of all models and of all repositories."""
     found: dict[str, Release] = {}
     for name in published_names():
-        _add(found, name, name.release, owner(), name.repository)
-        repository = f"{owner()}/{name.repository}"
-        _add(found, name, repository, repository, "")
+        repository = name.repository
+        stem = repository.partition("/")[2]
+        for release, location, path in (
+            (name.release, owner(), [stem]),
+            (repository, repository, []),
+        ):
+            model_name = _model_of(name).name
+            entry = found.setdefault(release, Release(release, location, model_name))
+            for sae_id, hook in _ids(name):
+                entry.paths[sae_id] = "/".join([*path, *hook])
+                entry.expected_l0[sae_id] = name.k
     return list(found.values())
 
 
-def _add(
-    found: dict[str, Release], name: PublishedName, release: str, place: str, stem: str
-) -> None:
-    if release not in found:
-        model_name = _model(name).name
-        found[release] = Release(release, place, model_name, SaeIds(), {})
-    for sae_id in sae_ids(name):
-        hook = sae_id.partition("/")[2]
-        path = "/".join(part for part in (stem, hook) if part)
-        found[release].paths[sae_id] = path
-        found[release].expected_l0[sae_id] = name.k
+def _ids(name: PublishedName) -> list[tuple[str, list[str]]]:
+    """Ids of a checkpoint with their hook: the whole SAE, then one for each hook.
+
+    A single-layer SAE has one id.
+    """
+    whole: list[tuple[str, list[str]]] = [(name.variant, [])]
+    if name.layer is not None:
+        return whole
+    n_layers = _model_of(name).n_layers
+    hook_names = resolve_hook_names(DEFAULT_HOOK_NAME, None, None, n_layers)
+    return whole + [(f"{name.variant}/{hook}", [hook]) for hook in hook_names]
 
 
 def multi_layer_ids() -> set[tuple[str, str]]:
-    """Release and id of each SAE of several hooks, which is not for SAELens' tools."""
+    """Release and id of each SAE of several hooks, which SAELens' tools cannot use."""
     return {
         (release, name.variant)
         for name in published_names()
         if name.layer is None
-        for release in (name.release, f"{owner()}/{name.repository}")
+        for release in (name.release, name.repository)
     }
 
 
 def releases() -> pd.DataFrame:
-    """The published checkpoints that `SAE.from_pretrained` knows, one in each row.
+    """The published checkpoints for `SAE.from_pretrained`, one in each row.
 
     Returns:
         `release` and `sae_id` of the whole SAE (`{sae_id}/{hook_name}` is one hook of
-        a multi-layer SAE); its `repository` on the hub, which is a release, too; the
-        language `model`, its `n_layers`, and the `layer` of a single-layer SAE; `d_in`,
-        `d_sae` and `k`; and whether it was trained with a tuned `lens` and whether
-        its file holds the `transformer`.
+        a multi-layer SAE); its `repository` on the hub, also the name of a release;
+        the language `model`, its `n_layers`, and the `layer` of a single-layer SAE;
+        `d_in`, `d_sae` and `k`; and whether it was trained with a tuned `lens` and
+        whether its file holds the `transformer`.
 
     Example:
         >>> table = releases()
@@ -217,18 +169,12 @@ def releases() -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 
-def _model(name: PublishedName) -> PublishedModel:
-    model = published_model(name.model)
-    assert model is not None
-    return model
-
-
 def _row(name: PublishedName) -> dict[str, Any]:
-    model = _model(name)
+    model = _model_of(name)
     return {
         "release": name.release,
         "sae_id": name.variant,
-        "repository": f"{owner()}/{name.repository}",
+        "repository": name.repository,
         "model": model.name,
         "n_layers": model.n_layers,
         "layer": name.layer,
@@ -240,17 +186,36 @@ def _row(name: PublishedName) -> dict[str, Any]:
     }
 
 
+def owner() -> str:
+    """The owner of the checkpoints on the Hugging Face hub."""
+    return _directory()[0]
+
+
+def published_names() -> list[PublishedName]:
+    """All checkpoints, in the order of the release file."""
+    return list(_directory()[2])
+
+
+def published_model(name: str) -> PublishedModel | None:
+    """A model by its name or the last part of it; None if it has no published SAEs."""
+    return _directory()[1].get(_last_part(name))
+
+
+def _model_of(name: PublishedName) -> PublishedModel:
+    return _directory()[1][name.model]
+
+
 @functools.cache
-def _directory() -> tuple[str, list[PublishedModel], list[PublishedName]]:
+def _directory() -> tuple[str, dict[str, PublishedModel], list[PublishedName]]:
+    """The release file: the owner, the models by last part, and the checkpoints."""
     text = files(__package__ or "").joinpath("releases.yaml").read_text("utf-8")
     data = yaml.safe_load(text)
-    entries: list[dict[str, Any]] = data["models"]
-    models = [PublishedModel(e["name"], e["n_layers"], e["d_in"]) for e in entries]
-    names = [
-        name
-        for model, entry in zip(models, entries, strict=True)
-        for name in _names(model, entry["checkpoints"])
-    ]
+    models: dict[str, PublishedModel] = {}
+    names: list[PublishedName] = []
+    for entry in data["models"]:
+        model = PublishedModel(entry["name"], entry["n_layers"], entry["d_in"])
+        models[_last_part(model.name)] = model
+        names += _names(model, entry["checkpoints"])
     return data["owner"], models, names
 
 
@@ -258,17 +223,13 @@ def _names(
     model: PublishedModel, checkpoints: list[dict[str, Any]]
 ) -> Iterator[PublishedName]:
     for c in checkpoints:
-        of_one_layer = c["prefix"] == "sae"
-        endings = (
-            [f"-layers-{layer}" for layer in range(model.n_layers)]
-            if of_one_layer
-            else [""]
-        )
-        for R, k, variant, ending in itertools.product(
-            c["R"], c["k"], c["variants"], endings
+        stem = f"{c['prefix']}-{_last_part(model.name)}"
+        is_single = c["prefix"] == "sae"
+        layers = [f"-layers-{i}" for i in range(model.n_layers)] if is_single else [""]
+        for R, k, variant, layer in itertools.product(
+            c["R"], c["k"], c["variants"], layers
         ):
-            stem = f"{c['prefix']}-{_last_part(model.name)}"
-            name = PublishedName.parse(f"{stem}-x{R}-k{k}{variant}{ending}")
+            name = PublishedName.parse(f"{stem}-x{R}-k{k}{variant}{layer}")
             assert name is not None
             yield name
 

@@ -8,7 +8,7 @@ from sae_lens.saes.sae import SAEMetadata
 from typing_extensions import override
 
 ARCHITECTURE = "multilayer"
-"""The name under which SAELens knows this SAE."""
+"""The name of this SAE in SAELens' registries."""
 
 
 @dataclass
@@ -20,14 +20,14 @@ class MultiLayerSAEConfig(SAEConfig):
 
     Args:
         k: Number of latents kept for each activation vector.
-        normalize_activations: "layer_norm" (the paper's): each vector is given mean 0
-            and standard deviation 1 before the encoder and taken back after the
-            decoder; or "none".
+        normalize_activations: "layer_norm" (the paper's): each vector is standardised
+            to mean 0 and standard deviation 1 before the encoder, which is undone after
+            the decoder; or "none".
     """
 
     k: int = 32
     normalize_activations: str = "layer_norm"  # type: ignore[assignment]
-    # An SAEMetadata; the host's `from_dict` makes it one only after this was built.
+    # An SAEMetadata; SAELens' `from_dict` converts it only after this was created.
     metadata: Any = field(default_factory=SAEMetadata)
 
     @override
@@ -47,14 +47,14 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
     Args:
         k: Number of latents kept for each activation vector.
         k_aux: Number of dead latents that reconstruct the error; None: the power of two
-            nearest to `d_in` / 2, and at most `d_sae`.
+            nearest to `d_in` / 2, at most `d_sae`.
         aux_loss_coefficient: Weight of the auxiliary loss.
         dead_after_tokens: Tokens without firing, on any layer, after which a latent is
             dead.
         dead_latent_threshold: Activation above which a latent has fired.
-        certified_topk: Choose the latents from a bfloat16 product and prove the choice
-            equal to float32's, recomputing it where the proof fails; None: where that
-            is faster. The result is the same.
+        certified_topk: Select the latents from a bfloat16 product, prove that the
+            selection equals that of float32, and recompute it where the proof fails;
+            None: if that is faster. The result is the same.
 
     Raises:
         ValueError: If a value is out of range.
@@ -77,16 +77,14 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
     def __post_init__(self) -> None:
         if self.k_aux is None:
             self.k_aux = min(_power_of_two_near(self.d_in / 2), self.d_sae)
-        # The host copies the training settings, this one too, into the metadata.
+        # SAELens copies the training settings, including `k_aux`, into the metadata.
         super().__post_init__()
         _check_config(self, self.k)
-        if not 0 < self.k_aux <= self.d_sae:
+        check_size("k_aux", self.k_aux)
+        check_size("dead_after_tokens", self.dead_after_tokens)
+        if self.k_aux > self.d_sae:
             raise ValueError(
-                f"`k_aux` must be in [1, d_sae = {self.d_sae}]; got {self.k_aux}."
-            )
-        if self.dead_after_tokens <= 0:
-            raise ValueError(
-                f"`dead_after_tokens` must be positive; got {self.dead_after_tokens}."
+                f"`k_aux` must be at most d_sae = {self.d_sae}; got {self.k_aux}."
             )
         if self.decoder_init_norm != 1.0:
             raise ValueError(
@@ -96,7 +94,7 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
 
 
 def check_whole_number(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is None or a plain int."""
+    """Raise ValueError unless a value is None or an int."""
     if value is not None and type(value) is not int:
         raise ValueError(
             f"`{name}` must be a whole number (int); got {value!r} of type "
@@ -112,31 +110,28 @@ def check_size(name: str, value: Any) -> None:
 
 
 def check_sizes(cfg: SAEConfig) -> None:
-    """Raise ValueError unless `d_in` and `d_sae` are positive whole numbers."""
+    """Raise ValueError unless `d_in` and `d_sae` are positive ints."""
     check_size("d_in", cfg.d_in)
     check_size("d_sae", cfg.d_sae)
 
 
 def _check_config(cfg: SAEConfig, k: int) -> None:
     check_sizes(cfg)
-    check_whole_number("k", k)
-    if not 0 < k <= cfg.d_sae:
-        raise ValueError(f"`k` must be in [1, d_sae = {cfg.d_sae}]; got {k}.")
-    if cfg.normalize_activations not in ("layer_norm", "none"):
-        raise ValueError(
-            "`normalize_activations` of a multi-layer SAE must be 'layer_norm' or "
-            f"'none'; got {cfg.normalize_activations!r}."
-        )
-    if not cfg.apply_b_dec_to_input:
-        raise ValueError(
-            "`apply_b_dec_to_input` must be True for a multi-layer SAE; got False."
-        )
-    if cfg.reshape_activations != "none":
-        raise ValueError(
-            "`reshape_activations` of a multi-layer SAE must be 'none'; got "
-            f"{cfg.reshape_activations!r}. For `attn.hook_z` call "
-            "`turn_on_forward_pass_hook_z_reshaping()` of its views."
-        )
+    check_size("k", k)
+    if k > cfg.d_sae:
+        raise ValueError(f"`k` must be at most d_sae = {cfg.d_sae}; got {k}.")
+    required = {
+        "normalize_activations": ("layer_norm", "none"),
+        "apply_b_dec_to_input": (True,),
+        # Views can reshape: `turn_on_forward_pass_hook_z_reshaping()` for attn.hook_z.
+        "reshape_activations": ("none",),
+    }
+    for name, allowed in required.items():
+        value = getattr(cfg, name)
+        if value not in allowed:
+            raise ValueError(
+                f"`{name}` of a multi-layer SAE must be in {allowed}; got {value!r}."
+            )
 
 
 def _power_of_two_near(x: float) -> int:

@@ -1,4 +1,4 @@
-"""The host's layer norm around an SAE, in a form that survives copying the SAE."""
+"""SAELens' layer norm around an SAE, made safe for `copy.deepcopy`."""
 
 from typing import Any
 
@@ -9,9 +9,10 @@ from sae_lens_multilayer.topk.reference import standardize
 
 
 class CopyableLayerNorm(SAE[Any]):
-    """SAELens keeps an SAE's layer norm in closures over the SAE itself.
+    """An SAE whose layer norm is made of bound methods.
 
-    After `copy.deepcopy` those write on the original. Bound methods follow the copy.
+    SAELens makes it of closures over the SAE, which after `copy.deepcopy` write to the
+    original instead of the copy.
     """
 
     def _setup_activation_normalization(self) -> None:
@@ -22,16 +23,16 @@ class CopyableLayerNorm(SAE[Any]):
 
     @property
     def standardizes(self) -> bool:
-        """Whether each vector is given mean 0 and standard deviation 1."""
+        """Whether each vector is standardised to mean 0 and standard deviation 1."""
         return self.cfg.normalize_activations == "layer_norm"
 
     def check_can_fold(self, what: str) -> None:
         """Raise ValueError if the SAE standardises its inputs.
 
-        SAELens would fold all the same and then take the inputs for raw ones.
+        SAELens would fold anyway, as if the encoder's inputs were not standardised.
 
         Args:
-            what: The method that folds something of the inputs into the weights.
+            what: Name of the folding method.
         """
         if self.standardizes:
             raise ValueError(
@@ -46,8 +47,8 @@ class CopyableLayerNorm(SAE[Any]):
     def _destandardize(self, x: Tensor) -> Tensor:
         if not hasattr(self, "ln_std"):
             raise RuntimeError(
-                "`decode` needs the mean and standard deviation that the last `encode` "
-                "kept, and uses them up; there are none. Call `encode` before each "
+                "`decode` uses and deletes the mean and standard deviation stored by "
+                "the last `encode`; there are none. Call `encode` before each "
                 "`decode`, or use `encode_topk` and `decode_topk` of a MultiLayerSAE."
             )
         x = x * self.ln_std + self.ln_mu

@@ -29,14 +29,14 @@ _T_CONFIG = TypeVar("_T_CONFIG", bound=SAEConfig)
 
 
 class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
-    """What the inference and the training class share: weights, maps, views."""
+    """Base of the inference and the training class: weights, encoding, views."""
 
     @override
     def initialize_weights(self) -> None:
         """Draw decoder rows of unit norm; the encoder starts as their transpose.
 
-        `W_enc` has SAELens' shape [d_in, d_sae] but one latent's weights lie together
-        in memory, as the sparse step gathers them.
+        `W_enc` has SAELens' shape [d_in, d_sae], but the weights of one latent are
+        contiguous, as the sparse step gathers them.
         """
         SAE.initialize_weights(self)
         with torch.no_grad():
@@ -58,17 +58,16 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     def encode(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_sae"]:
-        """Dense activations of all latents, as SAELens expects (`encode_topk`: sparse).
+        """Dense activations of all latents; `encode_topk` is the sparse version.
 
         Args:
-            x: Vectors in raw space. Without a lens those of any layers may be mixed in
-                the batch axes. With one, and without `hook`, the axis before d_in is
-                the layer axis, [*batch, layer, d_in].
-            hook: With a lens, the hook that all the vectors are of: its position on the
-                layer axis, not its block number, or its name.
+            x: Vectors in raw space. Without a lens, the batch axes may mix layers. With
+                a lens and without `hook`, the shape is [*batch, layer, d_in].
+            hook: With a lens, the hook of all the vectors: its name or its index on the
+                layer axis (not its block number).
 
         Raises:
-            ValueError: If a lens cannot know the hooks of the vectors.
+            ValueError: If there is a lens, no `hook`, and no axis of all hooks.
         """
         return self.encode_with_hidden_pre(x, hook)[0]
 
@@ -80,11 +79,11 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     ) -> Float[Tensor, "*batch d_in"]:
         """Reconstruct the vectors that were last encoded, in raw space.
 
-        As in SAELens, the mean and standard deviation of the last `encode` are used up
-        here; `decode_topk` takes them from its argument instead.
+        As in SAELens, this uses and deletes the mean and standard deviation stored by
+        the last `encode`; `decode_topk` reads them from its argument instead.
 
         Args:
-            hook: As it was given to `encode`.
+            hook: As given to `encode`.
         """
         recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         return self.out_of_lens(self.run_time_activation_norm_fn_out(recons), hook)
@@ -100,7 +99,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
             hook: As in `encode`.
 
         Returns:
-            Values after ReLU, indices, and the statistics that `decode_topk` needs.
+            Values after ReLU, indices, and the statistics for `decode_topk`.
         """
         return sparse.encode_topk(
             self.into_lens(x.to(self.dtype), hook),
@@ -117,7 +116,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
         """Reconstruct vectors in raw space from their k largest latents.
 
         Args:
-            hook: As it was given to `encode_topk`.
+            hook: As given to `encode_topk`.
         """
         z_hat = sparse.decode_topk(acts, self.W_dec, self.b_dec)
         return self.out_of_lens(z_hat, hook)
@@ -125,11 +124,10 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     def view_form(
         self,
     ) -> tuple[TopKSAEConfig | MultiLayerSAEConfig, dict[str, Tensor]]:
-        """The config and tensors of an SAE of one hook that computes the same.
+        """The config and tensors of an equivalent SAE of one hook, sharing memory.
 
-        It is the stock TopK SAE, whose encoder bias, which this SAE lacks, is zero; or
-        with a lens, which no stock SAE applies, a `MultiLayerSAE`. The tensors share
-        this SAE's memory.
+        That is the stock TopK SAE with a zero encoder bias, or with a lens, which no
+        stock SAE applies, a `MultiLayerSAE`.
         """
         shared = {f.name: getattr(self.cfg, f.name) for f in fields(SAEConfig)}
         k = _k_of(self.cfg)
@@ -140,10 +138,10 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
         return TopKSAEConfig(k=k, **shared), tensors
 
     def view(self, layer_or_hook_name: int | str) -> SAE[Any]:
-        """An ordinary SAE for one hook, which shares this SAE's memory; see `view`.
+        """An ordinary SAE for one hook, sharing this SAE's memory; see `view`.
 
         Raises:
-            ValueError: If the hook is not one of this SAE's; lists those.
+            ValueError: If the SAE does not have this hook; lists its hooks.
         """
         return view(self, layer_or_hook_name)
 
@@ -153,11 +151,11 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
 
     @override
     def fold_W_dec_norm(self) -> None:
-        """Do nothing: the decoder rows have unit norm already.
+        """Do nothing: the decoder rows already have unit norm.
 
         Raises:
-            ValueError: If they have not, since folding would change the choice of the k
-                largest latents.
+            ValueError: If they do not; folding would change which latents are the k
+                largest.
         """
         check_unit_norm(self.W_dec)
 
@@ -166,8 +164,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
         """Fold a constant scale of the inputs into the weights.
 
         Raises:
-            ValueError: If the SAE standardises its inputs, which have no scale then,
-                or a lens stands before it.
+            ValueError: If the SAE standardises its inputs or has a lens.
         """
         self.check_can_fold("fold_activation_norm_scaling_factor")
         super().fold_activation_norm_scaling_factor(scaling_factor)
@@ -190,13 +187,13 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
         super().check_can_fold(what)
         if self.lens is not None:
             raise ValueError(
-                f"`{what}` needs an SAE that takes raw vectors; the weights of this "
-                "one come after its tuned lens, which does not scale with them."
+                f"`{what}` needs an SAE without a lens: the weights of this one come "
+                "after its tuned lens, which is not folded."
             )
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        # safetensors refuses tensors whose memory is not in the order of their axes.
+        # safetensors saves contiguous tensors only.
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     @override
@@ -240,9 +237,9 @@ class MultiLayerTrainingSAE(
 ):
     """The multi-layer SAE in training.
 
-    The trainer of this package takes its gradients by `accumulate_gradients`, from the
-    k active latents only. `training_forward_pass` is the plain dense version of the
-    same loss for SAELens' own trainers.
+    The trainer of this package calls `accumulate_gradients`, which uses the k active
+    latents only. `training_forward_pass` is the dense version of the same loss for
+    SAELens' own trainers.
     """
 
     @override
@@ -257,14 +254,14 @@ class MultiLayerTrainingSAE(
         micro_batch_size: int,
         ranks: Ranks = ALONE,
     ) -> TopKStep:
-        """Add the gradients of the loss on a whole training batch to the parameters'.
+        """Add the gradients of the loss of a training batch to `.grad`.
 
         Args:
-            x: Activation vectors in raw space. With a lens the loss is taken in the
-                lens' space, as are the sums, and nothing is differentiated through it.
+            x: Activation vectors in raw space. With a lens, losses and sums are in the
+                space of the lens, which has no gradient.
             dead_latents: Latents that the auxiliary loss trains.
-            micro_batch_size: Tokens whose vectors at one layer are encoded at a time.
-            ranks: Each holds as many other tokens of the batch.
+            micro_batch_size: Tokens of one layer that are encoded at a time.
+            ranks: Each holds an equal share of the tokens of the batch.
 
         Returns:
             The losses and the sums for metrics of this batch.
@@ -292,11 +289,11 @@ class MultiLayerTrainingSAE(
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The loss by the dense definition, differentiable by autograd.
+        """The loss by its dense definition, differentiable by autograd.
 
         Args:
             step_input: `sae_in` is [token, layer, d_in] in raw space, or [token, d_in]
-                of one layer. With a lens the loss is taken in its space.
+                of one layer. With a lens, the loss is in the space of the lens.
         """
         x = step_input.sae_in.to(self.dtype)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
@@ -327,7 +324,7 @@ class MultiLayerTrainingSAE(
 
     @override
     def log_histograms(self) -> dict[str, Any]:
-        """Nothing: SAELens' histogram is of the decoder's norms, which are all 1."""
+        """None: SAELens' histogram shows the norms of the decoder, which are all 1."""
         return {}
 
     @override

@@ -1,4 +1,4 @@
-"""Ordinary SAELens SAEs for the hooks of a multi-layer SAE, which share its memory."""
+"""Ordinary SAELens SAEs for single hooks of a multi-layer SAE, sharing its memory."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ _UNIT_NORM_TOLERANCE = 1e-2
 
 @runtime_checkable
 class HasViewForm(Protocol):
-    """An SAE of ours, which says what SAE of one hook computes the same."""
+    """An SAE of this package, which provides the equivalent SAE of one hook."""
 
     def view_form(self) -> tuple[SAEConfig, dict[str, Tensor]]:
         """The inference config and tensors, sharing memory."""
@@ -33,14 +33,15 @@ def hook_names_of(sae: SAE[Any]) -> list[str]:
     """The hooks an SAE was trained on, in the order of the layer axis.
 
     Raises:
-        ValueError: If the SAE was not trained on several hooks by this package.
+        ValueError: If the SAE has no `hook_names`, that is was not trained by this
+            package.
     """
     names = sae.cfg.metadata.hook_names
     if not names:
         raise ValueError(
-            "The SAE must name its hooks in `cfg.metadata.hook_names`, as those "
-            "trained by this package do; this one has "
-            f"hook_name={sae.cfg.metadata.hook_name!r} only."
+            "The SAE must name its hooks in `cfg.metadata.hook_names`, as SAEs "
+            "trained by this package do; this one has only "
+            f"hook_name={sae.cfg.metadata.hook_name!r}."
         )
     return list(names)
 
@@ -48,24 +49,24 @@ def hook_names_of(sae: SAE[Any]) -> list[str]:
 def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
     """An ordinary SAE for one hook of an SAE that was trained on several.
 
-    Its tensors share the memory of `sae`'s until it is converted, folded or loaded
-    into; then it gets its own. Nothing done to it changes `sae` or another view, except
-    writing to its tensors in place, as an optimiser does; train a `copy.deepcopy`.
+    Its tensors share the memory of `sae` until it is converted, folded or loaded into.
+    Only writing to its tensors in place, as an optimiser does, changes `sae` and the
+    other views: train a `copy.deepcopy`.
 
     A stock SAE in training folds norms and thresholds into its weights when it is saved
-    for inference; its views hold such folded weights, apart from it.
+    for inference; its views hold copies of the weights folded in this way.
 
     Args:
         sae: A `MultiLayerSAE`, or any SAELens SAE trained on a multi-layer stream.
         layer_or_hook_name: One of `sae.cfg.metadata.hook_names`, or its block number.
 
     Returns:
-        An SAE of the stock class: TopK for a multi-layer SAE. Saved, it loads in
-        SAELens without this package. With a tuned lens, which no stock class applies, a
-        `MultiLayerSAE` of one hook; saved, it loads where this package is imported.
+        An SAE of the stock class: TopK for a multi-layer SAE. Once saved, it loads in
+        SAELens without this package. With a lens, which no stock class applies, a
+        `MultiLayerSAE` of one hook, which needs this package to load.
 
     Raises:
-        ValueError: If the hook is not one of this SAE's; lists those.
+        ValueError: If the SAE does not have this hook; lists its hooks.
     """
     names = hook_names_of(sae)
     return _views_of(sae, [names[find_hook(names, layer_or_hook_name)]])[0]
@@ -83,11 +84,11 @@ def _views_of(sae: SAE[Any], hook_names: Sequence[str]) -> list[SAE[Any]]:
 
 
 def _view_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """The inference config and tensors that compute what `sae` computes."""
+    """The inference config and tensors of an SAE equivalent to `sae`."""
     if isinstance(sae, HasViewForm):
         return sae.view_form()
     if isinstance(sae, TrainingSAE):
-        # Saving for inference folds norms and thresholds into the tensors it is given.
+        # This folds norms and thresholds into the given tensors.
         tensors = {name: t.clone() for name, t in sae.state_dict().items()}
         sae.process_state_dict_for_saving_inference(tensors)
         return SAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()), tensors
@@ -95,7 +96,7 @@ def _view_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
 
 
 class _HookView(CopyableLayerNorm):
-    """What a view adds to the stock class that it is made from."""
+    """Mixin that makes a view of a stock class."""
 
     @staticmethod
     def build(
@@ -114,8 +115,8 @@ class _HookView(CopyableLayerNorm):
         sae = _view_class(get_sae_class(cfg.architecture())[0])(cfg)
         cfg.device, sae.device = device, torch.device(device)
         for name in sae.state_dict():
-            # A parameter of its own over the shared memory: its gradient and
-            # `requires_grad` are not its siblings'.
+            # A new parameter over the shared memory, with its own `requires_grad`
+            # and gradient.
             is_parameter = name in sae._parameters
             value = tensors[name].detach()
             setattr(sae, name, nn.Parameter(value) if is_parameter else value)
@@ -128,7 +129,7 @@ class _HookView(CopyableLayerNorm):
             parameter.data = parameter.data.clone()
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                # Unlike a view's parameters, a lens' tensors are shared objects.
+                # A new tensor object: lenses share theirs with other views.
                 setattr(module, name, buffer.clone())
 
     @override
@@ -138,10 +139,10 @@ class _HookView(CopyableLayerNorm):
 
     @override
     def fold_W_dec_norm(self) -> None:
-        """Give the decoder rows unit norm.
+        """Scale the decoder rows to unit norm.
 
-        A TopK view whose rows have it already stays as it is (SAEDashboard asks this of
-        every SAE, and the stock TopK refuses).
+        A TopK view with unit norms stays unchanged: SAEDashboard calls this for every
+        SAE, and the stock TopK raises an error.
         """
         is_topk = isinstance(self, (TopKSAE, LensCarrier))
         if is_topk and not getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
@@ -170,7 +171,7 @@ class _HookView(CopyableLayerNorm):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
-        # safetensors refuses tensors whose memory is not in the order of their axes.
+        # safetensors saves contiguous tensors only.
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.contiguous()
 
@@ -182,10 +183,9 @@ def _view_class(stock: type[SAE[Any]]) -> type[SAE[Any]]:
 
 
 def check_unit_norm(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Raise ValueError if a decoder row's norm is not 1 within 0.01.
+    """Raise ValueError if the norm of a decoder row differs from 1 by more than 0.01.
 
-    The decoders that the paper's code saved are off by its last optimiser step, which
-    is far less.
+    The decoders saved by the paper's code differ by far less: one optimiser step.
     """
     off = (W_dec.norm(dim=-1) - 1).abs().max().item()
     if not off <= _UNIT_NORM_TOLERANCE:

@@ -1,4 +1,4 @@
-"""The tuned lens of a training run: its config's, or its first checkpoint's."""
+"""The lens of a training run: from its config, checkpoint or given SAE."""
 
 from pathlib import Path
 from typing import Any
@@ -14,66 +14,30 @@ from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
 from sae_lens_multilayer.store.cache import ActivationCache
 
 
-def lens_of_run(cfg: MultiLayerConfig[Any]) -> LayerLens | None:
-    """Read and check the lens of a run; no model is needed.
+def lens_of_run(
+    cfg: MultiLayerConfig[Any], override_sae: SAE[Any] | None = None
+) -> LayerLens | None:
+    """Read and validate the lens of a run, before a model is loaded.
 
-    A run that starts from a checkpoint has the lens of that checkpoint.
+    A run that starts from a checkpoint or from `override_sae` has the lens of that SAE.
 
     Raises:
-        ValueError: If the lens cannot be read or does not fit the run (its alignment
-            too), or the checkpoint has another one than `tuned_lens` names.
+        ValueError: If the lens cannot be read or does not fit the run, or the SAE that
+            the run starts from has another lens than the config.
     """
     start = cfg.resume_from_checkpoint or cfg.from_pretrained_path
-    found = None if start is None else saved_lens(Path(start))
-    if cfg.tuned_lens is None:
-        if found is not None:
-            cfg.check_lens(found.config)
-        return found
-    if isinstance(cfg.tuned_lens, dict):
-        if found is None or found.config != LensConfig.from_dict(cfg.tuned_lens):
-            raise ValueError(
-                "`tuned_lens` holds the settings of a lens that was given as an object "
-                "to the run that this config is from; its tensors are in the saved "
-                "SAE. Start from a checkpoint that has it, or give the object: "
-                "`SAE.load_from_disk(folder).lens`."
-            )
-        return found
-    lens = _lens_of_config(cfg)
+    saved = None if start is None else saved_lens(Path(start))
+    lens = _lens_of_config(cfg, saved)
     if start is not None:
-        check_same_lens(lens, found, f"The checkpoint at {start}")
-    return lens
-
-
-def _lens_of_config(cfg: MultiLayerConfig[Any]) -> LayerLens:
-    source: Any = cfg.tuned_lens
-    if isinstance(source, LayerLens):
-        return source
-    stated, tensors = read_tuned_lens(source, {})
-    hook_names = cfg.resolve_hook_names(stated.num_hidden_layers)
-    config = LensConfig.from_tuned_lens(stated, hook_names, cfg.lens_alignment)
-    cfg.check_lens(config)
-    return LayerLens.from_translators(config, tensors)
-
-
-def check_same_lens(lens: LayerLens, found: LayerLens | None, what: str) -> None:
-    """Raise ValueError if an SAE that is trained on has another lens than the run.
-
-    Args:
-        found: Its lens.
-        what: What it is, for the message.
-    """
-    if found is None:
-        has = "none"
-    elif found.config != lens.config:
-        has = str(found.config)
-    elif not _same_tensors(lens, found):
-        has = "one with other tensors"
-    else:
-        return
-    raise ValueError(
-        f"{what} must have the run's `tuned_lens`, {lens.config}; it has {has}. Leave "
-        "out `tuned_lens` to train with what is there."
-    )
+        _check_same(lens, saved, f"The checkpoint at {start}")
+    if override_sae is None:
+        return lens
+    given = lens_of(override_sae)
+    if lens is not None:
+        _check_same(lens, given, "`override_sae`")
+    elif given is not None:
+        cfg.check_lens(given.config)
+    return given
 
 
 def check_lens_of_model(
@@ -82,8 +46,7 @@ def check_lens_of_model(
     """Check that an SAE's lens, if it has one, was made for a run's model.
 
     Args:
-        model: None in a run that has loaded none.
-        cache: Of such a run; it knows the shape of the model alone.
+        model: None if the run has loaded no model; its shape is then the cache's.
 
     Raises:
         ValueError: As `LayerLens.check_model`, which may also warn.
@@ -98,10 +61,54 @@ def check_lens_of_model(
         lens.check_model(model, stacklevel=5)
 
 
+def _lens_of_config(
+    cfg: MultiLayerConfig[Any], saved: LayerLens | None
+) -> LayerLens | None:
+    source: Any = cfg.tuned_lens
+    if source is None:
+        if saved is not None:
+            cfg.check_lens(saved.config)
+        return saved
+    if isinstance(source, LayerLens):
+        return source
+    if isinstance(source, dict):
+        if saved is None or saved.config != LensConfig.from_dict(source):
+            raise ValueError(
+                "`tuned_lens` holds the settings of a lens that was given as an object "
+                "to an earlier run; its tensors are in the saved SAE. Start from a "
+                "checkpoint that has this lens, or give the object: "
+                "`SAE.load_from_disk(folder).lens`."
+            )
+        return saved
+    translators = read_tuned_lens(source, {})
+    hook_names = cfg.resolve_hook_names(translators.config.num_hidden_layers)
+    config = translators.config_at(hook_names, cfg.lens_alignment)
+    cfg.check_lens(config)
+    return LayerLens.from_tensors(config, translators.tensors_at(config))
+
+
+def _check_same(lens: LayerLens | None, found: LayerLens | None, origin: str) -> None:
+    if lens is found:
+        return
+    assert lens is not None
+    if found is None:
+        difference = "none"
+    elif found.config != lens.config:
+        difference = str(found.config)
+    elif not _same_tensors(lens, found):
+        difference = "one with other tensors"
+    else:
+        return
+    raise ValueError(
+        f"{origin} must have the run's `tuned_lens`, {lens.config}; it has "
+        f"{difference}. Leave out `tuned_lens` to keep the lens of the SAE."
+    )
+
+
 def _same_tensors(lens: LayerLens, found: LayerLens) -> bool:
     theirs = found.state_dict()
     return all(
-        # An SAE has its lens in its own dtype.
+        # The lens of an SAE is in the SAE's dtype.
         torch.equal(tensor.to(theirs[name]), theirs[name])
         for name, tensor in lens.state_dict().items()
     )

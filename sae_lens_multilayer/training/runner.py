@@ -39,7 +39,7 @@ from sae_lens_multilayer.files import (
     read_json,
     read_tensors,
 )
-from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
+from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.ranks import AgreedError
 from sae_lens_multilayer.record import Record, as_lines, model_fingerprints
@@ -57,7 +57,6 @@ from sae_lens_multilayer.training.run_folder import (
 )
 from sae_lens_multilayer.training.run_lens import (
     check_lens_of_model,
-    check_same_lens,
     lens_of_run,
 )
 from sae_lens_multilayer.training.run_ranks import (
@@ -124,9 +123,9 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         with self.ranks.together():
             self._check_places()
         self._cache = cache_of_run(cfg, self.ranks)
-        self._lens = lens_of_run(cfg)
         if override_sae is not None:
             self._check_given_sae(override_sae)
+        self._lens = lens_of_run(cfg, override_sae)
         self.model = self._load_model(override_model)
         # Compiling the model, which comes next, changes the names of its weights.
         self._fingerprints = (
@@ -257,11 +256,6 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 f"has {found}."
             )
         self._check_normalization(sae)
-        lens = lens_of(sae)
-        if self._lens is not None:
-            check_same_lens(self._lens, lens, "`override_sae`")
-        elif lens is not None:
-            self.cfg.check_lens(lens.config)
 
     def _check_normalization(self, sae: TrainingSAE[Any]) -> None:
         found = sae.cfg.normalize_activations
