@@ -29,10 +29,7 @@ from sae_lens_multilayer import (
     MultiLayerTrainingSAEConfig,
     reconstruction_metrics,
 )
-from sae_lens_multilayer.pictures.matplotlib_figures import (
-    plot_fvu_by_layer,
-    save_figure,
-)
+from sae_lens_multilayer.pictures import draw, save_figure
 
 CONTEXT_SIZE = 128
 
@@ -84,7 +81,7 @@ def main() -> None:
         f"mean FVU {metrics.fvu.mean():.4f}; dead latents (silent at every layer): "
         f"{metrics.dead_fraction[0]:.1%}"
     )
-    picture = save_figure(plot_fvu_by_layer(metrics), settings.output / "fvu.png")
+    picture = save_figure(draw(metrics), settings.output / "fvu.png")
     (settings.output / "held_out.json").write_text(json.dumps(metrics.to_log_dict()))
     print(f"SAE and picture: {settings.output}, {picture}\n")
 

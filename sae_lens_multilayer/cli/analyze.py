@@ -1,7 +1,7 @@
 """Run the analyses of an SAE."""
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 import pandas as pd
 from simple_parsing import field as option
@@ -9,11 +9,9 @@ from simple_parsing import field as option
 from sae_lens_multilayer.analysis import (
     Comparison,
     Suite,
-    TokenClasses,
     save_results,
 )
 from sae_lens_multilayer.analysis.suite import Analysis
-from sae_lens_multilayer.analysis.token_classes import ClassKind
 from sae_lens_multilayer.cli.analysis_folder import write_record
 from sae_lens_multilayer.cli.inputs import (
     Inputs,
@@ -26,12 +24,7 @@ from sae_lens_multilayer.cli.inputs import (
 )
 from sae_lens_multilayer.cli.parsing import new_folder, parse
 from sae_lens_multilayer.files import complete_or_absent, free_path
-from sae_lens_multilayer.pictures.matplotlib_figures import (
-    PLOTS,
-    plot_token_classes,
-    save_figure,
-)
-from sae_lens_multilayer.results import Result
+from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
 
 
 @dataclass
@@ -81,8 +74,10 @@ def analyze(arguments: list[str]) -> None:
     with complete_or_absent(output) as folder:
         save_results(results, folder, inputs.model.tokenizer)
         write_record(folder, inputs, options)
-        for name, figure in _pictures(results, inputs).items():
-            save_figure(figure, folder / f"{name}.png")
+        for name, result in results.items():
+            pictures = pictures_of(name, result, inputs.text_of)
+            for file_name, picture in pictures.items():
+                save_figure(draw(picture), folder / f"{file_name}.png")
     for name, result in results.items():
         if isinstance(result, Comparison):
             columns = ["fvu", "delta_ce", "kl_div"]
@@ -107,18 +102,3 @@ def suite_of(inputs: Inputs, text: TextOptions, options: AnalysisOptions) -> Sui
         exclude_tokens=inputs.exclude_tokens,
         exclude_positions=options.exclude_positions,
     )
-
-
-def _pictures(results: dict[str, Result], inputs: Inputs) -> dict[str, Any]:
-    """The figure of each result that has one, by the name of its file."""
-    figures: dict[str, Any] = {}
-    for name, result in results.items():
-        if isinstance(result, TokenClasses):
-            for latent in result.latents.tolist():
-                for kind in get_args(ClassKind):
-                    figures[f"{name}_{latent}_{kind}"] = plot_token_classes(
-                        result, latent, kind, token_texts=inputs.token_texts
-                    )
-        elif type(result) in PLOTS:
-            figures[name] = PLOTS[type(result)](result)
-    return figures

@@ -20,8 +20,8 @@ from sae_lens_multilayer.cli.inputs import (
 )
 from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
+from sae_lens_multilayer.pictures.description import short_labels
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
-from sae_lens_multilayer.pictures.plotly_figures import short_labels
 from sae_lens_multilayer.sae.views import hook_names_of
 
 

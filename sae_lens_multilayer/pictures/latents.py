@@ -1,68 +1,82 @@
-"""What the browser of latents shows of each."""
+"""Data of the latent browser, as plain values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
 from sae_lens_multilayer.analysis.geometry import TokenSimilarity
-from sae_lens_multilayer.pictures.plotly_figures import short_labels
+from sae_lens_multilayer.analysis.suite import most_active
+from sae_lens_multilayer.pictures.description import short_labels
+from sae_lens_multilayer.results import Result
+
+_N_EXAMPLES = 8
+"""Largest activations to show of each latent."""
 
 
 def latents_data(
-    distributions: LayerDistributions,
-    examples: Examples,
-    nearest: TokenSimilarity | None,
-    latents: Int[Tensor, " latent"],
+    results: Mapping[str, Result],
+    n_latents: int,
+    more: list[int],
     text_of: Callable[[int], str],
-    n_examples: int = 8,
 ) -> dict[str, Any]:
-    """Latents as plain values for the page.
+    """Statistics, largest activations and nearest unembeddings of latents.
 
     Args:
-        nearest: The unembeddings nearest to each decoder direction.
-        latents: Which latents, in this order.
+        results: Results of the suite by name. Without the layer distributions and the
+            examples there are no latents; without `token_unembeddings` none are near.
+        n_latents: Latents to include: those with the largest sums of activations.
+        more: Latents to include in any case.
         text_of: The text of a token id.
-        n_examples: Tokens to show of each; one that is an example at several layers is
-            shown once, at the layer with its largest activation.
     """
-    texts: dict[int, str] = {}
+    distributions = results.get("layer_distributions")
+    examples = results.get("max_activating_examples")
+    nearest = results.get("token_unembeddings")
+    found: dict[str, Any] = {"layers": [], "texts": {}, "latents": []}
+    if isinstance(distributions, LayerDistributions) and isinstance(examples, Examples):
+        found["layers"] = short_labels(distributions.hook_names)
+        chosen = dict.fromkeys([*most_active(distributions, n_latents).tolist(), *more])
+        latents = _statistics(distributions, list(chosen))
+        rows = _rows_by_latent(examples)
+        for latent in latents:
+            top = _top(examples, rows.get(latent["id"], []))
+            latent["examples"] = [_example(examples, row) for row in top]
+            latent["nearest"] = (
+                nearest.token_ids[latent["id"]].tolist()
+                if isinstance(nearest, TokenSimilarity)
+                else []
+            )
+        found["latents"] = latents
+        found["texts"] = {i: text_of(i) for i in sorted(_token_ids(latents))}
+    return found
 
-    def token(token_id: int) -> int:
-        texts.setdefault(token_id, text_of(token_id))
-        return token_id
 
-    rows = _rows_by_latent(examples)
-    probs, mean, std = (
-        distributions.probs,
-        distributions.mean_layer,
-        distributions.std_layer,
-    )
+def _statistics(
+    distributions: LayerDistributions, latents: list[int]
+) -> list[dict[str, Any]]:
     counts, totals = distributions.counts.sum(0), distributions.totals.sum(0)
-    found: list[dict[str, Any]] = []
-    for latent in latents.tolist():
-        top = [] if nearest is None else nearest.token_ids[latent].tolist()
-        found.append(
-            {
-                "id": latent,
-                "count": int(counts[latent]),
-                "total": _short(totals[latent]),
-                "mean": _short(mean[latent]),
-                "std": _short(std[latent]),
-                "probs": [_short(p) for p in probs[:, latent]],
-                "nearest": [token(i) for i in top],
-                "examples": [
-                    _example(examples, row, token)
-                    for row in _top(examples, rows.get(latent, []), n_examples)
-                ],
-            }
-        )
-    layers = short_labels(distributions.hook_names)
-    return {"layers": layers, "texts": texts, "latents": found}
+    probs, mean = distributions.probs, distributions.mean_layer
+    std = distributions.std_layer
+    return [
+        {
+            "id": latent,
+            "count": int(counts[latent]),
+            "total": _short(totals[latent]),
+            "mean": _short(mean[latent]),
+            "std": _short(std[latent]),
+            "probs": [_short(p) for p in probs[:, latent]],
+        }
+        for latent in latents
+    ]
+
+
+def _token_ids(latents: list[dict[str, Any]]) -> set[int]:
+    nearest = {i for latent in latents for i in latent["nearest"]}
+    examples = (example for latent in latents for example in latent["examples"])
+    return nearest.union(*(example["ids"] for example in examples))
 
 
 def _rows_by_latent(examples: Examples) -> dict[int, list[int]]:
@@ -72,18 +86,17 @@ def _rows_by_latent(examples: Examples) -> dict[int, list[int]]:
     return rows
 
 
-def _top(examples: Examples, rows: list[int], n: int) -> list[int]:
+def _top(examples: Examples, rows: list[int]) -> list[int]:
+    """The rows with the largest activations, each token once."""
     by_size = sorted(rows, key=lambda row: -examples.acts[row].item())
-    by_place: dict[tuple[int, int], int] = {}
+    by_token: dict[tuple[int, int], int] = {}
     for row in by_size:
-        place = int(examples.prompts[row]), int(examples.positions[row])
-        by_place.setdefault(place, row)
-    return list(by_place.values())[:n]
+        token = int(examples.prompts[row]), int(examples.positions[row])
+        by_token.setdefault(token, row)
+    return list(by_token.values())[:_N_EXAMPLES]
 
 
-def _example(
-    examples: Examples, row: int, token: Callable[[int], int]
-) -> dict[str, Any]:
+def _example(examples: Examples, row: int) -> dict[str, Any]:
     ids = examples.context_ids[row]
     inside = (ids != OUTSIDE).nonzero().squeeze(1)
     return {
@@ -92,11 +105,11 @@ def _example(
         "prompt": int(examples.prompts[row]),
         "position": int(examples.positions[row]),
         "own": int((inside == examples.n_before).nonzero()[0]),
-        "ids": [token(i) for i in ids[inside].tolist()],
+        "ids": ids[inside].tolist(),
         "acts": [_short(a) for a in examples.context_acts[row][inside]],
     }
 
 
 def _short(value: Tensor) -> float:
-    """Four digits are all that is shown."""
+    """A number with the four digits that are shown; 0 for NaN."""
     return float(f"{torch.nan_to_num(value).item():.4g}")

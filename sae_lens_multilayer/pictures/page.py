@@ -1,4 +1,4 @@
-"""The page: sections in HTML around figures and latents in JSON."""
+"""The HTML report: one file with its data, scripts and styles inside."""
 
 import html
 import json
@@ -10,16 +10,11 @@ from typing import Any
 import pandas as pd
 
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
-from sae_lens_multilayer.analysis.examples import Examples
-from sae_lens_multilayer.analysis.geometry import TokenSimilarity
-from sae_lens_multilayer.analysis.suite import most_active
 from sae_lens_multilayer.analysis.transfer import Comparison
+from sae_lens_multilayer.pictures.description import Picture, short_labels
 from sae_lens_multilayer.pictures.latents import latents_data
-from sae_lens_multilayer.pictures.plotly_figures import (
-    Picture,
-    pictures_of,
-    short_labels,
-)
+from sae_lens_multilayer.pictures.render_plotly import draw_interactive
+from sae_lens_multilayer.pictures.results import describe, pictures_of
 from sae_lens_multilayer.results import Result
 
 _COLUMNS = {
@@ -33,91 +28,77 @@ _COLUMNS = {
     "ce_loss_score": "CE score",
     "silent_fraction": "silent",
 }
-"""Columns of the evaluation that the page shows."""
+"""Columns of the evaluation to show, and their headings."""
 
 
 @dataclass
 class ReportContent:
-    """What a page is made of."""
+    """The content of a report."""
 
     title: str
     facts: dict[str, str]
-    """What the SAE is, and of which tokens the numbers are."""
+    """Facts about the SAE and the tokens, by name."""
     notes: list[str]
-    """Sentences that a reader of the numbers must know."""
+    """Sentences that a reader of the numbers needs."""
     evaluation: pd.DataFrame
     """`SpliceMetrics.to_dataframe()`."""
     results: dict[str, Result]
-    """Of the analyses, by name; what is missing is left out of the page."""
+    """Results of the analyses to show, by name."""
     text_of: Callable[[int], str]
     """The text of a token id."""
     prompt: LayerDistributions | None = None
     """Distributions over layers of one prompt."""
     n_latents: int = 1000
-    """Latents that can be looked at: those with the largest sums of activations."""
+    """Latents in the browser: those with the largest sums of activations."""
     more: list[int] = field(default_factory=list)
-    """Latents that can be looked at in any case."""
+    """Latents in the browser in any case."""
 
 
 def report_html(content: ReportContent) -> str:
-    """The page as one text, with plotly.js and all data in it."""
+    """The report as one text, with plotly.js and all data inside."""
     from plotly.offline import get_plotlyjs
 
     pictures = _pictures(content)
-    latents = _latents(content)
-    figures = {picture.name: _figure_data(picture) for picture in pictures}
+    latents = latents_data(
+        content.results, content.n_latents, content.more, content.text_of
+    )
     parts = {
         "title": html.escape(content.title),
         "facts": _facts(content.facts),
         "notes": "".join(f"<p>{html.escape(note)}</p>" for note in content.notes),
         "evaluation": _table(content.evaluation, _COLUMNS),
         "comparison": "".join(map(_comparison, content.results.values())),
-        "pictures": "".join(map(_section, pictures)),
+        "pictures": "".join(_section(*item) for item in pictures.items()),
         "css": _asset("page.css"),
         "js": _asset("page.js"),
         "plotly": get_plotlyjs(),
-        "figures": _json(figures),
+        "figures": _json(_figures(pictures)),
         "latents": _json(latents),
     }
-    page = _asset("page.html")
-    # One pass over the template, as the parts may hold what looks like a mark.
-    pieces = page.split("@@")
+    # One pass over the template, as a part may contain "@@".
+    pieces = _asset("page.html").split("@@")
     return "".join(
         parts[piece] if number % 2 else piece for number, piece in enumerate(pieces)
     )
 
 
-def _pictures(content: ReportContent) -> list[Picture]:
-    pictures: list[Picture] = []
+def _pictures(content: ReportContent) -> dict[str, Picture]:
+    pictures: dict[str, Picture] = {}
     for name, result in content.results.items():
-        pictures += pictures_of(name, result, content.text_of)
+        pictures |= pictures_of(name, result, content.text_of)
         if name == "layer_distributions" and content.prompt is not None:
-            (prompt,) = pictures_of("one_prompt", content.prompt, content.text_of)
-            prompt.title = (
-                f"The same in one prompt of {content.prompt.n_tokens:,} tokens"
-            )
-            pictures.append(prompt)
+            picture = describe(content.prompt)
+            picture.title = f"{picture.title} of one prompt"
+            pictures["one_prompt"] = picture
     return pictures
 
 
-def _latents(content: ReportContent) -> dict[str, Any]:
-    distributions = content.results.get("layer_distributions")
-    examples = content.results.get("max_activating_examples")
-    nearest = content.results.get("token_unembeddings")
-    if not isinstance(distributions, LayerDistributions) or not isinstance(
-        examples, Examples
-    ):
-        return {"layers": [], "texts": {}, "latents": []}
-    chosen = most_active(distributions, content.n_latents)
-    known = set(chosen.tolist())
-    more = chosen.new_tensor([i for i in content.more if i not in known])
-    return latents_data(
-        distributions,
-        examples,
-        nearest if isinstance(nearest, TokenSimilarity) else None,
-        chosen.new_tensor([*chosen.tolist(), *more.tolist()]),
-        content.text_of,
-    )
+def _figures(pictures: dict[str, Picture]) -> dict[str, list[Any]]:
+    """Data for plotly.js of the panels of each picture."""
+    return {
+        name: [json.loads(str(f.to_json())) for f in draw_interactive(picture)]
+        for name, picture in pictures.items()
+    }
 
 
 def _facts(facts: dict[str, str]) -> str:
@@ -128,7 +109,7 @@ def _facts(facts: dict[str, str]) -> str:
 
 
 def _comparison(result: Result) -> str:
-    """The table of the SAE beside single-layer SAEs; nothing of other results."""
+    """The table of the SAE beside single-layer SAEs; empty for other results."""
     if not isinstance(result, Comparison):
         return ""
     table = result.to_dataframe()
@@ -145,16 +126,13 @@ def _comparison(result: Result) -> str:
     )
 
 
-def _table(table: pd.DataFrame, titles: dict[str, str]) -> str:
-    columns = [name for name in titles if name in table]
+def _table(table: pd.DataFrame, headings: dict[str, str]) -> str:
+    columns = [name for name in headings if name in table]
     head = "".join(
-        f'<th scope="col" title="{name}">{titles[name]}</th>' for name in columns
+        f'<th scope="col" title="{name}">{headings[name]}</th>' for name in columns
     )
     labels = short_labels([str(name) for name in table.index])
-    rows = [
-        (label, row) for label, (_, row) in zip(labels, table.iterrows(), strict=True)
-    ]
-    rows.append(("mean", table.mean()))
+    rows = [*zip(labels, table.to_dict("records"), strict=True), ("mean", table.mean())]
     body = "".join(
         f'<tr data-layer="{html.escape(label)}"><th scope="row">{html.escape(label)}'
         "</th>"
@@ -168,21 +146,21 @@ def _table(table: pd.DataFrame, titles: dict[str, str]) -> str:
     )
 
 
-def _section(picture: Picture) -> str:
-    name = html.escape(picture.name)
+def _section(name: str, picture: Picture) -> str:
+    name, n_panels = html.escape(name), len(picture.panels)
+    panels = "".join(
+        f'<div class="figure" data-figure="{name}" data-panel="{number}"></div>'
+        for number in range(n_panels)
+    )
     return (
-        f'<section class="picture"><h3>{html.escape(picture.title)}</h3>'
-        f"<p>{html.escape(picture.caption)}</p>"
-        f'<div class="figure" data-figure="{name}"></div></section>'
+        f'<section class="picture{" wide" * (n_panels > 1)}">'
+        f"<h3>{html.escape(picture.title)}</h3><p>{html.escape(picture.caption)}</p>"
+        f'<div class="panels">{panels}</div></section>'
     )
 
 
-def _figure_data(picture: Picture) -> dict[str, Any]:
-    return json.loads(str(picture.figure.to_json()))
-
-
 def _json(value: Any) -> str:
-    """JSON that can stand inside a script element."""
+    """JSON that can be inside a script element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 

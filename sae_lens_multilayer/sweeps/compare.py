@@ -16,12 +16,7 @@ from sae_lens_multilayer.files import complete_or_absent
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.pictures.matplotlib_figures import (
-    plot_comparison,
-    plot_transfer_matrix,
-    save_figure,
-)
-from sae_lens_multilayer.pictures.sweep_figures import plot_costs
+from sae_lens_multilayer.pictures import describe_costs, draw, save_figure
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import Settings, make_points
 from sae_lens_multilayer.sweeps.run import Runs
@@ -53,8 +48,8 @@ class SingleLayerRuns:
     def save(self, path: Path) -> None:
         """Write results, tables and pictures to a new folder."""
         figures = {
-            "comparison": plot_comparison(self.comparison),
-            "costs": plot_costs(self.costs),
+            "comparison": draw(self.comparison),
+            "costs": draw(describe_costs(self.costs)),
         }
         with complete_or_absent(path) as folder:
             self.comparison.save(folder / "comparison")
@@ -62,7 +57,7 @@ class SingleLayerRuns:
             if self.transfer is not None:
                 self.transfer.save(folder / "transfer_matrix")
                 self.transfer.to_dataframe().to_csv(folder / "transfer_matrix.csv")
-                figures["transfer_matrix"] = plot_transfer_matrix(self.transfer)
+                figures["transfer_matrix"] = draw(self.transfer)
             self.costs.to_csv(folder / _COSTS_FILE)
             for name, figure in figures.items():
                 save_figure(figure, folder / f"{name}.png")

@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import check_writable, locked, write_whole
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.pictures.matplotlib_figures import save_figure
-from sae_lens_multilayer.pictures.sweep_figures import plot_sweep
+from sae_lens_multilayer.pictures import describe_sweep, draw, save_figure
 from sae_lens_multilayer.sweeps.evaluation import (
     HeldOut,
     SweepEvaluation,
@@ -88,8 +87,8 @@ def sweep(
     runs = Runs(base, points, folder, evaluation or SweepEvaluation(), given)
     table = runs.run()
     if (table.status == "done").any():
-        figure = plot_sweep(table, varied_settings(runs.points))
-        save_figure(figure, runs.folder / FIGURE_FILE)
+        picture = describe_sweep(table, varied_settings(runs.points))
+        save_figure(draw(picture), runs.folder / FIGURE_FILE)
     return table
 
 

@@ -20,7 +20,7 @@ const observer = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (!isIntersecting) continue;
     observer.unobserve(target);
-    const figure = figures[target.dataset.figure];
+    const figure = figures[target.dataset.figure][target.dataset.panel];
     Plotly.newPlot(target, figure.data, figure.layout, options);
   }
 }, { rootMargin: "600px" });

@@ -299,7 +299,7 @@ def test_a_report_reads_what_was_analysed(offline, model, monkeypatch):
     assert pieces_of(read) == pieces_of(computed)
     assert "Beside single-layer SAEs" in read
     assert 'data-figure="transfer_matrix"' in read
-    assert 'data-figure="single_layer_comparison_kl_div"' in read
+    assert 'data-figure="single_layer_comparison" data-panel="2"' in read
 
 
 def pieces_of(page: str) -> list[str]:
