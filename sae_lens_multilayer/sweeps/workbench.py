@@ -10,22 +10,15 @@ from typing import Any
 from sae_lens.config import HfDataset
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config import MultiLayerConfig, fields_of
 from sae_lens_multilayer.sweeps.evaluation import HeldOut, SweepEvaluation, held_out
 from sae_lens_multilayer.sweeps.points import Point
 from sae_lens_multilayer.text.dataset import resolve_dataset
 from sae_lens_multilayer.training import run_model
 from sae_lens_multilayer.training.run_lens import lens_of_run
 
-_OF_MODEL = (
-    "model_class_name",
-    "model_name",
-    "model_from_pretrained_kwargs",
-    "llm_device",
-    "compile_llm",
-    "llm_compilation_mode",
-)
-"""Settings of a run that say which model it loads."""
+_OF_MODEL = fields_of("model", "model run")
+"""Points that agree in these fields share a loaded model."""
 
 
 @dataclass(frozen=True)
