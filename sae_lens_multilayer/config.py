@@ -221,9 +221,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 f"`checkpoint_path` must be given to resume from {LATEST!r}; got None."
             )
         if self.use_cached_activations and self.cached_activations_path is None:
-            raise ValueError(
-                "`cached_activations_path` must be given to use one; got None."
-            )
+            raise ValueError("`cached_activations_path` must be given; got None.")
 
     def _check_sae(self) -> None:
         sae: Any = self.sae
@@ -325,9 +323,8 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         """The config as values that JSON can hold."""
         plain = copy.copy(self)
         if isinstance(self.tuned_lens, (TunedLens, LayerLens)):
-            stated = self._lens_config()
-            assert stated is not None  # an object has its settings
-            plain.tuned_lens = stated.to_dict()
+            lens: Any = self._lens_config()  # an object has its settings
+            plain.tuned_lens = lens.to_dict()
         return LanguageModelSAERunnerConfig.to_dict(plain)
 
     @classmethod

@@ -47,6 +47,7 @@ from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.files import check_free
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.text.prompts import Prompts
 
 Analysis = Literal[
     "evaluation",
@@ -75,7 +76,7 @@ class Suite:
         self,
         sae: SAE[Any],
         model: Any,
-        tokens: Int[Tensor, "prompt pos"],
+        tokens: Int[Tensor, "prompt pos"] | Prompts,
         *,
         latents: Sequence[int] | None = None,
         n_examples: int = 8,
@@ -199,9 +200,7 @@ class Suite:
             return found
 
         def evaluation(saes: SAE[Any] | list[SAE[Any]]) -> Evaluation:
-            excluded = options.get("exclude_tokens") or ()
-            chosen: Any = {**options, "exclude_tokens": excluded}
-            return Evaluation.of(evaluate(saes, model, tokens, **chosen))
+            return Evaluation.of(evaluate(saes, model, tokens, **options))
 
         def comparison() -> Comparison:
             if "evaluation" not in results:

@@ -93,9 +93,7 @@ def _whole(value: Any) -> Any:
 
 
 def _fingerprint(inputs: Inputs) -> dict[str, str]:
-    tokens = hashlib.sha256(inputs.tokens.contiguous().numpy().tobytes())
-    tokens.update(str(sorted(inputs.exclude_tokens)).encode())
-    return {"SAE": _hash_of_sae(inputs.sae), "text": tokens.hexdigest()}
+    return {"SAE": _hash_of_sae(inputs.sae), "text": inputs.prompts.fingerprint}
 
 
 def _hash_of_sae(sae: SAE[Any]) -> str:

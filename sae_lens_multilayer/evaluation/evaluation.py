@@ -7,9 +7,8 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,8 +24,11 @@ from sae_lens_multilayer.evaluation.splicing import (
 )
 from sae_lens_multilayer.forward import check_lenses, check_model, hook_vectors
 from sae_lens_multilayer.text.prompts import (
+    Prompts,
+    Tokens,
     check_integers,
     check_positions,
+    counted_positions,
     take_prompts,
 )
 
@@ -93,11 +95,11 @@ class SpliceMetrics:
 def evaluate(
     sae: SAE[Any] | Sequence[SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
-    exclude_tokens: Sequence[int] = (),
+    exclude_tokens: Sequence[int] | None = None,
     exclude_positions: Sequence[int] = (),
     keep_tokens: Sequence[int] = (),
     keep_positions: Sequence[int] = (),
@@ -119,12 +121,14 @@ def evaluate(
             a list of SAEs of one hook each. At a hook with heads they take the heads
             end to end. Their tuned lenses are applied; all metrics are in raw space.
         model: The model that the SAE was trained on, without SAEs attached.
-        tokens: Prompts with their special tokens, or a store to take them from.
+        tokens: Prompts with their special tokens, `Prompts` with the positions that
+            count, or a store to take them from.
         n_prompts: Prompts taken from a store, none of them twice; None:
             `store_batch_size_prompts`.
         batch_size_prompts: Prompts of a clean forward pass.
         exclude_tokens: Token ids whose positions keep their own vectors and are left
-            out of all averages, as SAELens' `exclude_special_tokens`.
+            out of all averages, as SAELens' `exclude_special_tokens`; None: those that
+            a store excludes.
         exclude_positions: Positions in a prompt, treated likewise; negative ones count
             from its end. The first one's vectors are often many times longer.
         keep_tokens: Token ids whose positions keep their own vectors and are left out
@@ -154,7 +158,7 @@ def evaluate(
             f"`ablation` must be one of {get_args(Ablation)}; got {ablation!r}."
         )
     for name, values in [
-        ("exclude_tokens", exclude_tokens),
+        ("exclude_tokens", () if exclude_tokens is None else exclude_tokens),
         ("exclude_positions", exclude_positions),
         ("keep_tokens", keep_tokens),
         ("keep_positions", keep_positions),
@@ -166,11 +170,16 @@ def evaluate(
     hooks_together = _find_hooks(codec.hook_names, together)
     splicer = make_splicer(model, codec.hook_names, _PROMPTS_PER_BLOCK, from_middle)
     prompts = take_prompts(
-        model, codec.model_name, tokens, n_prompts, batch_size_prompts
+        model,
+        codec.model_name,
+        tokens,
+        n_prompts,
+        batch_size_prompts,
+        exclude_tokens,
+        exclude_positions,
     )
-    check_positions("keep_positions", keep_positions, prompts)
-    excluded = _excluded(exclude_tokens, exclude_positions, prompts)
-    if excluded.of(prompts)[:, :-1].all():
+    check_positions("keep_positions", keep_positions, prompts.ids)
+    if not prompts.counted[:, :-1].any():
         raise ValueError(
             "The evaluation needs at least one predicted token; got none. Prompts need "
             "two tokens or more, not all of them excluded."
@@ -178,8 +187,7 @@ def evaluate(
     evaluation = _Evaluation(
         codec,
         splicer,
-        exclude=excluded,
-        keep=_Positions(keep_tokens, keep_positions),
+        keep=(keep_tokens, keep_positions),
         use_error_term=use_error_term,
         together=hooks_together,
     )
@@ -197,11 +205,11 @@ def evaluate(
 def reconstruction_metrics(
     sae: SAE[Any] | Sequence[SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
-    exclude_tokens: Sequence[int] = (),
+    exclude_tokens: Sequence[int] | None = None,
     exclude_positions: Sequence[int] = (),
 ) -> LayerMetrics:
     """The part of `evaluate` that needs one pass up to the last hook, and no logits.
@@ -213,7 +221,8 @@ def reconstruction_metrics(
             from.
         n_prompts: As in `evaluate`.
         batch_size_prompts: Prompts in a forward pass.
-        exclude_tokens: Token ids whose positions are left out.
+        exclude_tokens: Token ids whose positions are left out; None: those that a store
+            excludes.
         exclude_positions: Positions in a prompt that are left out; negative ones count
             from its end.
 
@@ -226,37 +235,20 @@ def reconstruction_metrics(
     own_names = hooks.model_hook_names(model, codec.hook_names)
     heads = [one.cfg.metadata.hook_head_index for one in codec.saes]
     prompts = take_prompts(
-        model, codec.model_name, tokens, n_prompts, batch_size_prompts
+        model,
+        codec.model_name,
+        tokens,
+        n_prompts,
+        batch_size_prompts,
+        exclude_tokens,
+        exclude_positions,
     )
-    excluded = _excluded(exclude_tokens, exclude_positions, prompts)
     for batch in tqdm(
         prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
     ):
-        counted = ~excluded.of(batch)
-        for hook, x in enumerate(hook_vectors(model, own_names, heads, batch)):
-            codec.reconstruct(hook, x, counted)
+        for hook, x in enumerate(hook_vectors(model, own_names, heads, batch.ids)):
+            codec.reconstruct(hook, x, batch.counted)
     return codec.compute()
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Which positions of prompts are meant, by token id or by place."""
-
-    token_ids: Sequence[int] = ()
-    places: Sequence[int] = ()
-
-    def of(self, tokens: Int[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos"]:
-        wanted = torch.tensor(list(self.token_ids), dtype=tokens.dtype)
-        found = torch.isin(tokens, wanted.to(tokens.device))
-        found[:, list(self.places)] = True
-        return found
-
-
-def _excluded(
-    token_ids: Sequence[int], places: Sequence[int], prompts: Int[Tensor, "prompt pos"]
-) -> _Positions:
-    check_positions("exclude_positions", places, prompts)
-    return _Positions(token_ids, places)
 
 
 class _Evaluation:
@@ -267,14 +259,12 @@ class _Evaluation:
         codec: Codec,
         splicer: Splicer,
         *,
-        exclude: _Positions,
-        keep: _Positions,
+        keep: tuple[Sequence[int], Sequence[int]],
         use_error_term: bool,
         together: Sequence[int],
     ) -> None:
         self._codec = codec
         self._splicer = splicer
-        self._exclude = exclude
         self._keep = keep
         self._use_error_term = use_error_term
         self._together = together
@@ -285,7 +275,7 @@ class _Evaluation:
         self._ablated = [CrossEntropySums() for _ in range(n_hooks)]
         self._joint = RunSums()
 
-    def find_means(self, batches: Sequence[Tensor]) -> None:
+    def find_means(self, batches: Sequence[Prompts]) -> None:
         """Set the mean vector of each hook, over all positions of these batches."""
         sums: dict[int, Tensor] = {}
         n_tokens = 0
@@ -298,15 +288,15 @@ class _Evaluation:
         hooks_seen = range(len(self._codec.hook_names))
         edit = Edit({hook: partial(add, hook) for hook in hooks_seen})
         for batch in batches:
-            n_tokens += batch.numel()
-            for _ in self._splicer.runs(batch, [edit]):
+            n_tokens += batch.ids.numel()
+            for _ in self._splicer.runs(batch.ids, [edit]):
                 pass
         self._means = [sums[hook] / n_tokens for hook in hooks_seen]
 
-    def add(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+    def add(self, prompts: Prompts) -> None:
         """Add the runs of a batch of prompts, but those of `add_ablations`."""
-        excluded = self._exclude.of(tokens)
-        kept = excluded | self._keep.of(tokens)
+        tokens, counted = prompts.ids, prompts.counted
+        kept = ~(counted & counted_positions(tokens, *self._keep))
         edits, sums = self._splices(kept), [*self._spliced]
         if not isinstance(self._splicer, ResidualSplicer):
             edits += self._ablations()
@@ -318,10 +308,10 @@ class _Evaluation:
         clean_sums = self._clean
         for clean, runs in self._splicer.runs(tokens, edits):
             by_run = {i: sums[i] for i in runs}
-            add_scores(by_run, clean_sums, clean, runs, tokens, ~excluded)
+            add_scores(by_run, clean_sums, clean, runs, tokens, counted)
             clean_sums = None
 
-    def add_ablations(self, tokens: Int[Tensor, "prompt pos"]) -> None:
+    def add_ablations(self, prompts: Prompts) -> None:
         """Add the ablated runs once for all prompts, if they are the same.
 
         Nothing of a prompt is left where the whole residual stream is ablated; past
@@ -330,10 +320,9 @@ class _Evaluation:
         if not isinstance(self._splicer, ResidualSplicer):
             return
         sums = dict(enumerate(self._ablated))
-        scored = ~self._exclude.of(tokens)
         edits = self._ablations()
-        for clean, runs in self._splicer.runs_of_any_prompt(tokens, edits):
-            add_scores(sums, None, clean, runs, tokens, scored)
+        for clean, runs in self._splicer.runs_of_any_prompt(prompts.ids, edits):
+            add_scores(sums, None, clean, runs, prompts.ids, prompts.counted)
 
     def _splices(self, kept: Bool[Tensor, "prompt pos"]) -> list[Edit]:
         return [

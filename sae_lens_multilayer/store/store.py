@@ -20,9 +20,9 @@ from sae_lens_multilayer.files import read_tensors
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.buffer import ShuffleBuffer
 from sae_lens_multilayer.store.place import Harvest, Place, still_waiting
-from sae_lens_multilayer.text.dataset import resolve_dataset
-from sae_lens_multilayer.text.prompts import next_rows
+from sae_lens_multilayer.text.prompts import counted_positions, next_rows
 from sae_lens_multilayer.text.stream import ResumableTokens
+from sae_lens_multilayer.text.text import Text
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +73,11 @@ class MultiLayerActivationsStore(ResumableTokens):
             ValueError: If a hook does not exist or the hooks differ in width, if the
                 context is too long for the model, or if the dataset is empty.
         """
-        if override_dataset is None and not cfg.dataset_path:
-            raise ValueError("Give `dataset_path`, or a dataset to the runner.")
         shape = hooks.shape_of_model(model)
         hooks.check_context_size(cfg.context_size, shape, cfg.model_name)
         names = cfg.resolve_hook_names(shape.n_layers)
         own_names = hooks.model_hook_names(model, names)
-        dataset = resolve_dataset(
-            override_dataset if override_dataset is not None else cfg.dataset_path,
-            cfg.context_size,
-            cfg.streaming,
-            cfg.disable_concat_sequences,
-            cfg.use_chat_formatting,
-        )
+        dataset = Text.from_config(cfg).load_dataset(override_dataset)
         store = super().from_config(model, cfg, override_dataset=dataset)  # type: ignore[arg-type]
         assert isinstance(store, cls)
         store.hook_name, store.hook_names = names[0], names
@@ -313,10 +305,11 @@ class MultiLayerActivationsStore(ResumableTokens):
 
         The places are those after `seqpos_slice`.
         """
-        flat = prompts[:, slice(*self.seqpos_slice)].flatten().to(self.device)
+        inside = prompts[:, slice(*self.seqpos_slice)].to(self.device)
         if self.exclude_special_tokens is None:
-            return torch.arange(len(flat), device=flat.device)
-        return (~torch.isin(flat, self.exclude_special_tokens)).nonzero().flatten()
+            return torch.arange(inside.numel(), device=inside.device)
+        counted = counted_positions(inside, self.exclude_special_tokens)
+        return counted.flatten().nonzero().flatten()
 
     def _check_finite(self, rows: Tensor, hook_name: str) -> None:
         if rows.numel() and not rows.abs().amax().isfinite():
