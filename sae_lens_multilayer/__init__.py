@@ -35,6 +35,8 @@ from sae_lens_multilayer.sweeps.compare import (
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import grid
 from sae_lens_multilayer.sweeps.run import sweep
+from sae_lens_multilayer.text.prompts import Prompts
+from sae_lens_multilayer.text.text import Text
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 __version__ = "0.1.0.dev0"
@@ -54,9 +56,11 @@ __all__ = [
     "MultiLayerTrainingSAEConfig",
     "NonFiniteActivationError",
     "PointsFailedError",
+    "Prompts",
     "SingleLayerRuns",
     "SpliceMetrics",
     "SweepEvaluation",
+    "Text",
     "evaluate",
     "fit_tuned_lens",
     "grid",

@@ -1,4 +1,4 @@
-"""What a training run is told: the host's fields, and those of a multi-layer run."""
+"""`MultiLayerConfig`: SAELens' config plus the fields of a multi-layer run."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
@@ -32,44 +32,66 @@ T_TRAINING_SAE_CONFIG = TypeVar(
 )
 
 LATEST = "latest"
-"""As `resume_from_checkpoint`: the newest checkpoint of the run."""
+"""Value of `resume_from_checkpoint`: the newest checkpoint of the run."""
 
-_PATHS = (
-    "dataset_path",
-    "output_path",
-    "checkpoint_path",
-    "resume_from_checkpoint",
-    "from_pretrained_path",
-    "cached_activations_path",
-)
-_WHOLE_NUMBERS = (
-    "training_tokens",
-    "train_batch_size_tokens",
-    "micro_batch_size_tokens",
-    "store_batch_size_prompts",
-    "n_batches_in_buffer",
-    "context_size",
-    "keep_last_n_checkpoints",
-)
-_POSITIVE = (
-    *_WHOLE_NUMBERS,
-    "lr",
-    "adam_eps",
-    "max_grad_norm",
-)
+Role = Literal["model", "model run", "hooks", "vectors", "text", "reading", "cache",
+    "data order", "training", "outputs", "reporting"]  # fmt: skip
+
+_ROLES: dict[Role, str] = {
+    # Which model is loaded; then where and how it is run, which changes rounding only.
+    "model": "model_name model_class_name model_from_pretrained_kwargs",
+    "model run": "llm_device compile_llm llm_compilation_mode",
+    # Which activations of it the SAE is trained on.
+    "hooks": "hook_name layers hook_names",
+    "vectors": "model_kwargs autocast_lm hook_head_index",
+    # Which prompts are made, and which of their tokens count; how they are read.
+    "text": "dataset_path use_chat_formatting context_size prepend_bos "
+    "sequence_separator_token disable_concat_sequences seqpos_slice "
+    "exclude_special_tokens",
+    "reading": "streaming dataset_trust_remote_code is_dataset_tokenized",
+    "cache": "cached_activations_path",
+    # In which batches, order and dtype tokens are served.
+    "data order": "use_cached_activations store_batch_size_prompts n_batches_in_buffer "
+    "activations_mixing_fraction act_store_device dtype seed",
+    # An evaluation takes prompts that are then not trained on.
+    "training": "sae tuned_lens lens_alignment standardize_stock_inputs "
+    "from_pretrained_path training_tokens train_batch_size_tokens "
+    "micro_batch_size_tokens lr lr_end lr_scheduler_name lr_warm_up_steps "
+    "lr_decay_steps n_restart_cycles adam_beta1 adam_beta2 adam_eps max_grad_norm "
+    "dead_feature_window dead_feature_threshold feature_sampling_window "
+    "n_batches_for_norm_estimate device autocast compile_sae sae_compilation_mode "
+    "n_eval_batches eval_batch_size_prompts",
+    "outputs": "output_path checkpoint_path resume_from_checkpoint",
+    "reporting": "logger verbose n_checkpoints keep_last_n_checkpoints "
+    "save_final_checkpoint prefetch_llm_batches hook_eval sae_lens_version "
+    "sae_lens_training_version",
+}
+"""What the fields of `MultiLayerConfig` decide; each field has one role."""
 
 
-def _plain(value: Any) -> Any:
-    return dtype_to_str(value) if isinstance(value, torch.dtype) else value
+def fields_of(*roles: Role) -> list[str]:
+    """Names of the fields with these roles."""
+    return [name for role in roles for name in _ROLES[role].split()]
+
+
+def fields_that_decide_weights() -> list[str]:
+    """Names of the fields on which the trained weights depend."""
+    return [
+        name
+        for role, names in _ROLES.items()
+        if role not in ("outputs", "cache", "reporting")
+        for name in names.split()
+    ]
+
+
+_COUNTS = ["training_tokens", "train_batch_size_tokens", "micro_batch_size_tokens",
+    "context_size", "store_batch_size_prompts", "n_batches_in_buffer",
+    "keep_last_n_checkpoints"]  # fmt: skip
 
 
 @dataclass
 class MultiLayerTrainerConfig(SAETrainerConfig):
-    """The part of `MultiLayerConfig` that the trainer needs.
-
-    "Samples" in the host's fields are tokens here: each gives one activation vector per
-    layer.
-    """
+    """The trainer's part of `MultiLayerConfig`; SAELens' "samples" are tokens here."""
 
     hook_names: list[str] = field(default_factory=list)
     micro_batch_size_tokens: int | None = None
@@ -83,18 +105,17 @@ class MultiLayerTrainerConfig(SAETrainerConfig):
 class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """Configuration for training one SAE on many layers of a language model.
 
-    Every field of SAELens' `LanguageModelSAERunnerConfig` keeps its meaning; all counts
-    of tokens are tokens of text, each of which gives one activation vector per layer.
-    The defaults are the recipe of Lawson et al. (2025), section 3, except sizes: Adam
-    with a constant learning rate of 1e-4, no gradient clipping. Pass it to
-    `SAETrainingRunner` or `LanguageModelSAETrainingRunner` of SAELens.
+    Fields of SAELens' `LanguageModelSAERunnerConfig` keep their meaning; tokens are
+    counted in the text, each gives one activation vector per layer. The defaults are
+    the recipe of Lawson et al. (2025), section 3, except sizes: Adam with a constant
+    learning rate of 1e-4, no gradient clipping. Pass the config to `SAETrainingRunner`
+    or `LanguageModelSAETrainingRunner` of SAELens.
 
     `sae` is a `MultiLayerTrainingSAEConfig` (the paper's TopK SAE) or any other SAELens
-    training config, which then sees the same multi-layer stream.
+    training config, trained on the same activations.
 
     Raises:
-        ValueError: If a value is out of range or two values contradict each other;
-            before a model is loaded.
+        ValueError: If a value is out of range or two values contradict each other.
     """
 
     sae: T_TRAINING_SAE_CONFIG = field(  # type: ignore[assignment]
@@ -107,113 +128,100 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     hook_names: list[str] | None = None
     """Explicit hook names instead of `hook_name` and `layers`."""
     micro_batch_size_tokens: int | None = None
-    """Tokens worked on at a time; must divide `train_batch_size_tokens`. The update
-    does not depend on it. A multi-layer SAE takes one layer of them at a time and holds
-    pre-activations of `micro_batch_size_tokens` x `d_sae`; a stock SAE takes all layers
-    at once (and BatchTopK takes its k over them). None: as many as fit the cache, and
-    512 at least, or the whole batch for a stock SAE."""
+    """Tokens processed at a time; must divide `train_batch_size_tokens`. The update
+    does not depend on it. A multi-layer SAE processes one layer at a time and holds
+    `micro_batch_size_tokens` x `d_sae` pre-activations; a stock SAE takes all layers at
+    once (BatchTopK selects its k over them). None: as many as fit the CPU's cache, at
+    least 512; the whole batch for a stock SAE."""
     tuned_lens: TunedLens | LayerLens | str | Path | dict[str, Any] | None = None
-    """A lens in whose space the multi-layer SAE is trained: a lens of tuned-lens, a
-    folder that it saved, its name in tuned-lens' hub space, or a `LayerLens` of this
-    run's hooks. It is saved with the SAE and applied by everything that uses it. None:
-    no lens, or that of the checkpoint that the run starts from. Saved with the run is
-    the folder or name; of an object the settings (`LensConfig.to_dict()`), which stand
-    for the lens of the checkpoint in a run that starts from one."""
+    """The lens in whose space the multi-layer SAE is trained: a lens of tuned-lens, its
+    folder, its name in tuned-lens' hub space, or a `LayerLens` of this run's hooks. It
+    is saved with the SAE and applied by everything that uses it. None: no lens, or that
+    of the checkpoint that the run starts from. The saved config holds the folder or
+    name, or an object's settings (`LensConfig.to_dict()`); a run from a checkpoint
+    accepts these for the checkpoint's lens."""
     lens_alignment: Alignment = "tuned_lens"
     """Which translator a block's output uses: "tuned_lens", the one that was trained on
-    it; "reference", the block's own, as in the paper's code. A run that starts from an
-    SAE with a lens must have that of its lens."""
+    it; "reference", the block's own, as in the paper's code."""
     lr: float = 1e-4
     adam_eps: float = 6.25e-10
     """Epsilon of Adam."""
     max_grad_norm: float | None = None
     """Clip the gradient to this norm; None: no clipping (SAELens itself clips to 1)."""
     standardize_stock_inputs: bool = True
-    """How a stock architecture sees layers whose scales differ by orders of magnitude.
-    True: each vector is given mean 0 and standard deviation 1 before the SAE, so every
-    vector of every layer counts the same in its losses, and the SAE is saved with
+    """Standardise the inputs of a stock architecture, as the scales of layers differ by
+    orders of magnitude. True: each vector gets mean 0 and standard deviation 1, so all
+    layers count the same in the loss, and the SAE is saved with
     `normalize_activations="layer_norm"`, which does the same at inference. False: raw
     vectors, with SAELens' own `normalize_activations`; large layers dominate."""
     use_cached_activations: bool = False
-    """Train on the vectors of a cache instead of the model's, which is then loaded only
-    if the run evaluates."""
+    """Train on cached activations; the model is loaded only if the run evaluates."""
     cached_activations_path: str | None = None
-    """Folder of a cache of activations of many hooks, as `sae-lens-multilayer cache`
-    harvests it (not SAELens' cache of one hook)."""
+    """Folder that `sae-lens-multilayer cache` wrote (not SAELens' cache of one hook)"""
     resume_from_checkpoint: str | None = None
-    """A checkpoint's folder, to go on exactly where it was written; or "latest": the
-    newest checkpoint of a run with these settings under `checkpoint_path`, in whose
-    folder the run goes on, or a new run if there is none."""
+    """Folder of a checkpoint to resume from exactly; or "latest": the newest checkpoint
+    of a run with these settings under `checkpoint_path`, or a new run if there is
+    none."""
     keep_last_n_checkpoints: int | None = None
-    """Checkpoints of this run that stay, the newest; older ones are deleted once a
-    newer one is complete. None: all. The final one neither counts nor goes."""
+    """Newest checkpoints of this run to keep; older ones are deleted once a newer one
+    is complete. None: all. The final one is not counted or deleted."""
 
     def __post_init__(self) -> None:
         hooks.check_hook_choice(self.hook_name, self.hook_names, self.layers)
         self.seqpos_slice = tuple(self.seqpos_slice)
-        for name in _PATHS:
-            if getattr(self, name) is not None:
-                path = os.path.expanduser(os.fspath(getattr(self, name)))
-                setattr(self, name, path)
-        # A range cannot be saved with the run, and a tuple comes back as a list.
+        for name, value in vars(self).items():
+            is_path = name.endswith("_path") or name == "resume_from_checkpoint"
+            if is_path and value is not None:
+                setattr(self, name, os.path.expanduser(os.fspath(value)))
+        # JSON has lists only, no ranges or tuples.
         self.layers = None if self.layers is None else list(self.layers)
         self.hook_names = None if self.hook_names is None else list(self.hook_names)
         if isinstance(self.tuned_lens, (str, Path)):
             self.tuned_lens = os.path.expanduser(self.tuned_lens)
-        self._check_sizes()
+        self._check_run()
         self._check_sae()
         self._check_lens()
         super().__post_init__()
-        # Loaders take the names of dtypes too, and JSON can hold them.
+        # Loaders accept the names of dtypes too, and JSON can hold them.
         for name in ("model_kwargs", "model_from_pretrained_kwargs"):
-            kwargs: dict[str, Any] = getattr(self, name)
-            setattr(self, name, {key: _plain(value) for key, value in kwargs.items()})
+            plain = {
+                key: dtype_to_str(value) if isinstance(value, torch.dtype) else value
+                for key, value in getattr(self, name).items()
+            }
+            setattr(self, name, plain)
         self._check_saves()
 
     def _check_saves(self) -> None:
-        """A run's config is saved with its results; find out now if it cannot be."""
+        """Check now that the config can be saved with the results of the run."""
         for name, value in self.to_dict().items():
             try:
                 json.dumps(value)
             except TypeError as error:
                 raise ValueError(
-                    f"`{name}` must be of values that JSON can hold, since the config "
-                    f"is saved with the SAE; {error}. Got {value!r}. Use plain "
-                    "numbers and strings, such as 'bfloat16' for a dtype."
+                    f"`{name}` must be of values that JSON can hold, such as "
+                    f"'bfloat16' for a dtype; got {value!r} ({error})."
                 ) from error
 
-    def _check_sizes(self) -> None:
-        for name in _WHOLE_NUMBERS:
+    def _check_run(self) -> None:
+        for name in _COUNTS:
             check_whole_number(name, getattr(self, name))
-        for name in _POSITIVE:
+        for name in (*_COUNTS, "lr", "adam_eps", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive; got {value}.")
-        if not 0 <= self.activations_mixing_fraction <= 1:
-            raise ValueError(
-                "`activations_mixing_fraction` must be in [0, 1]; got "
-                f"{self.activations_mixing_fraction}."
-            )
-        if self.n_checkpoints < 0:
-            raise ValueError(
-                f"`n_checkpoints` must not be negative; got {self.n_checkpoints}."
-            )
-        if self.resume_from_checkpoint == LATEST and self.checkpoint_path is None:
-            raise ValueError(
-                f"`checkpoint_path` must be given to resume from {LATEST!r}; got None."
-            )
-        str_to_dtype(self.dtype)
         micro, batch = self.micro_batch_size_tokens, self.train_batch_size_tokens
         if micro is not None and batch % micro != 0:
             raise ValueError(
                 "`train_batch_size_tokens` must be a multiple of "
                 f"`micro_batch_size_tokens`; got {batch} and {micro}."
             )
-        if self.use_cached_activations and self.cached_activations_path is None:
+        str_to_dtype(self.dtype)
+        if self.resume_from_checkpoint == LATEST and self.checkpoint_path is None:
             raise ValueError(
-                "`cached_activations_path` must be given to use cached activations; "
-                "got None. `sae-lens-multilayer cache` harvests them."
+                f"`checkpoint_path` must be given to resume from {LATEST!r}; got None."
             )
+        if self.use_cached_activations and self.cached_activations_path is None:
+            raise ValueError("`cached_activations_path` must be given; got None.")
 
     def _check_sae(self) -> None:
         sae: Any = self.sae
@@ -234,18 +242,16 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 self.sae.dtype,
             )
         normalization = self.sae.normalize_activations
-        if self.standardizes_stock_inputs and normalization not in (
-            "none",
-            "layer_norm",
-        ):
+        allowed = ("none", "layer_norm")
+        if self.standardizes_stock_inputs and normalization not in allowed:
             raise ValueError(
-                "`normalize_activations` of a stock SAE must be 'none' or 'layer_norm' "
-                f"when its inputs are standardised; got {normalization!r}. Set "
+                f"`normalize_activations` of a stock SAE must be in {allowed} when its "
+                f"inputs are standardised; got {normalization!r}. Set "
                 "`standardize_stock_inputs=False` to use it on raw vectors."
             )
 
     def _check_lens(self) -> None:
-        """Check what is known of the lens without the hub."""
+        """Check the lens settings that are available without the hub."""
         if self.lens_alignment not in get_args(Alignment):
             raise ValueError(
                 f"`lens_alignment` must be one of {get_args(Alignment)}; got "
@@ -256,32 +262,25 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             return
         if not isinstance(self.sae, MultiLayerTrainingSAEConfig):
             raise ValueError(
-                "Only a multi-layer SAE can have a `tuned_lens`; no stock class would "
-                f"apply it once it is saved. Got the architecture "
-                f"{self.sae.architecture()!r}: leave out the lens, or use "
-                "MultiLayerTrainingSAEConfig."
+                "`tuned_lens` needs a multi-layer SAE, as no stock class applies it; "
+                f"got the architecture {self.sae.architecture()!r}."
             )
-        if not isinstance(source, (TunedLens, LayerLens, str, dict)):
-            raise ValueError(
-                "`tuned_lens` must be a TunedLens, a LayerLens, a folder or a name; "
-                f"got {type(source).__name__}. `fit_tuned_lens` makes one."
-            )
-        stated = self._lens_config()
-        if stated is not None:
-            self.check_lens(stated)
+        lens = self._lens_config()
+        if lens is not None:
+            self.check_lens(lens)
 
     def _lens_config(self) -> LensConfig | None:
-        """The settings of the lens; None if the hub must be asked for them."""
+        """The settings of the lens; None if they must be loaded from the hub."""
         source: Any = self.tuned_lens
         if isinstance(source, dict):
             return LensConfig.from_dict(source)
         if isinstance(source, LayerLens):
             return source.config
-        stated = local_config(source)
-        if stated is None:
+        config = local_config(source)
+        if config is None:
             return None
-        hook_names = self.resolve_hook_names(stated.num_hidden_layers)
-        return LensConfig.from_tuned_lens(stated, hook_names, self.lens_alignment)
+        hook_names = self.resolve_hook_names(config.num_hidden_layers)
+        return LensConfig.from_tuned_lens(config, hook_names, self.lens_alignment)
 
     def check_lens(self, lens: LensConfig) -> None:
         """Raise ValueError if a lens is not of this run's width, hooks or alignment."""
@@ -294,7 +293,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
 
     @property
     def normalize_activations(self) -> str:
-        """What the SAE of this run says of its inputs, in training and once saved."""
+        """The setting of this name of the SAE that is trained and saved."""
         if self.standardizes_stock_inputs:
             return "layer_norm"
         return self.sae.normalize_activations
@@ -307,14 +306,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         )
 
     def resolve_hook_names(self, n_layers: int) -> list[str]:
-        """Name the hooks of this run in the order of the layer axis.
-
-        Args:
-            n_layers: Number of blocks of the model.
-
-        Raises:
-            ValueError: If a layer is not in the model.
-        """
+        """Hook names of this run in a model of `n_layers` blocks, in order."""
         return hooks.resolve_hook_names(
             self.hook_name, self.hook_names, self.layers, n_layers, self.model_name
         )
@@ -324,23 +316,21 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         """The config as values that JSON can hold."""
         plain = copy.copy(self)
         if isinstance(self.tuned_lens, (TunedLens, LayerLens)):
-            stated = self._lens_config()
-            assert stated is not None  # an object states its settings
-            plain.tuned_lens = stated.to_dict()
+            lens: Any = self._lens_config()  # an object has its settings
+            plain.tuned_lens = lens.to_dict()
         return LanguageModelSAERunnerConfig.to_dict(plain)
 
     @classmethod
     def from_dict(cls, cfg_dict: dict[str, Any]) -> "MultiLayerConfig[Any]":
-        """Load a config from `to_dict`, also after a way through JSON."""
-        if "seqpos_slice" in cfg_dict:
-            # JSON has no tuples.
+        """Load a config from `to_dict`, also from its JSON."""
+        if "seqpos_slice" in cfg_dict:  # JSON has no tuples
             cfg_dict = {**cfg_dict, "seqpos_slice": tuple(cfg_dict["seqpos_slice"])}
         config = super().from_dict(cfg_dict)
         assert isinstance(config, MultiLayerConfig)
         return config
 
     def to_sae_trainer_config(self) -> MultiLayerTrainerConfig:
-        """The trainer's part of this config; the runner adds the hook names."""
+        """The trainer's part; the runner adds the hook names."""
         return MultiLayerTrainerConfig(
             **vars(super().to_sae_trainer_config()),
             micro_batch_size_tokens=self.micro_batch_size_tokens,

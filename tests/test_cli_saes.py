@@ -391,7 +391,7 @@ def test_a_model_that_transformer_lens_does_not_know_is_one_line(
 
 
 def test_what_is_not_known_must_be_given(offline):
-    with pytest.raises(SystemExit, match=r"which `dataset_path` to use: give --data"):
+    with pytest.raises(SystemExit, match="`dataset_path`: give --dataset_path"):
         cli.main(["evaluate", "sae"])
 
 

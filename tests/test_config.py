@@ -6,7 +6,7 @@ Authorities: the paper's recipe (design, section 3) for the defaults; SAELens'
 
 import json
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from conftest import PAPER_DATA, tiny_sae_config
@@ -23,6 +23,7 @@ from sae_lens import (
 )
 
 from sae_lens_multilayer import MultiLayerConfig, MultiLayerTrainingSAEConfig
+from sae_lens_multilayer.config import Role, fields_of, fields_that_decide_weights
 from sae_lens_multilayer.hooks import DEFAULT_HOOK_NAME
 
 TEMPLATE = "blocks.{layer}.hook_resid_pre"
@@ -177,6 +178,19 @@ def test_no_field_of_the_host_is_forgotten_above():
     )
 
 
+def test_every_field_has_one_role():
+    named = fields_of(*get_args(Role))
+
+    assert sorted(named) == sorted(f.name for f in fields(MultiLayerConfig))
+
+
+def test_folders_and_reports_do_not_decide_the_weights():
+    decide = fields_that_decide_weights()
+
+    assert {"seed", "seqpos_slice", "n_eval_batches", "dtype"} <= set(decide)
+    assert not {"output_path", "logger", "n_checkpoints"} & set(decide)
+
+
 def test_the_trainer_gets_the_hosts_fields_and_ours():
     cfg = config(
         adam_eps=1e-7, max_grad_norm=2.0, lr=1e-3, training_tokens=999, adam_beta1=0.8
@@ -298,8 +312,6 @@ BAD = {
         r"`hook_names` must hold at least one name, each once.*\['a', 'a'\]",
     ),
     "no learning rate": ({"lr": 0.0}, "`lr` must be positive; got 0.0"),
-    "mixing above 1": ({"activations_mixing_fraction": 1.5}, r"in \[0, 1\]; got 1.5"),
-    "checkpoints below 0": ({"n_checkpoints": -1}, "must not be negative; got -1"),
     "unknown dtype": ({"dtype": "float7"}, "Invalid dtype: float7"),
     "a number that JSON cannot hold": (
         {"model_kwargs": {"x": {1, 2}}},
@@ -330,7 +342,7 @@ BAD = {
     "micro below 0": ({"micro_batch_size_tokens": -64}, "must be positive; got -64"),
     "cache": (
         {"use_cached_activations": True},
-        "`cached_activations_path` must be given to use cached",
+        "`cached_activations_path` must be given",
     ),
     "slice": ({"seqpos_slice": (5, 2)}, "empty range"),
     "chat": ({"use_chat_formatting": True}, "use_chat_formatting"),
@@ -357,7 +369,7 @@ BAD = {
                 **SIZES, normalize_activations="expected_average_only_in"
             )
         },
-        "'none' or 'layer_norm'.*got 'expected_average_only_in'.*=False",
+        "`normalize_activations`.*got 'expected_average_only_in'.*=False",
     ),
 }
 

@@ -444,7 +444,6 @@ class TestBadInput:
         ("option", "value"),
         [
             ("exclude_tokens", 3),
-            ("exclude_tokens", None),
             ("exclude_tokens", "3"),
             ("keep_tokens", [1.5]),
             ("keep_positions", 0),

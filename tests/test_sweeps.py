@@ -362,7 +362,7 @@ class TestSweep:
         [
             ({"override_evaluation_dataset": None}, "give `dataset_path` of"),
             ({"evaluation": SweepEvaluation("x.jsonl")}, "and not both"),
-            ({"override_dataset": None}, "or a dataset to train on"),
+            ({"override_dataset": None}, "Give `dataset_path`"),
             ({"points": [{"layers": [2]}]}, r"in \[0, 2\) for 'tiny'; got \[2\]"),
             ({"points": [{"d_in": 8, "d_sae": 8, "k": 1}]}, "`d_in` must be 16"),
             ({"points": [{"context_size": 99}]}, "must be at most 16 tokens"),

@@ -75,3 +75,29 @@ def test_rows_without_a_text_are_left_out_and_reported(
     assert "is None (1 such rows so far)" in caplog.messages[0]
     assert len(caplog.messages) <= 5
     assert store.get_batch_tokens(1).shape == (1, N_CTX)
+
+
+@pytest.fixture
+def chat_store(model, make_config, monkeypatch):
+    template = "{% for m in messages %}{{ m['content'] }} w2 {% endfor %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+
+    def store(column, rows):
+        cfg = make_config(use_chat_formatting=True, is_dataset_tokenized=False)
+        data = Dataset.from_dict({column: rows})
+        return MultiLayerActivationsStore.from_config(model, cfg, data)
+
+    return store
+
+
+def test_an_empty_conversation_is_left_out(chat_store):
+    rows = [[{"role": "user", "content": "w3 w4 w5 w6"}]] * 20
+    with_empty = chat_store("messages", [*rows[:3], [], *rows[3:]])
+    without = chat_store("messages", rows).get_batch_tokens(4)
+    assert torch.equal(with_empty.get_batch_tokens(4), without)
+
+
+def test_turns_in_another_form_are_an_error_that_names_the_column(chat_store):
+    rows = [[{"from": "human", "value": "w3 w4 w5 w6"}]] * 20
+    with pytest.raises(ValueError, match=r"'conversations' must have .*row 0"):
+        chat_store("conversations", rows).get_batch_tokens(1)

@@ -7,7 +7,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -16,6 +15,7 @@ from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.text.prompts import Tokens
 
 
 @dataclass
@@ -119,7 +119,7 @@ class ActiveLayerCounts:
 def active_layers(
     sae: SAE[Any],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     threshold: float = 0.0,
     **options: Unpack[PassOptions],

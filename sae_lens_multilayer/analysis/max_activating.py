@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -15,6 +14,7 @@ from sae_lens_multilayer.analysis.active import check_latents, sums_device
 from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.text.prompts import Tokens
 
 _FEWEST_ROWS = 2**12
 """Rows for which there is always room."""
@@ -248,7 +248,7 @@ class ExampleCollector:
 def max_activating_examples(
     sae: SAE[Any],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     n_examples: int = 8,
     n_before: int = 10,

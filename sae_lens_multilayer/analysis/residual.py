@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from sae_lens.training.activations_store import ActivationsStore
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -16,6 +15,7 @@ from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenSt
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.results import Result
+from sae_lens_multilayer.text.prompts import Tokens
 from sae_lens_multilayer.topk.tile import sum_dtype
 
 _ELEMENTS = 2**22
@@ -156,7 +156,7 @@ class ResidualSums:
 def residual_stream(
     model: Any,
     hook_names: Sequence[str],
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     lens: LayerLens | None = None,
     **options: Unpack[PassOptions],
@@ -164,7 +164,7 @@ def residual_stream(
     """Cosine similarities between all layers, and norms by layer.
 
     The model goes over the tokens twice: for the mean vectors, then for the rest. (The
-    prompts of a store wait in a temporary file meanwhile.)
+    prompts of a store are kept in memory meanwhile.)
 
     Args:
         model: A model without SAEs attached; no SAE is needed.

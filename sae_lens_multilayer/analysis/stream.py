@@ -8,7 +8,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict, Unpack
@@ -19,7 +18,7 @@ from sae_lens_multilayer.lens.carrier import check_lenses
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.shape import check_widths
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.text.prompts import PromptBatches, check_positions
+from sae_lens_multilayer.text.prompts import PromptBatches, Tokens
 
 _CALLS_FROM_USER = 7
 """Calls from the user's to a warning about the lens, by way of a function for one
@@ -100,7 +99,7 @@ class TokenStream:
         self,
         model: Any,
         hook_names: Sequence[str],
-        tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+        tokens: Tokens,
         *,
         encoder: LayerEncoder | None = None,
         sae: SAE[Any] | None = None,
@@ -115,7 +114,7 @@ class TokenStream:
         Args:
             encoder: Encodes the vectors, for analyses of what it makes of them.
             sae: An SAE whose vectors are wanted; None: the encoder's, if there is one.
-            repeatable: Keep the prompts of a store in a temporary file.
+            repeatable: Keep the token ids of a store in memory.
 
         Raises:
             ValueError: If the model lacks a hook, has another width than the SAE or has
@@ -135,22 +134,24 @@ class TokenStream:
         self._model, self._encoder = model, encoder
         self._heads = [head_index] * len(self.hook_names)
         self._batches = PromptBatches(
-            model, model_name, tokens, n_prompts, batch_size_prompts, repeatable
+            model,
+            model_name,
+            tokens,
+            n_prompts,
+            batch_size_prompts,
+            exclude_tokens,
+            exclude_positions,
+            repeatable,
         )
-        self._excluded = _excluded(tokens, exclude_tokens)
-        self._exclude_positions = list(exclude_positions)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[TokenBatch]:
         n_prompts = 0
         for prompts in tqdm(self._batches, desc="Analysing", unit="batch"):
-            prompts = prompts.cpu()
-            counted = ~torch.isin(prompts, self._excluded)
-            check_positions("exclude_positions", self._exclude_positions, prompts)
-            counted[:, self._exclude_positions] = False
+            ids, counted = prompts.ids.cpu(), prompts.counted.cpu()
             prompt, position = counted.nonzero(as_tuple=True)
-            x = self._vectors(prompts, prompt, position)
-            yield TokenBatch(prompts, n_prompts, prompt, position, x, self._encoder)
+            x = self._vectors(ids, prompt, position)
+            yield TokenBatch(ids, n_prompts, prompt, position, x, self._encoder)
             n_prompts += len(prompts)
 
     def _vectors(
@@ -187,7 +188,7 @@ class TokenStream:
 def analyze(
     sae: SAE[Any],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *accumulators: Accumulator[Any],
     **options: Unpack[PassOptions],
 ) -> list[Any]:
@@ -199,7 +200,8 @@ def analyze(
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package.
         model: The model that it was trained on, without SAEs attached.
-        tokens: Prompts with their special tokens, or a store to take them from.
+        tokens: Prompts with their special tokens, `Prompts` with the positions that
+            count, or a store to take them from.
         accumulators: The analyses, such as `DistributionSums(sae)`.
         options: See `PassOptions`.
 
@@ -214,10 +216,3 @@ def analyze(
     encoder = LayerEncoder(sae, hook_names_of(sae))
     stream = TokenStream(model, encoder.hook_names, tokens, encoder=encoder, **options)
     return stream.run(*accumulators)
-
-
-def _excluded(tokens: object, chosen: Sequence[int] | None) -> Int[Tensor, " id"]:
-    if chosen is None and isinstance(tokens, ActivationsStore):
-        of_store = tokens.exclude_special_tokens
-        return torch.tensor([]).long() if of_store is None else of_store.cpu().long()
-    return torch.tensor(list(chosen or ()), dtype=torch.long)

@@ -48,6 +48,7 @@ from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.record import Record
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.text.prompts import Prompts
 
 Analysis = Literal[
     "evaluation",
@@ -76,7 +77,7 @@ class Suite:
         self,
         sae: SAE[Any],
         model: Any,
-        tokens: Int[Tensor, "prompt pos"],
+        tokens: Int[Tensor, "prompt pos"] | Prompts,
         *,
         latents: Sequence[int] | None = None,
         n_examples: int = 8,
@@ -200,9 +201,7 @@ class Suite:
             return found
 
         def evaluation(saes: SAE[Any] | list[SAE[Any]]) -> SpliceMetrics:
-            excluded = options.get("exclude_tokens") or ()
-            chosen: Any = {**options, "exclude_tokens": excluded}
-            return evaluate(saes, model, tokens, **chosen)
+            return evaluate(saes, model, tokens, **options)
 
         def comparison() -> Comparison:
             if "evaluation" not in results:

@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -18,6 +17,7 @@ from sae_lens_multilayer.analysis.variances import variance_over_layers
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.text.prompts import Tokens
 
 ClassKind = Literal["position", "frequency", "token"]
 
@@ -306,7 +306,7 @@ class _SparseSums:
 def token_classes(
     sae: SAE[Any],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     latents: Sequence[int],
     **options: Unpack[PassOptions],
 ) -> TokenClasses:

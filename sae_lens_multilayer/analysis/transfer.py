@@ -6,9 +6,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -20,7 +19,7 @@ from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of, view
-from sae_lens_multilayer.text.prompts import take_prompts
+from sae_lens_multilayer.text.prompts import Tokens, take_prompts
 
 COMPARED = (
     "fvu",
@@ -123,7 +122,7 @@ class TransferSums:
 def transfer_matrix(
     saes: Sequence[SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     multi_layer: SAE[Any] | None = None,
     **options: Unpack[PassOptions],
@@ -170,11 +169,11 @@ def compare_with_single_layers(
     multi_layer: SAE[Any],
     saes: Sequence[SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
-    exclude_tokens: Sequence[int] = (),
+    exclude_tokens: Sequence[int] | None = None,
     exclude_positions: Sequence[int] = (),
 ) -> Comparison:
     """FVU, delta CE, KL divergence and more of both, on the same tokens.
@@ -190,15 +189,18 @@ def compare_with_single_layers(
     """
     saes = single_layers_of(multi_layer, saes)
     model_name = str(multi_layer.cfg.metadata.model_name)
-    prompts = take_prompts(model, model_name, tokens, n_prompts, batch_size_prompts)
+    prompts = take_prompts(
+        model,
+        model_name,
+        tokens,
+        n_prompts,
+        batch_size_prompts,
+        exclude_tokens,
+        exclude_positions,
+    )
     multi, single = (
         evaluate(
-            sae,
-            model,
-            prompts,
-            batch_size_prompts=batch_size_prompts,
-            exclude_tokens=exclude_tokens,
-            exclude_positions=exclude_positions,
+            sae, model, prompts, batch_size_prompts=batch_size_prompts
         ).to_dataframe()
         for sae in (multi_layer, saes)
     )

@@ -6,9 +6,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -16,6 +15,7 @@ from sae_lens_multilayer.analysis.active import ActiveLatents, sums_device
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.text.prompts import Tokens
 
 EXACT = ("var_l", "exp_var_l_j", "exp_var_l_jt")
 REFERENCE = ("reference_var_l", "reference_exp_var_l_f", "reference_exp_var_l_tf")
@@ -180,7 +180,7 @@ class VarianceSums:
 def variances(
     sae: SAE[Any],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     reference_batch_tokens: int | None = None,
     **options: Unpack[PassOptions],

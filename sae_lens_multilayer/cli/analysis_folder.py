@@ -83,11 +83,7 @@ def _absolute(value: Any) -> Any:
 
 
 def _fingerprints(inputs: Inputs) -> dict[str, str]:
-    tokens = hash_of_tensors({"tokens": inputs.tokens})
-    return {
-        "SAE": _hash_of_sae(inputs.sae),
-        "text": hash_of_json([tokens, sorted(inputs.exclude_tokens)]),
-    }
+    return {"SAE": _hash_of_sae(inputs.sae), "text": inputs.prompts.fingerprint}
 
 
 def _hash_of_sae(sae: SAE[Any]) -> str:

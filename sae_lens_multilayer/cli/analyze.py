@@ -92,13 +92,12 @@ def suite_of(inputs: Inputs, text: TextOptions, options: AnalysisOptions) -> Sui
     return Suite(
         inputs.sae,
         inputs.model,
-        inputs.tokens,
+        inputs.prompts,
         latents=options.latents,
         n_examples=options.n_examples,
         single_layers=[
             load_sae(SAEOptions(folder), device) for folder in options.single_layers
         ],
         batch_size_prompts=text.batch_size_prompts,
-        exclude_tokens=inputs.exclude_tokens,
         exclude_positions=options.exclude_positions,
     )

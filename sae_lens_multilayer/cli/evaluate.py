@@ -46,9 +46,8 @@ def evaluate(arguments: list[str]) -> None:
     metrics = evaluate_sae(
         inputs.sae,
         inputs.model,
-        inputs.tokens,
+        inputs.prompts,
         batch_size_prompts=options.text.batch_size_prompts,
-        exclude_tokens=inputs.exclude_tokens,
         exclude_positions=options.exclude_positions,
         keep_positions=options.keep_positions,
         ablation=options.ablation,
@@ -56,7 +55,7 @@ def evaluate(arguments: list[str]) -> None:
     )
     table = metrics.to_dataframe()
     print(table.to_string(float_format="{:.4f}".format))
-    print(f"\nMean over layers, {inputs.tokens.numel():,} tokens of text:")
+    print(f"\nMean over layers, {inputs.prompts.ids.numel():,} tokens of text:")
     print(metrics.mean().round(4).to_string())
     if metrics.together is not None:
         print("\nAll layers replaced at once:")

@@ -2,58 +2,41 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from sae_lens import SAE, LoggingConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError
 from simple_parsing import field as option
-from torch import Tensor
 
 from sae_lens_multilayer.analysis.suite import first_position_ratio
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.shape import check_widths
 from sae_lens_multilayer.published.loader import (
     has_published_files,
     own_or_mlsae_disk_loader,
 )
-from sae_lens_multilayer.sae.config import MultiLayerTrainingSAEConfig
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.text.held_out import (
-    check_n_tokens,
-    excluded_token_ids,
-    prompts_of_text,
-)
-
-_OF_TRAINING: dict[str, Any] = {
-    "model_name": None,
-    "model_class_name": "HookedTransformer",
-    "dataset_path": None,
-    "context_size": None,
-    "prepend_bos": True,
-    "sequence_separator_token": "bos",
-}
-"""What is as the SAE was trained unless an option says otherwise, and what it is where
-the SAE does not say."""
-
+from sae_lens_multilayer.text.prompts import Prompts
+from sae_lens_multilayer.text.text import Text, check_n_tokens
 
 _SINK_RATIO = 4.0
-"""How many times longer vectors at the first position decide every average."""
+"""Ratio of norms from which vectors at the first position dominate every average."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ModelOptions:
-    """The language model; what is left out is what the SAE was trained on."""
+    """The language model; what is not given is taken from the SAE's metadata."""
 
     model_name: str | None = None
     """Name of the model, or a folder."""
@@ -61,16 +44,16 @@ class ModelOptions:
     """HookedTransformer, TransformerBridge (a Hugging Face folder, with the hook names
     of HookedTransformer) or AutoModelForCausalLM."""
     device: str = "cpu"
-    """Where the SAE and the model go."""
+    """Device of the SAE and the model."""
 
 
 @dataclass
 class TextOptions:
-    """The text; what is left out is as the SAE was trained."""
+    """The text; what is not given is taken from the SAE's metadata."""
 
     dataset_path: str | None = None
-    """Name on the Hugging Face hub, or a file or folder, of text or tokens. Held-out
-    text, as the numbers are to be of text that was not trained on."""
+    """Name on the Hugging Face hub, or a file or folder, of text or tokens. Give
+    held-out text to measure on text that was not trained on."""
     n_tokens: int = 65_536
     """Tokens of text, in whole prompts."""
     context_size: int | None = None
@@ -78,7 +61,7 @@ class TextOptions:
     batch_size_prompts: int = 8
     """Prompts in a forward pass of the model; no result depends on it."""
     exclude_special_tokens: bool | None = None
-    """Leave out the tokenizer's special tokens."""
+    """Exclude the tokenizer's special tokens."""
 
 
 @dataclass
@@ -93,14 +76,13 @@ class SAEOptions:
 
 @dataclass
 class Inputs:
-    """What the options stand for."""
+    """The SAE, model and prompts that the options name."""
 
     sae: SAE[Any]
     model: Any
-    tokens: Int[Tensor, "prompt pos"]
-    """Prompts, on the CPU."""
-    exclude_tokens: list[int] = field(default_factory=list)
-    """Token ids that are left out."""
+    text: Text
+    prompts: Prompts
+    """On the CPU."""
 
     @cached_property
     def token_texts(self) -> list[str]:
@@ -109,54 +91,66 @@ class Inputs:
         return tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
 
     def text_of(self, token_id: int) -> str:
-        """The text of a token; its number where the tokenizer has none."""
-        known = token_id < len(self.token_texts)
-        return self.token_texts[token_id] if known else f"[{token_id}]"
+        """The text of a token; its id if the tokenizer has none."""
+        has_text = token_id < len(self.token_texts)
+        return self.token_texts[token_id] if has_text else f"[{token_id}]"
 
 
 def load_inputs(
     sae_options: SAEOptions, model_options: ModelOptions, text_options: TextOptions
 ) -> Inputs:
-    """Load what a command works on.
+    """Load the SAE, the model and the prompts of a command.
 
     Raises:
-        ValueError: If something does not fit together, or is not said anywhere.
-        OSError: If something is not there.
+        ValueError: If a setting is neither given nor in the metadata, or does not fit.
+        OSError: If a file is missing.
     """
+    check_n_tokens(text_options.n_tokens)
     _check_device(model_options.device)
     sae = load_sae(sae_options, model_options.device)
-    metadata = sae.cfg.metadata
-    cfg = run_of(
+    text = text_of(sae.cfg.metadata, text_options)
+    model = load_model(sae.cfg.metadata, model_options, hook_names=hook_names_of(sae))
+    prompts = text.prompts(model, text_options.n_tokens)
+    _check_widths(sae, model, prompts)
+    return Inputs(sae, model, text, prompts)
+
+
+@torch.no_grad()
+def _check_widths(sae: SAE[Any], model: Any, prompts: Prompts) -> None:
+    """Check the width of the SAE against the model's vectors at one position."""
+    names, head = hook_names_of(sae), sae.cfg.metadata.hook_head_index
+    vectors = as_model(model).vectors(prompts.ids[:1, :1], names, [head] * len(names))
+    widths = {name: x.shape[-1] for name, x in zip(names, vectors, strict=True)}
+    check_widths(widths, sae.cfg.d_in)
+
+
+def text_of(metadata: SAEMetadata, options: TextOptions) -> Text:
+    """The text of the options and, what they leave out, of the SAE's metadata."""
+    return Text.from_metadata(
         metadata,
-        model_options,
-        text_options,
-        hook_names=hook_names_of(sae),
-        hook_head_index=metadata.hook_head_index,
+        dataset_path=options.dataset_path,
+        context_size=options.context_size,
+        exclude_special_tokens=options.exclude_special_tokens,
     )
-    model, tokens = load_model_and_tokens(cfg, text_options, sae.cfg.d_in)
-    special = text_options.exclude_special_tokens
-    if special is None:
-        special = metadata.exclude_special_tokens
-    excluded = excluded_token_ids(special, model.tokenizer)
-    return Inputs(sae, model, tokens, excluded)
 
 
 def long_first_position(
     inputs: Inputs, options: TextOptions, left_out: Sequence[int]
 ) -> float | None:
-    """How many times longer the first position's vectors are, if that is very much.
+    """Ratio of the norms of first positions to the others', if it is large.
 
     Args:
-        left_out: Positions that do not count.
+        left_out: Positions that the command excludes.
 
     Returns:
-        None if they do not decide every average, or do not count.
+        None if the ratio is small, or no first position counts.
     """
-    tokens = inputs.tokens[: options.batch_size_prompts]
-    n_pos = tokens.shape[1]
-    if n_pos < 2 or {0, -n_pos}.intersection(left_out):
+    prompts = inputs.prompts[: options.batch_size_prompts]
+    n_pos = prompts.ids.shape[1]
+    is_counted = bool(prompts.counted[:, 0].any())
+    if n_pos < 2 or not is_counted or {0, -n_pos}.intersection(left_out):
         return None
-    ratio = first_position_ratio(inputs.model, hook_names_of(inputs.sae), tokens)
+    ratio = first_position_ratio(inputs.model, hook_names_of(inputs.sae), prompts.ids)
     return ratio if ratio >= _SINK_RATIO else None
 
 
@@ -214,63 +208,34 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used here: {reason}") from error
 
 
-def load_model_and_tokens(
-    cfg: MultiLayerConfig[Any], options: TextOptions, d_in: int | None = None
-) -> tuple[Any, Int[Tensor, "prompt pos"]]:
-    """A run's model, and the prompts of its text as its store makes them, on the CPU.
-
-    Args:
-        d_in: Width that the run's hooks must have; None: the residual stream's.
-
-    Raises:
-        ValueError: If the text is too short, or as the store.
-    """
-    check_n_tokens(options.n_tokens)
-    model = loading.load_model(cfg)
-    width = as_model(model).shape.d_model if d_in is None else d_in
-    # Of the SAE, the store looks at the width alone.
-    cfg.sae = MultiLayerTrainingSAEConfig(d_in=width, d_sae=width, k=1)
-    tokens = prompts_of_text(model, cfg, options.n_tokens, options.batch_size_prompts)
-    return model, tokens
-
-
-def run_of(
-    metadata: SAEMetadata,
-    model_options: ModelOptions,
-    text_options: TextOptions,
-    **changes: Any,
-) -> MultiLayerConfig[Any]:
-    """A run whose model and text are those of the options, or else of an SAE.
+def load_model(metadata: SAEMetadata, options: ModelOptions, **hooks: Any) -> Any:
+    """Load the model of the options, or else of the SAE's metadata.
 
     Args:
         metadata: The SAE's.
-        changes: Other fields of the run, which say what its hooks are.
+        options: The given settings.
+        hooks: `hook_name` or `hook_names` of the config; a Hugging Face model is loaded
+            for these hooks.
 
     Raises:
-        ValueError: If something is said by neither.
+        ValueError: If neither has a model name, or the model is unknown.
     """
-    named = vars(model_options) | vars(text_options)
-    settings: dict[str, Any] = {}
-    for name, default in _OF_TRAINING.items():
-        value = named.get(name)
-        value = metadata[name] if value is None else value
-        settings[name] = default if value is None else value
-        if settings[name] is None:
-            raise ValueError(f"It is not known which `{name}` to use: give --{name}.")
-    # Of another class or name, the model takes other arguments.
-    is_same = (settings["model_class_name"], settings["model_name"]) == (
-        metadata.model_class_name,
-        metadata.model_name,
+    name = options.model_name or metadata.model_name
+    class_name = (
+        options.model_class_name or metadata.model_class_name or "HookedTransformer"
     )
-    return MultiLayerConfig(
-        model_from_pretrained_kwargs=(
-            metadata.model_from_pretrained_kwargs if is_same else None
-        ),
-        device=model_options.device,
-        store_batch_size_prompts=1,
-        n_batches_in_buffer=1,
+    if name is None:
+        raise ValueError("The SAE's metadata has no `model_name`: give --model_name.")
+    # A model of another class or name has other arguments.
+    is_same = (class_name, name) == (metadata.model_class_name, metadata.model_name)
+    kwargs = metadata.model_from_pretrained_kwargs if is_same else None
+    cfg = MultiLayerConfig(
+        model_name=name,
+        model_class_name=class_name,
+        model_from_pretrained_kwargs=kwargs,
+        device=options.device,
         logger=LoggingConfig(log_to_wandb=False),
         verbose=False,
-        **settings,
-        **changes,
+        **hooks,
     )
+    return loading.load_model(cfg)

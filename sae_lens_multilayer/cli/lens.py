@@ -9,11 +9,12 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.cli.inputs import (
     ModelOptions,
     TextOptions,
-    load_model_and_tokens,
-    run_of,
+    load_model,
+    text_of,
 )
 from sae_lens_multilayer.cli.parsing import new_folder, parse
 from sae_lens_multilayer.lens.fit import fit_tuned_lens
+from sae_lens_multilayer.text.text import check_n_tokens
 
 
 @dataclass
@@ -43,13 +44,12 @@ def lens(arguments: list[str]) -> None:
     """Fit a tuned lens to a model, to train an SAE with."""
     options = parse(lens, Options, arguments)
     output = new_folder(options.output_path)
-    cfg = run_of(
-        SAEMetadata(), options.model, options.text, hook_name=options.hook_name
-    )
-    model, tokens = load_model_and_tokens(cfg, options.text)
+    check_n_tokens(options.text.n_tokens)
+    text = text_of(SAEMetadata(), options.text)
+    model = load_model(SAEMetadata(), options.model, hook_name=options.hook_name)
     fit_tuned_lens(
         model,
-        tokens,
+        text.prompts(model, options.text.n_tokens).ids,
         n_steps=options.n_steps,
         batch_size_prompts=options.n_prompts_per_step,
         forward_batch_size_prompts=options.text.batch_size_prompts,

@@ -63,7 +63,7 @@ def report(arguments: list[str]) -> None:
 
 
 def _content(inputs: Inputs, options: Options) -> ReportContent:
-    sae, tokens = inputs.sae, inputs.tokens
+    sae, prompts = inputs.sae, inputs.prompts
     names = hook_names_of(sae)
     positions, notes = _left_out(inputs, options)
     analysis = replace(options.analysis, exclude_positions=positions)
@@ -81,8 +81,7 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     prompt = layer_distributions(
         sae,
         inputs.model,
-        tokens[:1],
-        exclude_tokens=inputs.exclude_tokens,
+        prompts[:1],
         exclude_positions=positions,
     )
     labels = short_labels(names)
@@ -96,8 +95,8 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
         "latents": f"{sae.cfg.d_sae:,} ({sae.cfg.d_sae / sae.cfg.d_in:g} × d_in)",
         **({} if k is None else {"k": str(k)}),
         "layers": f"{len(names)}, from {labels[0]} to {labels[-1]}",
-        "text": options.text.dataset_path or str(sae.cfg.metadata.dataset_path),
-        "tokens": f"{evaluation.n_tokens:,} of {tokens.numel():,}",
+        "text": inputs.text.dataset_path,
+        "tokens": f"{evaluation.n_tokens:,} of {prompts.ids.numel():,}",
         "CE of the model": f"{table.ce_loss_clean.iloc[0]:.4f} nats",
         "dead latents": f"{table.dead_fraction.iloc[0]:.1%}",
     }
@@ -117,10 +116,13 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
 def _left_out(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
     """Positions that are left out, and what the page says of it."""
     notes: list[str] = []
-    if inputs.exclude_tokens:
+    special = inputs.text.excluded_token_ids(inputs.model.tokenizer)
+    if special:
+        notes.append(f"{len(special)} special tokens are left out everywhere.")
+    if inputs.text.seqpos_slice != (None,):
         notes.append(
-            f"{len(inputs.exclude_tokens)} special tokens of the tokenizer are left "
-            "out everywhere."
+            f"Only positions in the SAE's `seqpos_slice` {inputs.text.seqpos_slice} "
+            "count. When layers are replaced the others keep their own vectors."
         )
     given = options.analysis.exclude_positions
     if given:

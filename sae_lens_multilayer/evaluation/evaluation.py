@@ -1,14 +1,10 @@
 """Evaluates an SAE on held-out tokens, by itself and spliced into the model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Int
 from sae_lens import SAE
-from sae_lens.training.activations_store import ActivationsStore
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lens_multilayer import hooks
@@ -20,8 +16,10 @@ from sae_lens_multilayer.lens.carrier import check_lenses
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.text.prompts import (
+    Tokens,
     check_integers,
     check_positions,
+    counted_positions,
     take_prompts,
 )
 
@@ -34,11 +32,11 @@ Ablation = Literal["zero", "mean"]
 def evaluate(
     sae: SAE[Any] | Sequence[SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
-    exclude_tokens: Sequence[int] = (),
+    exclude_tokens: Sequence[int] | None = None,
     exclude_positions: Sequence[int] = (),
     keep_tokens: Sequence[int] = (),
     keep_positions: Sequence[int] = (),
@@ -59,12 +57,14 @@ def evaluate(
             a list of SAEs of one hook each. At a hook with heads they take the heads
             concatenated. Their tuned lenses are applied; all metrics are in raw space.
         model: The model that the SAE was trained on, without SAEs attached.
-        tokens: Prompts with their special tokens, or a store to take them from.
+        tokens: Prompts with their special tokens, `Prompts` with the positions that
+            count, or a store to take them from.
         n_prompts: Prompts taken from a store, none of them twice; None:
             `store_batch_size_prompts`.
         batch_size_prompts: Prompts of a clean forward pass.
         exclude_tokens: Token ids whose positions keep their own vectors and are left
-            out of all averages, as SAELens' `exclude_special_tokens`.
+            out of all averages, as SAELens' `exclude_special_tokens`; None: those that
+            a store excludes.
         exclude_positions: Positions in a prompt, treated likewise; negative ones count
             from its end. The first one's vectors are often many times longer.
         keep_tokens: Token ids whose positions keep their own vectors and are left out
@@ -94,7 +94,7 @@ def evaluate(
             f"`ablation` must be one of {get_args(Ablation)}; got {ablation!r}."
         )
     for name, values in [
-        ("exclude_tokens", exclude_tokens),
+        ("exclude_tokens", () if exclude_tokens is None else exclude_tokens),
         ("exclude_positions", exclude_positions),
         ("keep_tokens", keep_tokens),
         ("keep_positions", keep_positions),
@@ -107,11 +107,16 @@ def evaluate(
     hooks_together = _find_hooks(encoder.hook_names, together)
     splicer = make_splicer(model, encoder.hook_names, _PROMPTS_PER_BLOCK, from_middle)
     prompts = take_prompts(
-        model, encoder.model_name, tokens, n_prompts, batch_size_prompts
+        model,
+        encoder.model_name,
+        tokens,
+        n_prompts,
+        batch_size_prompts,
+        exclude_tokens,
+        exclude_positions,
     )
-    check_positions("keep_positions", keep_positions, prompts)
-    excluded = _excluded(exclude_tokens, exclude_positions, prompts)
-    if excluded.of(prompts)[:, :-1].all():
+    check_positions("keep_positions", keep_positions, prompts.ids)
+    if not prompts.counted[:, :-1].any():
         raise ValueError(
             "The evaluation needs at least one predicted token; got none. Prompts need "
             "two tokens or more, not all of them excluded."
@@ -120,12 +125,12 @@ def evaluate(
     prompts = prompts.to(model.device)
     batches = prompts.split(batch_size_prompts)
     if ablation == "mean":
-        runs.means = mean_vectors(splicer, len(encoder.hook_names), batches)
-    kept = _Positions(keep_tokens, keep_positions)
+        ids = [batch.ids for batch in batches]
+        runs.means = mean_vectors(splicer, len(encoder.hook_names), ids)
     for batch in tqdm(batches, desc="Splicing", unit="batch"):
-        is_excluded = excluded.of(batch)
-        runs.add(batch, ~is_excluded, is_excluded | kept.of(batch))
-    runs.add_ablations_without_prompts(prompts, ~excluded.of(prompts))
+        replaced = counted_positions(batch.ids, keep_tokens, keep_positions)
+        runs.add(batch.ids, batch.counted, ~(batch.counted & replaced))
+    runs.add_ablations_without_prompts(prompts.ids, prompts.counted)
     return runs.result()
 
 
@@ -133,11 +138,11 @@ def evaluate(
 def reconstruction_metrics(
     sae: SAE[Any] | Sequence[SAE[Any]],
     model: Any,
-    tokens: Int[Tensor, "prompt pos"] | ActivationsStore,
+    tokens: Tokens,
     *,
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
-    exclude_tokens: Sequence[int] = (),
+    exclude_tokens: Sequence[int] | None = None,
     exclude_positions: Sequence[int] = (),
 ) -> LayerMetrics:
     """The part of `evaluate` that needs one pass up to the last hook, and no logits.
@@ -149,7 +154,8 @@ def reconstruction_metrics(
             from.
         n_prompts: As in `evaluate`.
         batch_size_prompts: Prompts in a forward pass.
-        exclude_tokens: Token ids whose positions are left out.
+        exclude_tokens: Token ids whose positions are left out; None: those that a store
+            excludes.
         exclude_positions: Positions in a prompt that are left out; negative ones count
             from its end.
 
@@ -163,38 +169,21 @@ def reconstruction_metrics(
     model.own_hook_names(encoder.hook_names)
     heads = [one.cfg.metadata.hook_head_index for one in encoder.saes]
     prompts = take_prompts(
-        model, encoder.model_name, tokens, n_prompts, batch_size_prompts
+        model,
+        encoder.model_name,
+        tokens,
+        n_prompts,
+        batch_size_prompts,
+        exclude_tokens,
+        exclude_positions,
     )
-    excluded = _excluded(exclude_tokens, exclude_positions, prompts)
     sums = ReconstructionSums(encoder)
     for batch in tqdm(
         prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
     ):
-        counted = ~excluded.of(batch)
-        for hook, x in enumerate(model.vectors(batch, encoder.hook_names, heads)):
-            sums.reconstruct(hook, x, counted)
+        for hook, x in enumerate(model.vectors(batch.ids, encoder.hook_names, heads)):
+            sums.reconstruct(hook, x, batch.counted)
     return sums.compute()
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Which positions of prompts are meant, by token id or by place."""
-
-    token_ids: Sequence[int] = ()
-    places: Sequence[int] = ()
-
-    def of(self, tokens: Int[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos"]:
-        wanted = torch.tensor(list(self.token_ids), dtype=tokens.dtype)
-        found = torch.isin(tokens, wanted.to(tokens.device))
-        found[:, list(self.places)] = True
-        return found
-
-
-def _excluded(
-    token_ids: Sequence[int], places: Sequence[int], prompts: Int[Tensor, "prompt pos"]
-) -> _Positions:
-    check_positions("exclude_positions", places, prompts)
-    return _Positions(token_ids, places)
 
 
 def _check_model(encoder: LayerEncoder, model: Model) -> None:

@@ -21,9 +21,9 @@ from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.buffer import ShuffleBuffer
 from sae_lens_multilayer.store.place import Harvest, Place, still_waiting
-from sae_lens_multilayer.text.dataset import resolve_dataset
-from sae_lens_multilayer.text.prompts import next_rows
+from sae_lens_multilayer.text.prompts import counted_positions, next_rows
 from sae_lens_multilayer.text.stream import ResumableTokens
+from sae_lens_multilayer.text.text import Text
 
 logger = logging.getLogger(__name__)
 
@@ -74,19 +74,11 @@ class MultiLayerActivationsStore(ResumableTokens):
             ValueError: If a hook does not exist or the hooks differ in width, if the
                 context is too long for the model, or if the dataset is empty.
         """
-        if override_dataset is None and not cfg.dataset_path:
-            raise ValueError("Give `dataset_path`, or a dataset to the runner.")
         lm = as_model(model)
         lm.shape.check_context_size(cfg.context_size, cfg.model_name)
         names = cfg.resolve_hook_names(lm.shape.n_layers)
         lm.own_hook_names(names)
-        dataset = resolve_dataset(
-            override_dataset if override_dataset is not None else cfg.dataset_path,
-            cfg.context_size,
-            cfg.streaming,
-            cfg.disable_concat_sequences,
-            cfg.use_chat_formatting,
-        )
+        dataset = Text.from_config(cfg).load_dataset(override_dataset)
         store = super().from_config(lm.module, cfg, override_dataset=dataset)  # type: ignore[arg-type]
         assert isinstance(store, cls)
         store.hook_name, store.hook_names = names[0], names
@@ -304,10 +296,11 @@ class MultiLayerActivationsStore(ResumableTokens):
 
         The places are those after `seqpos_slice`.
         """
-        flat = prompts[:, slice(*self.seqpos_slice)].flatten().to(self.device)
+        inside = prompts[:, slice(*self.seqpos_slice)].to(self.device)
         if self.exclude_special_tokens is None:
-            return torch.arange(len(flat), device=flat.device)
-        return (~torch.isin(flat, self.exclude_special_tokens)).nonzero().flatten()
+            return torch.arange(inside.numel(), device=inside.device)
+        counted = counted_positions(inside, self.exclude_special_tokens)
+        return counted.flatten().nonzero().flatten()
 
     def _check_finite(self, rows: Tensor, hook_name: str) -> None:
         if rows.numel() and not rows.abs().amax().isfinite():

@@ -161,10 +161,9 @@ def _compare(
         transfer = transfer_matrix(
             singles,
             model,
-            data.tokens,
+            data,
             multi_layer=multi,
             batch_size_prompts=evaluation.batch_size_prompts,
-            exclude_tokens=data.exclude_tokens,
             exclude_positions=evaluation.exclude_positions,
         )
     return SingleLayerRuns(comparison, transfer, _costs(table, [multi, *singles]))

@@ -1,14 +1,10 @@
 """What is measured of each point of a sweep, and on which text."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
-from jaxtyping import Int
 from sae_lens import SAE
-from sae_lens.config import HfDataset
-from torch import Tensor
 
 from sae_lens_multilayer.analysis import (
     ActiveLayers,
@@ -16,29 +12,14 @@ from sae_lens_multilayer.analysis import (
     Variances,
 )
 from sae_lens_multilayer.analysis.suite import Analysis, Suite
-from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config import fields_of
 from sae_lens_multilayer.config_files import check_known
 from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
-from sae_lens_multilayer.record import hash_of_tensors
 from sae_lens_multilayer.results import Result
-from sae_lens_multilayer.text.held_out import (
-    check_n_tokens,
-    excluded_token_ids,
-    prompts_of_text,
-)
-from sae_lens_multilayer.text.prompts import check_integers, check_positions
+from sae_lens_multilayer.text.prompts import Prompts, check_integers
+from sae_lens_multilayer.text.text import Text, check_n_tokens
 
-_OF_TEXT = (
-    "context_size",
-    "prepend_bos",
-    "sequence_separator_token",
-    "disable_concat_sequences",
-    "is_dataset_tokenized",
-    "use_chat_formatting",
-    "exclude_special_tokens",
-)
-"""Settings of a run that say how text becomes prompts."""
 _NEED_MORE = (
     "transfer_matrix",
     "single_layer_comparison",
@@ -97,76 +78,28 @@ class SweepEvaluation:
         if unknown := [name for name in self.analyses if name not in known]:
             raise ValueError(f"`analyses` must be among {known}; got {unknown}.")
 
-    def settings(self, text: dict[str, Any]) -> dict[str, Any]:
-        """What a result depends on, as values that JSON can hold.
+    def text(self, base: Mapping[str, Any]) -> Text:
+        """The held-out text, made to prompts as the base of a sweep does."""
+        return Text.from_settings(base, self.dataset_path or "")
 
-        Args:
-            text: See `text_settings`.
-        """
+    def settings(self, text: Text) -> dict[str, Any]:
+        """The settings that a result depends on, as values that JSON can hold."""
         kept = {n: v for n, v in asdict(self).items() if n != "batch_size_prompts"}
         lists = {name: list(kept[name]) for name in ("exclude_positions", "analyses")}
-        return {**kept, **lists, **text}
-
-
-def text_settings(base: Mapping[str, Any]) -> dict[str, Any]:
-    """How the base of a sweep makes prompts of text; all points are measured so."""
-    return {name: base.get(name, getattr(MultiLayerConfig, name)) for name in _OF_TEXT}
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The prompts of one model."""
-
-    tokens: Int[Tensor, "prompt pos"]
-    """On the CPU."""
-    exclude_tokens: list[int]
-    """Token ids that are left out."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells other prompts apart."""
-        return hash_of_tensors({"tokens": self.tokens})
-
-
-def held_out(
-    model: Any,
-    cfg: MultiLayerConfig[Any],
-    evaluation: SweepEvaluation,
-    text: dict[str, Any],
-    dataset: HfDataset | None,
-) -> HeldOut:
-    """The prompts that all points with a model are measured on.
-
-    Args:
-        cfg: One of these points.
-        dataset: The text, instead of `evaluation.dataset_path`.
-
-    Raises:
-        ValueError: If the text is too short, or a prompt has no such position.
-    """
-    cfg = copy.copy(cfg)
-    for name, value in text.items():
-        setattr(cfg, name, value)
-    cfg.dataset_path = evaluation.dataset_path or ""
-    tokens = prompts_of_text(
-        model, cfg, evaluation.n_tokens, evaluation.batch_size_prompts, dataset
-    )
-    check_positions("exclude_positions", evaluation.exclude_positions, tokens)
-    excluded = excluded_token_ids(cfg.exclude_special_tokens, model.tokenizer)
-    return HeldOut(tokens, excluded)
+        of_text = {name: getattr(text, name) for name in fields_of("text")}
+        return {**of_text, "seqpos_slice": list(text.seqpos_slice), **kept, **lists}
 
 
 def measure(
-    sae: SAE[Any], model: Any, data: HeldOut, evaluation: SweepEvaluation
+    sae: SAE[Any], model: Any, prompts: Prompts, evaluation: SweepEvaluation
 ) -> tuple[SpliceMetrics, dict[str, Result]]:
     """Evaluate an SAE and analyse it."""
     options: Any = {
         "batch_size_prompts": evaluation.batch_size_prompts,
-        "exclude_tokens": data.exclude_tokens,
         "exclude_positions": evaluation.exclude_positions,
     }
-    metrics = evaluate(sae, model, data.tokens, **options)
-    suite = Suite(sae, model, data.tokens, **options)
+    metrics = evaluate(sae, model, prompts, **options)
+    suite = Suite(sae, model, prompts, **options)
     return metrics, suite.run(evaluation.analyses, {"evaluation": metrics})
 
 

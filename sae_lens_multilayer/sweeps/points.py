@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import quote
 
-from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config import MultiLayerConfig, fields_of
 from sae_lens_multilayer.config_files import (
     check_known,
     config_from_settings,
@@ -25,7 +25,7 @@ NAME = "name"
 SIZES = (EXPANSION_FACTOR, "d_sae", "k")
 """Settings that stand in the table of any sweep."""
 _SHORT = {EXPANSION_FACTOR: "R", "k": "k"}
-_OWN_PLACES = ("output_path", "checkpoint_path", "resume_from_checkpoint")
+_OUTPUTS = fields_of("outputs")
 _LONGEST_NAME = 100
 _OF_RUN = [field.name for field in fields(MultiLayerConfig)]
 
@@ -132,7 +132,7 @@ def setting_of(point: Point, name: str) -> Any:
 
 
 def _check_places(varied: Settings) -> None:
-    if wrong := [name for name in _OWN_PLACES if name in varied]:
+    if wrong := [name for name in _OUTPUTS if name in varied]:
         raise ValueError(
             f"A point must not set {wrong}: each is saved and resumed in a folder of "
             "its own, under that of the sweep."
@@ -144,7 +144,7 @@ def _merge(
 ) -> dict[str, Any]:
     """The settings of a run, with those of its SAE in `sae`."""
     # What the base says of places, as a saved run's config does, is not of a point.
-    of_run, of_sae = _split({n: v for n, v in base.items() if n not in _OWN_PLACES})
+    of_run, of_sae = _split({n: v for n, v in base.items() if n not in _OUTPUTS})
     changed_run, changed_sae = _split(varied)
     if changed_sae.keys() & {EXPANSION_FACTOR, "d_sae"}:
         of_sae = {

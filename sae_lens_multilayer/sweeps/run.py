@@ -16,10 +16,8 @@ from sae_lens_multilayer.files import check_writable, locked, write_whole
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures import describe_sweep, draw, save_figure
 from sae_lens_multilayer.sweeps.evaluation import (
-    HeldOut,
     SweepEvaluation,
     measure,
-    text_settings,
 )
 from sae_lens_multilayer.sweeps.point_folder import PointFolder
 from sae_lens_multilayer.sweeps.points import (
@@ -31,6 +29,7 @@ from sae_lens_multilayer.sweeps.points import (
     varied_settings,
 )
 from sae_lens_multilayer.sweeps.workbench import Given, Workbench, model_of
+from sae_lens_multilayer.text.prompts import Prompts
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 logger = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ class Runs:
         self.points = make_points(base, points, shape)
         self.folder = Path(folder).expanduser()
         self._evaluation = evaluation
-        text = text_settings(base)
+        text = evaluation.text(base)
         self._measured_as = evaluation.settings(text)
         check_writable(self.folder / "new", "folder")
         for point in self.points:
@@ -161,7 +160,7 @@ class Runs:
                 cfg, override_dataset=dataset, override_model=model
             ).run()
 
-    def _analyse(self, point: Point, model: Any, data: HeldOut) -> None:
+    def _analyse(self, point: Point, model: Any, data: Prompts) -> None:
         folder = self.folder_of(point)
         sae = SAE.load_from_disk(folder.sae, device=point.cfg.device)
         metrics, results = measure(sae, model, data, self._evaluation)
@@ -169,7 +168,7 @@ class Runs:
             metrics, results, self._measured_as, data.fingerprint, model.tokenizer
         )
 
-    def _check_tokens(self, point: Point, data: HeldOut) -> None:
+    def _check_tokens(self, point: Point, data: Prompts) -> None:
         for other in self.points:
             folder = self.folder_of(other)
             if not folder.is_done or model_of(other) != model_of(point):

@@ -8,22 +8,17 @@ from typing import Any
 
 from sae_lens.config import HfDataset
 
+from sae_lens_multilayer.config import fields_of
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.sweeps.evaluation import HeldOut, SweepEvaluation, held_out
+from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import Point
-from sae_lens_multilayer.text.dataset import resolve_dataset
+from sae_lens_multilayer.text.prompts import Prompts, check_positions
+from sae_lens_multilayer.text.text import Text
 from sae_lens_multilayer.training.run_lens import lens_of_run
 
-_OF_MODEL = (
-    "model_class_name",
-    "model_name",
-    "model_from_pretrained_kwargs",
-    "llm_device",
-    "compile_llm",
-    "llm_compilation_mode",
-)
-"""Settings of a run that say which model it loads."""
+_OF_MODEL = fields_of("model", "model run")
+"""Points that agree in these fields share a loaded model."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Workbench:
         self,
         points: Sequence[Point],
         evaluation: SweepEvaluation,
-        text: dict[str, Any],
+        text: Text,
         given: Given,
     ) -> None:
         """Check that models, layers and data fit together; no model is loaded.
@@ -52,7 +47,7 @@ class Workbench:
         Args:
             points: All that will be run.
             evaluation: On which text they are measured.
-            text: How it becomes prompts; see `text_settings`.
+            text: The held-out text.
             given: What need not be loaded.
 
         Raises:
@@ -63,7 +58,7 @@ class Workbench:
         self.given = given
         self._current: str | None = None
         self._model: Any = given.model
-        self._held_out: HeldOut | None = None
+        self._held_out: Prompts | None = None
         self._check_data()
         self._check_models()
 
@@ -74,14 +69,12 @@ class Workbench:
                 "Points are measured on held-out text: give `dataset_path` of "
                 "`evaluation`, or a dataset to `sweep`, and not both."
             )
-        named = {(path, self._text["context_size"])}
+        texts = [] if path is None else [self._text]
         if given.dataset is None:
-            named |= {(p.cfg.dataset_path, p.cfg.context_size) for p in self._points}
-        for name, context_size in named:
-            if name == "":
-                raise ValueError("Give `dataset_path`, or a dataset to train on.")
-            if name is not None:
-                resolve_dataset(name, context_size)
+            texts += [Text.from_config(point.cfg) for point in self._points]
+        for number, text in enumerate(texts):
+            if text not in texts[:number]:
+                text.load_dataset()
 
     def _check_models(self) -> None:
         given = self.given.model
@@ -98,8 +91,13 @@ class Workbench:
             else:
                 loading.check_shape(point.cfg, shape, lens)
 
-    def load(self, point: Point) -> tuple[Any, HeldOut]:
-        """The model of a point and its held-out prompts."""
+    def load(self, point: Point) -> tuple[Any, Prompts]:
+        """The model of a point and its held-out prompts, the same for all its points.
+
+        Raises:
+            ValueError: If the text is too short, or an excluded position is not in a
+                prompt.
+        """
         if self._current != model_of(point):
             self._current = self._held_out = None
             if self.given.model is None:
@@ -108,13 +106,12 @@ class Workbench:
                 self._model = loading.load_model(point.cfg, self._hook_names(point))
             self._current = model_of(point)
         if self._held_out is None:
-            self._held_out = held_out(
-                self._model,
-                point.cfg,
-                self._evaluation,
-                self._text,
-                self.given.evaluation_dataset,
-            )
+            n_tokens = self._evaluation.n_tokens
+            dataset = self.given.evaluation_dataset
+            prompts = self._text.prompts(self._model, n_tokens, dataset)
+            excluded = self._evaluation.exclude_positions
+            check_positions("exclude_positions", excluded, prompts.ids)
+            self._held_out = prompts
         return self._model, self._held_out
 
     def _hook_names(self, point: Point) -> list[str] | None:

@@ -1,5 +1,6 @@
-"""Turns what `dataset_path` may name on this machine into a dataset SAELens reads."""
+"""From a dataset's path to its rows."""
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,18 +42,18 @@ def resolve_dataset(
     tokens and a folder named like one of the builders of `datasets` ("json").
 
     Args:
-        dataset: A dataset, a path on this machine, or a name on the Hugging Face hub,
-            which is returned as it is for SAELens to load.
-        context_size: Tokens in a row that the model is run on.
-        streaming: Whether to read files as they are needed.
-        disable_concat_sequences: Leave out token rows shorter than the context instead
-            of joining them.
-        use_chat_formatting: Leave token columns alone; conversations are read.
+        dataset: A dataset, a local path, or a name on the Hugging Face hub, which is
+            returned unchanged for SAELens to load.
+        context_size: Tokens per prompt.
+        streaming: Read files while they are needed.
+        disable_concat_sequences: Skip token rows shorter than the context instead of
+            joining them.
+        use_chat_formatting: Read conversations; token columns stay as they are.
 
     Raises:
-        ValueError: If the dataset is empty or has not one context of tokens, or if a
-            file is of an unknown kind.
-        FileNotFoundError: If nothing is there and it cannot be a name on the hub.
+        ValueError: If the dataset is empty or has less than one context of tokens, or
+            the kind of a file is unknown.
+        FileNotFoundError: If the path does not exist and cannot be a name on the hub.
     """
     if isinstance(dataset, str):
         found = _load_local(dataset, streaming)
@@ -79,18 +80,23 @@ def _load_local(name: str, streaming: bool) -> Any:
     path = Path(name).expanduser()
     if not path.exists():
         if _is_path(name):
-            raise FileNotFoundError(f"`dataset_path` names {path}, which is not there.")
+            raise FileNotFoundError(f"`dataset_path` {path} does not exist.")
         return None
     files = [path] if path.is_file() else (f for f in path.rglob("*") if f.is_file())
     if not any(file.stat().st_size for file in files):
         raise ValueError(f"The dataset must have at least one row; {path} is empty.")
     if path.is_file():
-        return load_dataset(
-            _builder_of(path), data_files=str(path.absolute()), streaming=streaming
-        )
+        # `data_files` is a pattern, in which [ starts a set of characters.
+        file = glob.escape(str(path.absolute()))
+        return load_dataset(_builder_of(path), data_files=file, streaming=streaming)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return load_from_disk(str(path))
-    # An absolute path is never taken for the name of a builder.
+    if glob.has_magic(str(path.absolute())):
+        raise ValueError(
+            f"`dataset_path` of a folder must not contain *, ? or [, which `datasets` "
+            f"reads as a pattern; got {path}. Rename it, or name one file."
+        )
+    # An absolute path is never the name of a builder.
     return load_dataset(str(path.absolute()), streaming=streaming)
 
 
@@ -131,19 +137,19 @@ def _check_token_ids(column: str, row: Any) -> None:
     values = _as_list(row)
     if values is None or any(not isinstance(value, int) for value in values):
         raise ValueError(
-            f"The column {column!r} must hold lists of token ids, as SAELens takes it "
-            f"for tokens; its first row is {row!r:.100}. Rename or remove the column."
+            f"The column {column!r} must hold lists of token ids, as SAELens reads "
+            f"tokens from it; its first row is {row!r:.100}. Rename or remove it."
         )
 
 
 def _as_list(row: Any) -> list[Any] | None:
-    """A row of a dataset in any of its formats; None if it is not a list."""
+    """A value of a row in any format of `datasets`; None if it is not a list."""
     row = row.tolist() if hasattr(row, "tolist") else row
     return row if isinstance(row, list) else None
 
 
 def _rows_reach(dataset: Any, column: str, context_size: int) -> bool:
-    """Whether every row is known to be long enough; a stream's rows are not."""
+    """Whether every row is long enough; False for a stream, which is not read ahead."""
     if not isinstance(dataset, Dataset):
         return False
     tables: Any = dataset.with_format("arrow", columns=[column]).iter(10_000)
@@ -176,7 +182,7 @@ def _of_whole_contexts(
 def _contexts(
     dataset: Any, column: str, context_size: int, join: bool
 ) -> Iterator[dict[str, list[int]]]:
-    """Rows of one context: long ones cut, as the host does, short ones joined."""
+    """Rows of one context: long ones are cut, as in SAELens, short ones joined."""
     waiting: list[int] = []
     for row in dataset:
         tokens = _as_list(row[column]) or []
@@ -187,3 +193,29 @@ def _contexts(
             if len(waiting) >= context_size:
                 yield {column: waiting[:context_size]}
                 waiting = waiting[context_size:]
+
+
+def read_rows(dataset: HfDataset, start: int) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset from row `start` on.
+
+    A map-style dataset starts there at once. A stream is read from its beginning, which
+    is the only exact way for every stream, such as a shuffled one.
+
+    Raises:
+        RuntimeError: If a row cannot be read; names the row.
+    """
+    data: Any = dataset
+    if isinstance(data, Dataset) and start >= len(data):
+        return
+    row, rows = start, iter(data.skip(start) if start else data)
+    while True:
+        try:
+            values = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise RuntimeError(
+                f"Row {row} of the dataset must be readable; {error!r}."
+            ) from error
+        yield values
+        row += 1

@@ -1,4 +1,4 @@
-"""SAELens' stream of contexts, which knows its place and can go on from there."""
+"""SAELens' stream of contexts, resumable at any context."""
 
 import logging
 from collections.abc import Generator
@@ -10,7 +10,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.text.rows import read_rows
+from sae_lens_multilayer.text.dataset import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -18,32 +18,33 @@ Tokens = Int[Tensor, " _"]
 
 
 class ResumableTokens(ActivationsStore):
-    """The host's reading of a dataset, with a place to which one can go.
+    """SAELens' reading of a dataset, resumable.
 
-    The place is a row and, where documents are joined to contexts, what no context
-    holds yet of the document under way.
+    Its state is the number of rows read and, where documents are joined to contexts,
+    the tokens of the last document that are in no context yet.
     """
 
     _n_rows_this_epoch: int
     _unread: list[Tokens]
-    """Of the documents read, what no context holds yet: of one, the last, or none."""
+    """Tokens of the documents read that are in no context yet; between contexts at most
+    one document has any."""
     _n_bad_rows: int = 0
 
     @override
     def _iterate_tokenized_sequences(self) -> Generator[Tokens, None, None]:
-        # Not itself a generator, so that an epoch begins when the host asks for one.
+        # Not itself a generator, so that an epoch starts when SAELens calls this.
         self._n_rows_this_epoch, self._unread = 0, []
         return self._contexts()
 
     def go_to(self, n_rows_this_epoch: int, unread: Tokens) -> None:
-        """Go on with `unread` and the rows from number `n_rows_this_epoch` on."""
+        """Resume with the tokens `unread`, then row `n_rows_this_epoch`."""
         self._n_rows_this_epoch, self._unread = n_rows_this_epoch, [unread]
         self.iterable_sequences = self._contexts()
 
     @property
     def unread(self) -> Tokens:
-        """What no context holds yet of the document under way."""
-        assert len(self._unread) <= 1  # a document is read when the last one is used up
+        """Tokens of the last document that are in no context yet."""
+        assert len(self._unread) <= 1  # a document is read once the last one is used up
         return self._unread[0] if self._unread else torch.empty(0, dtype=torch.long)
 
     def _contexts(self) -> Generator[Tokens, None, None]:
@@ -55,7 +56,6 @@ class ResumableTokens(ActivationsStore):
 
     @override
     def _iterate_raw_dataset_tokens(self) -> Generator[Tokens, None, None]:
-        # An empty one would look like a document of no tokens, which is harmless.
         yield from list(self._unread)
         for tokens in super()._iterate_raw_dataset_tokens():
             self._unread.append(tokens)
@@ -68,17 +68,31 @@ class ResumableTokens(ActivationsStore):
             self.n_dataset_processed += 1
             self._n_rows_this_epoch += 1
             value: Any = row.get(self.tokens_column)
+            if self.use_chat_formatting and isinstance(value, list):
+                self._check_turns(value)  # pyright: ignore[reportUnknownArgumentType]
             if self._is_usable(value):
                 yield value
+
+    def _check_turns(self, conversation: list[Any]) -> None:
+        for turn in conversation:
+            if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+                raise ValueError(
+                    f"Turns in the column {self.tokens_column!r} must have the keys "
+                    f"'role' and 'content'; row {self._n_rows_this_epoch - 1} has "
+                    f"{turn!r:.100}."
+                )
 
     def _is_usable(self, value: Any) -> bool:
         if self.is_dataset_tokenized:
             usable = value is not None
+        elif self.use_chat_formatting:
+            # A chat template fails on an empty conversation.
+            usable = isinstance(value, str) or (isinstance(value, list) and value != [])
         else:
-            usable = isinstance(value, (str, list) if self.use_chat_formatting else str)
+            usable = isinstance(value, str)
         if not usable:
             self._n_bad_rows += 1
-            # The 1st, 2nd, 4th, 8th, ...: a message that all of them can be told by.
+            # Log the 1st, 2nd, 4th, 8th, ... of them.
             if self._n_bad_rows & (self._n_bad_rows - 1) == 0:
                 logger.warning(
                     "Row %d of the dataset is left out: its %r is %.50r (%d such rows "
@@ -92,22 +106,22 @@ class ResumableTokens(ActivationsStore):
 
 
 def unread_after(context: Tokens, documents: list[Tokens]) -> list[Tokens]:
-    """What documents hold beyond a context that was joined from their beginnings.
+    """Tokens of documents beyond a context that was joined from their beginnings.
 
-    SAELens puts a token between documents, or before a context, only where the next
-    token is another; so a token of the context that is not the document's next one was
-    put there.
+    SAELens inserts a token between documents, or before a context, only if the next
+    token is another one; so a token of the context that is not the document's next one
+    was inserted.
     """
-    rest, place = list(documents), 0
-    while rest and place < len(context):
+    rest, index = list(documents), 0
+    while rest and index < len(context):
         first = rest[0]
         if len(first) == 0:
             rest.pop(0)
-        elif context[place] != first[0]:
-            place += 1
+        elif context[index] != first[0]:
+            index += 1
         else:
-            n = min(len(first), len(context) - place)
-            assert torch.equal(context[place : place + n], first[:n])
+            n = min(len(first), len(context) - index)
+            assert torch.equal(context[index : index + n], first[:n])
             rest[0] = first[n:]
-            place += n
+            index += n
     return [document for document in rest if len(document)]

@@ -14,6 +14,7 @@ from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
+from sae_lens_multilayer.text.prompts import mark_counted
 from sae_lens_multilayer.training.batches import RunBatches
 
 logger = logging.getLogger(__name__)
@@ -81,11 +82,7 @@ class MultiLayerEvaluator:
     def _evaluate(
         self, sae: TrainingSAE[Any], tokens: Int[Tensor, "prompt pos"]
     ) -> SpliceMetrics:
-        excluded = self.store.exclude_special_tokens
+        prompts = mark_counted(self.store, tokens)
         return evaluate(
-            sae,
-            self.model,
-            tokens,
-            batch_size_prompts=self.batch_size_prompts,
-            exclude_tokens=() if excluded is None else excluded.tolist(),
+            sae, self.model, prompts, batch_size_prompts=self.batch_size_prompts
         )

@@ -31,7 +31,7 @@ from sae_lens.util import temporary_seed
 from safetensors.torch import save_file
 from typing_extensions import override
 
-from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config import MultiLayerConfig, fields_of
 from sae_lens_multilayer.files import (
     check_writable,
     complete_or_absent,
@@ -465,6 +465,9 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
         metadata, names = self.sae.cfg.metadata, self.activations_store.hook_names
+        # What `Text.from_metadata` needs, which SAELens sets in part.
+        for name in (*fields_of("text"), "streaming"):
+            metadata[name] = getattr(self.cfg, name)
         metadata.hook_names = names
         # A template is no hook, and W&B takes no braces in the name made from it.
         metadata.hook_name = names[0] if len(names) == 1 else None

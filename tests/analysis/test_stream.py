@@ -186,7 +186,7 @@ def test_wrong_input_is_an_early_error(model, tokens):
         analyze(sae, model, tokens, sums, exclude_tokens=list(range(D_VOCAB)))
     with pytest.raises(ValueError, match="`batch_size_prompts` must be at least 1"):
         analyze(sae, model, tokens, sums, batch_size_prompts=0)
-    with pytest.raises(ValueError, match="`n_prompts` says how many"):
+    with pytest.raises(ValueError, match="take from a store"):
         analyze(sae, model, tokens, sums, n_prompts=3)
     with pytest.raises(ValueError, match=r"Token ids must be in \[0, 512\)"):
         analyze(sae, model, tokens + D_VOCAB, sums)
