@@ -5,11 +5,6 @@ result, which becomes a table (`to_dataframe`), a folder (`save`, `load`) or a p
 (`sae_lens_multilayer.pictures`). `analyze` runs several in one pass over the tokens.
 """
 
-from sae_lens_multilayer.analysis.active_layers import (
-    ActiveLayerCounts,
-    ActiveLayers,
-    active_layers,
-)
 from sae_lens_multilayer.analysis.distributions import (
     DistributionSums,
     LayerDistributions,
@@ -27,11 +22,26 @@ from sae_lens_multilayer.analysis.geometry import (
     token_similarity,
     token_unembeddings,
 )
+from sae_lens_multilayer.analysis.layer_counts import (
+    ActiveLayerCounts,
+    ActiveLayers,
+    active_layers,
+)
+from sae_lens_multilayer.analysis.layer_variances import (
+    Variances,
+    VarianceSums,
+    variances,
+)
+from sae_lens_multilayer.analysis.layers_by_class import (
+    TokenClasses,
+    TokenClassSums,
+    token_classes,
+)
 from sae_lens_multilayer.analysis.max_activating import (
     ExampleCollector,
     max_activating_examples,
 )
-from sae_lens_multilayer.analysis.redundancy import Redundancy, redundancy
+from sae_lens_multilayer.analysis.near_duplicates import Redundancy, redundancy
 from sae_lens_multilayer.analysis.residual import (
     LayerMeans,
     ResidualStream,
@@ -46,18 +56,12 @@ from sae_lens_multilayer.analysis.stream import (
     analyze,
 )
 from sae_lens_multilayer.analysis.suite import Suite, load_results, save_results
-from sae_lens_multilayer.analysis.token_classes import (
-    TokenClasses,
-    TokenClassSums,
-    token_classes,
-)
 from sae_lens_multilayer.analysis.transfer import (
     Comparison,
     TransferMatrix,
     compare_with_single_layers,
     transfer_matrix,
 )
-from sae_lens_multilayer.analysis.variances import Variances, VarianceSums, variances
 
 __all__ = [
     "Accumulator",

@@ -13,7 +13,6 @@ from typing_extensions import Unpack
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.analysis.active import check_latents
-from sae_lens_multilayer.analysis.active_layers import ActiveLayerCounts
 from sae_lens_multilayer.analysis.distributions import (
     DistributionSums,
     LayerDistributions,
@@ -26,8 +25,11 @@ from sae_lens_multilayer.analysis.geometry import (
     token_similarity,
     token_unembeddings,
 )
+from sae_lens_multilayer.analysis.layer_counts import ActiveLayerCounts
+from sae_lens_multilayer.analysis.layer_variances import VarianceSums
+from sae_lens_multilayer.analysis.layers_by_class import token_classes
 from sae_lens_multilayer.analysis.max_activating import ExampleCollector
-from sae_lens_multilayer.analysis.redundancy import redundancy
+from sae_lens_multilayer.analysis.near_duplicates import redundancy
 from sae_lens_multilayer.analysis.residual import residual_stream
 from sae_lens_multilayer.analysis.results import Result, kind_of
 from sae_lens_multilayer.analysis.stream import (
@@ -36,13 +38,11 @@ from sae_lens_multilayer.analysis.stream import (
     TokenStream,
     analyze,
 )
-from sae_lens_multilayer.analysis.token_classes import token_classes
 from sae_lens_multilayer.analysis.transfer import (
     Comparison,
     single_layers_of,
     transfer_matrix,
 )
-from sae_lens_multilayer.analysis.variances import VarianceSums
 from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.files import check_free
 from sae_lens_multilayer.lens.carrier import lens_of

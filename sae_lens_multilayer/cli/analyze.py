@@ -12,9 +12,9 @@ from sae_lens_multilayer.analysis import (
     TokenClasses,
     save_results,
 )
+from sae_lens_multilayer.analysis.layers_by_class import ClassKind
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.suite import Analysis
-from sae_lens_multilayer.analysis.token_classes import ClassKind
 from sae_lens_multilayer.cli.analysis_folder import write_settings
 from sae_lens_multilayer.cli.inputs import (
     Inputs,

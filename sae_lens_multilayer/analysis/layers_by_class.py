@@ -13,9 +13,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import check_latents, sums_device
+from sae_lens_multilayer.analysis.layer_variances import variance_over_layers
 from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
-from sae_lens_multilayer.analysis.variances import variance_over_layers
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.sae.views import hook_names_of
 
