@@ -1,8 +1,9 @@
-"""What a multi-layer SAE says about layers: the paper's analyses, and its readers'.
+"""Analyses of a multi-layer SAE across layers.
 
-Each analysis is a function from an SAE, its model and tokens (or a store of them) to a
+Each analysis is a function of an SAE, its model and tokens (or a store) that returns a
 result, which becomes a table (`to_dataframe`), a folder (`save`, `load`) or a picture
-(`sae_lens_multilayer.pictures`). `analyze` runs several in one pass over the tokens.
+(`sae_lens_multilayer.pictures`). `analyze` runs several in one pass over the tokens;
+`Suite` runs those of the table `ANALYSES` by name.
 """
 
 from sae_lens_multilayer.analysis.distributions import (
@@ -14,6 +15,10 @@ from sae_lens_multilayer.analysis.distributions import (
 )
 from sae_lens_multilayer.analysis.evaluated import Evaluation
 from sae_lens_multilayer.analysis.examples import Examples
+from sae_lens_multilayer.analysis.first_position import (
+    first_position_ratio,
+    first_position_warning,
+)
 from sae_lens_multilayer.analysis.geometry import (
     DecoderSimilarity,
     TokenSimilarity,
@@ -48,6 +53,7 @@ from sae_lens_multilayer.analysis.residual import (
     ResidualSums,
     residual_stream,
 )
+from sae_lens_multilayer.analysis.results import Result
 from sae_lens_multilayer.analysis.stream import (
     Accumulator,
     PassOptions,
@@ -55,7 +61,14 @@ from sae_lens_multilayer.analysis.stream import (
     TokenStream,
     analyze,
 )
-from sae_lens_multilayer.analysis.suite import Suite, load_results, save_results
+from sae_lens_multilayer.analysis.suite import (
+    ANALYSES,
+    Analysis,
+    Need,
+    Suite,
+    load_results,
+    save_results,
+)
 from sae_lens_multilayer.analysis.transfer import (
     Comparison,
     TransferMatrix,
@@ -64,9 +77,11 @@ from sae_lens_multilayer.analysis.transfer import (
 )
 
 __all__ = [
+    "ANALYSES",
     "Accumulator",
     "ActiveLayerCounts",
     "ActiveLayers",
+    "Analysis",
     "Comparison",
     "DecoderSimilarity",
     "DistributionSums",
@@ -75,11 +90,13 @@ __all__ = [
     "Examples",
     "LayerDistributions",
     "LayerMeans",
+    "Need",
     "PassOptions",
     "PromptActs",
     "Redundancy",
     "ResidualStream",
     "ResidualSums",
+    "Result",
     "Suite",
     "TokenBatch",
     "TokenClassSums",
@@ -93,6 +110,8 @@ __all__ = [
     "analyze",
     "compare_with_single_layers",
     "decoder_similarity",
+    "first_position_ratio",
+    "first_position_warning",
     "layer_distributions",
     "load_results",
     "max_activating_examples",

@@ -1,6 +1,5 @@
 """The SAE, the model and the text that a command works on."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ from simple_parsing import field as option
 from torch import Tensor
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.analysis.suite import first_position_ratio
+from sae_lens_multilayer.analysis import first_position_warning
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.published.loader import (
     has_published_files,
@@ -43,12 +42,6 @@ _OF_TRAINING: dict[str, Any] = {
 }
 """What is as the SAE was trained unless an option says otherwise, and what it is where
 the SAE does not say."""
-
-
-_SINK_RATIO = 4.0
-"""How many times longer vectors at the first position decide every average."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -108,6 +101,13 @@ class Inputs:
         tokenizer = self.model.tokenizer
         return tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
 
+    def first_position_warning(
+        self, exclude_positions: Sequence[int] = ()
+    ) -> str | None:
+        """See `analysis.first_position_warning`."""
+        names, tokens = hook_names_of(self.sae), self.tokens[:8]
+        return first_position_warning(self.model, names, tokens, exclude_positions)
+
     def text_of(self, token_id: int) -> str:
         """The text of a token; its number where the tokenizer has none."""
         known = token_id < len(self.token_texts)
@@ -139,38 +139,6 @@ def load_inputs(
         special = metadata.exclude_special_tokens
     excluded = excluded_token_ids(special, model.tokenizer)
     return Inputs(sae, model, tokens, excluded)
-
-
-def long_first_position(
-    inputs: Inputs, options: TextOptions, left_out: Sequence[int]
-) -> float | None:
-    """How many times longer the first position's vectors are, if that is very much.
-
-    Args:
-        left_out: Positions that do not count.
-
-    Returns:
-        None if they do not decide every average, or do not count.
-    """
-    tokens = inputs.tokens[: options.batch_size_prompts]
-    n_pos = tokens.shape[1]
-    if n_pos < 2 or {0, -n_pos}.intersection(left_out):
-        return None
-    ratio = first_position_ratio(inputs.model, hook_names_of(inputs.sae), tokens)
-    return ratio if ratio >= _SINK_RATIO else None
-
-
-def warn_of_first_position(
-    inputs: Inputs, options: TextOptions, left_out: Sequence[int]
-) -> None:
-    """Log a warning if the first position decides every average."""
-    ratio = long_first_position(inputs, options, left_out)
-    if ratio is not None:
-        logger.warning(
-            "The vectors of position 0 are up to %.0f times as long as those of other "
-            "positions and decide every average; --exclude_positions 0 leaves it out.",
-            ratio,
-        )
 
 
 def load_sae(options: SAEOptions, device: str) -> SAE[Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -350,6 +350,20 @@ PLOTS: "dict[type[Result], Callable[[Any], Figure]]" = {
     Comparison: plot_comparison,
 }
 """The function that draws a result, where one picture shows it as a whole."""
+
+
+def figures_of(result: Result, token_texts: Sequence[str]) -> "dict[str, Figure]":
+    """The figures of a result by the end of their file name; none for some classes."""
+    if isinstance(result, TokenClasses):
+        return {
+            f"_{latent}_{kind}": plot_token_classes(
+                result, latent, kind, token_texts=token_texts
+            )
+            for latent in result.latents.tolist()
+            for kind in get_args(ClassKind)
+        }
+    draw = PLOTS.get(type(result))
+    return {} if draw is None else {"": draw(result)}
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:

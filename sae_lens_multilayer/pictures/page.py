@@ -13,7 +13,6 @@ from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import TokenSimilarity
 from sae_lens_multilayer.analysis.results import Result
-from sae_lens_multilayer.analysis.suite import most_active
 from sae_lens_multilayer.analysis.transfer import Comparison
 from sae_lens_multilayer.pictures.latents import latents_data
 from sae_lens_multilayer.pictures.plotly_figures import (
@@ -108,7 +107,7 @@ def _latents(content: ReportContent) -> dict[str, Any]:
         examples, Examples
     ):
         return {"layers": [], "texts": {}, "latents": []}
-    chosen = most_active(distributions, content.n_latents)
+    chosen = distributions.most_active(content.n_latents)
     known = set(chosen.tolist())
     more = chosen.new_tensor([i for i in content.more if i not in known])
     return latents_data(
