@@ -115,9 +115,11 @@ class Suite:
             ValueError: If an analysis is not available, or as the analyses.
         """
         available = self.available()
-        chosen = set(available if names is None else names)
-        if missing := {name: self.missing(name) for name in chosen - {*available}}:
-            needs = ", ".join(f"{n!r} needs {need}" for n, need in missing.items())
+        chosen = available if names is None else list(names)
+        if missing := [name for name in chosen if name not in available]:
+            needs = ", ".join(
+                f"{name!r} needs {self.missing(name)}" for name in missing
+            )
             raise ValueError(f"Not available: {needs}. Available: {available}.")
         used = {name for user in chosen for name in ANALYSES[user].uses}
         results = dict(known)
@@ -126,7 +128,7 @@ class Suite:
             if name not in results:
                 run = ANALYSES[name].run
                 if run is None:
-                    results.update(self._pass({name} | chosen | used, results))
+                    results.update(self._pass({name, *chosen, *used}, results))
                 else:
                     results[name] = run(self, result_of)
             return results[name]
