@@ -254,7 +254,7 @@ def test_analyze_compares_with_single_layers(offline, single_layers, model, caps
 def test_single_layers_must_be_the_saes_own(offline, single_layers):
     metadata = SAEMetadata(hook_names=["blocks.0.hook_mlp_out"], model_name="tiny")
     random_sae(metadata=metadata).save_model("other")
-    with pytest.raises(SystemExit, match=r"must be of the multi-layer SAE's hooks"):
+    with pytest.raises(SystemExit, match=r"the multi-layer SAE's; got .*mlp_out"):
         cli.main(["analyze", "sae", *offline, "--single_layers", "other"])
 
 
@@ -290,7 +290,7 @@ def test_an_sae_of_one_head_is_analysed(offline):
     save_other_sae("attn.hook_z", 8, head=1)
     cli.main(["analyze", "other", *offline, "--analyses", "variances"])
     assert Path("analyses/variances").is_dir()
-    with pytest.raises(SystemExit, match=r"report: .*this one is of attention head 1"):
+    with pytest.raises(SystemExit, match=r"'evaluation' needs .*attention head"):
         cli.main(["report", "other", *offline])
 
 
@@ -305,7 +305,7 @@ def test_long_first_positions_are_a_warning(offline, model, caplog):
         model.W_pos[0] *= 1000
     options = [*offline, "--analyses", "variances"]
     cli.main(["analyze", "sae", *options])
-    assert "The vectors of position 0 are up to" in caplog.text
+    assert "The vectors at position 0 are up to" in caplog.text
     caplog.clear()
     cli.main(["evaluate", "sae", *offline, "--exclude_positions", "0"])
     assert not caplog.text
@@ -322,7 +322,7 @@ def test_long_first_positions_are_a_warning(offline, model, caplog):
             ["sae", "--n_tokens", "9999"],
             "`n_tokens` must be at most 1024, .* 64 whole prompts",
         ),
-        (["sae", "--analyses", "foo"], r"must be among .*got \['foo'\]"),
+        (["sae", "--analyses", "foo"], "'foo' needs a row in ANALYSES"),
         (["sae", "--analyses"], "`analyses` must name at least one"),
         (["sae", "--latents", "64"], r"in \[0, d_sae = 64\)"),
         (["sae", "--exclude_positions", "99"], "`exclude_positions` must be in"),

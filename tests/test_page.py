@@ -21,8 +21,11 @@ from sae_lens.saes.sae import SAEMetadata
 from saes import HOOK_NAMES, random_sae
 
 from sae_lens_multilayer import cli, evaluate
-from sae_lens_multilayer.analysis import Suite, TransferMatrix, layer_distributions
-from sae_lens_multilayer.analysis.suite import first_position_ratio, most_active
+from sae_lens_multilayer.analysis import (
+    Suite,
+    TransferMatrix,
+    layer_distributions,
+)
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -140,7 +143,7 @@ def latents_of(page: str) -> list[dict]:
 
 def test_numbers_are_read_back_from_a_browser(content, tmp_path):
     dists = content.results["layer_distributions"]
-    first, second = most_active(dists, 5)[:2].tolist()
+    first, second = dists.most_active(5)[:2].tolist()
     script = f"""
         const text = (id) => document.getElementById(id).textContent;
         const box = document.getElementById("query");
@@ -245,7 +248,7 @@ def test_what_was_not_analysed_is_left_out(content):
 
 def test_chosen_latents_can_always_be_looked_at(content):
     dists = content.results["layer_distributions"]
-    last = most_active(dists, 1000)[-1].item()
+    last = dists.most_active(1000)[-1].item()
     content.more = [last]
     data = re.search(
         r'id="latent-data">(.*?)</script>', report_html(content), re.DOTALL
@@ -256,23 +259,13 @@ def test_chosen_latents_can_always_be_looked_at(content):
     assert len(latents) == 6
 
 
-def test_first_positions_are_compared_by_length(model, tokens):
-    names = HOOK_NAMES
-    _, cache = model.run_with_cache(tokens)
-    norms = torch.stack([cache[name].norm(dim=-1).mean(0) for name in names])
-    expected = (norms[:, 0] / norms[:, 1:].mean(1)).max().item()
-    assert first_position_ratio(model, names, tokens) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="prompts of two or more"):
-        first_position_ratio(model, names, tokens[:, :1])
-
-
 def test_the_command_leaves_out_a_long_first_position(offline, model, capsys):
     with torch.no_grad():
         model.W_pos[0] *= 1000
     cli.main(["report", "sae", *offline, "--output_path", "r.html"])
 
     page = Path("r.html").read_text()
-    assert "Position 0 of each prompt is left out" in page
+    assert "Positions [0] of each prompt are excluded" in page
     assert "60 of 64" in page
     with pytest.raises(SystemExit, match="is there already"):
         cli.main(["report", "sae", *offline, "--output_path", "r.html"])

@@ -1,15 +1,11 @@
-"""What a multi-layer SAE says about layers: the paper's analyses, and its readers'.
+"""Analyses of a multi-layer SAE across layers.
 
-Each analysis is a function from an SAE, its model and tokens (or a store of them) to a
+Each analysis is a function of an SAE, its model and tokens (or a store) that returns a
 result, which becomes a table (`to_dataframe`), a folder (`save`, `load`) or a picture
-(`sae_lens_multilayer.pictures`). `analyze` runs several in one pass over the tokens.
+(`sae_lens_multilayer.pictures`). `analyze` runs several in one pass over the tokens;
+`Suite` runs those of the table `ANALYSES` by name.
 """
 
-from sae_lens_multilayer.analysis.active_layers import (
-    ActiveLayerCounts,
-    ActiveLayers,
-    active_layers,
-)
 from sae_lens_multilayer.analysis.distributions import (
     DistributionSums,
     LayerDistributions,
@@ -18,6 +14,10 @@ from sae_lens_multilayer.analysis.distributions import (
     prompt_acts,
 )
 from sae_lens_multilayer.analysis.examples import Examples
+from sae_lens_multilayer.analysis.first_position import (
+    first_position_ratio,
+    first_position_warning,
+)
 from sae_lens_multilayer.analysis.geometry import (
     DecoderSimilarity,
     TokenSimilarity,
@@ -26,11 +26,26 @@ from sae_lens_multilayer.analysis.geometry import (
     token_similarity,
     token_unembeddings,
 )
+from sae_lens_multilayer.analysis.layer_counts import (
+    ActiveLayerCounts,
+    ActiveLayers,
+    active_layers,
+)
+from sae_lens_multilayer.analysis.layer_variances import (
+    Variances,
+    VarianceSums,
+    variances,
+)
+from sae_lens_multilayer.analysis.layers_by_class import (
+    TokenClasses,
+    TokenClassSums,
+    token_classes,
+)
 from sae_lens_multilayer.analysis.max_activating import (
     ExampleCollector,
     max_activating_examples,
 )
-from sae_lens_multilayer.analysis.redundancy import Redundancy, redundancy
+from sae_lens_multilayer.analysis.near_duplicates import Redundancy, redundancy
 from sae_lens_multilayer.analysis.residual import (
     LayerMeans,
     ResidualStream,
@@ -44,11 +59,13 @@ from sae_lens_multilayer.analysis.stream import (
     TokenStream,
     analyze,
 )
-from sae_lens_multilayer.analysis.suite import Suite, load_results, save_results
-from sae_lens_multilayer.analysis.token_classes import (
-    TokenClasses,
-    TokenClassSums,
-    token_classes,
+from sae_lens_multilayer.analysis.suite import (
+    ANALYSES,
+    Analysis,
+    Need,
+    Suite,
+    load_results,
+    save_results,
 )
 from sae_lens_multilayer.analysis.transfer import (
     Comparison,
@@ -56,12 +73,14 @@ from sae_lens_multilayer.analysis.transfer import (
     compare_with_single_layers,
     transfer_matrix,
 )
-from sae_lens_multilayer.analysis.variances import Variances, VarianceSums, variances
+from sae_lens_multilayer.results import Result
 
 __all__ = [
+    "ANALYSES",
     "Accumulator",
     "ActiveLayerCounts",
     "ActiveLayers",
+    "Analysis",
     "Comparison",
     "DecoderSimilarity",
     "DistributionSums",
@@ -69,11 +88,13 @@ __all__ = [
     "Examples",
     "LayerDistributions",
     "LayerMeans",
+    "Need",
     "PassOptions",
     "PromptActs",
     "Redundancy",
     "ResidualStream",
     "ResidualSums",
+    "Result",
     "Suite",
     "TokenBatch",
     "TokenClassSums",
@@ -87,6 +108,8 @@ __all__ = [
     "analyze",
     "compare_with_single_layers",
     "decoder_similarity",
+    "first_position_ratio",
+    "first_position_warning",
     "layer_distributions",
     "load_results",
     "max_activating_examples",

@@ -1,4 +1,4 @@
-"""At which layers each latent is active: its distribution over layers."""
+"""The distribution over layers of each latent, over all tokens or at each of them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,12 @@ from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import sums_device
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
-from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.analysis.tables import (
+    by_layer,
+    layer_mean,
+    layer_variance,
+    make_table,
+)
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
@@ -22,31 +27,31 @@ from sae_lens_multilayer.text.prompts import Tokens
 class LayerDistributions(Result):
     """`P(l | j) = sum_t a[t,l,j] / sum_t,l' a[t,l',j]` of each latent j.
 
-    Layers are counted from 0 along the layer axis, whatever blocks they are. What has
-    no value for a latent that is never active is NaN there.
+    Layers are indices into the layer axis, from 0. Probabilities and their moments are
+    NaN for a latent that is never active.
     """
 
     hook_names: list[str]
     n_tokens: int
     counts: Int[Tensor, "layer d_sae"]
-    """Number of tokens at which a latent was active at a layer."""
+    """Number of tokens at which a latent is active at a layer."""
     totals: Float[Tensor, "layer d_sae"]
-    """Sum over tokens of its activations there."""
+    """Sum of its activations over tokens."""
 
     @property
     def probs(self) -> Float[Tensor, "layer d_sae"]:
-        """`P(l | j)`; each latent's sum to 1."""
+        """`P(l | j)`; the sum over layers is 1."""
         return self.totals / self.totals.sum(0)
 
     @property
     def mean_layer(self) -> Float[Tensor, " d_sae"]:
         """`E[L | j]`."""
-        return (self.probs * self._layers).sum(0)
+        return layer_mean(self.probs)
 
     @property
     def var_layer(self) -> Float[Tensor, " d_sae"]:
         """`Var(L | j)`, in layers squared."""
-        return (self.probs * (self._layers - self.mean_layer).square()).sum(0)
+        return layer_variance(self.probs)
 
     @property
     def std_layer(self) -> Float[Tensor, " d_sae"]:
@@ -58,12 +63,8 @@ class LayerDistributions(Result):
         """Mean activation of a latent where it is active."""
         return self.totals.sum(0) / self.counts.sum(0)
 
-    @property
-    def _layers(self) -> Float[Tensor, "layer 1"]:
-        return torch.arange(len(self.totals), dtype=self.totals.dtype).unsqueeze(1)
-
     def active_latents(self) -> Int[Tensor, " latent"]:
-        """Latents that were active, by mean layer; ties in the order of their number.
+        """Latents that are active at any token, by mean layer, then by index.
 
         Example:
             >>> counts = torch.tensor([[0, 0, 2], [1, 0, 0]])
@@ -74,28 +75,33 @@ class LayerDistributions(Result):
         order = self.mean_layer.sort(stable=True).indices
         return order[self.counts.sum(0)[order] > 0]
 
+    def most_active(self, n_latents: int) -> Int[Tensor, " latent"]:
+        """Latents with the largest sums of activations, the largest first.
+
+        Fewer than `n_latents` if fewer are active.
+        """
+        n_active = int((self.counts.sum(0) > 0).sum())
+        return self.totals.sum(0).topk(min(n_latents, n_active)).indices
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent; a column `p_{layer}` for each layer."""
-        table = pd.DataFrame(
-            {
-                "count": self.counts.sum(0).numpy(),
-                "total": self.totals.sum(0).numpy(),
-                "mean_act": self.mean_act.numpy(),
-                "mean_layer": self.mean_layer.numpy(),
-                "var_layer": self.var_layer.numpy(),
-                "std_layer": self.std_layer.numpy(),
-            }
-        )
-        labels = [f"p_{label}" for label in layer_labels(self.hook_names)]
-        probs = pd.DataFrame(self.probs.T.numpy(), columns=pd.Index(labels))
-        return table.join(probs).rename_axis("latent")
+        columns = {
+            "count": self.counts.sum(0),
+            "total": self.totals.sum(0),
+            "mean_act": self.mean_act,
+            "mean_layer": self.mean_layer,
+            "var_layer": self.var_layer,
+            "std_layer": self.std_layer,
+        }
+        columns |= by_layer("p", self.hook_names, self.probs)
+        return make_table(columns, "latent")
 
 
 class DistributionSums:
     """Adds up `LayerDistributions` over tokens."""
 
     def __init__(self, sae: SAE[Any]) -> None:
-        """Start at no token."""
+        """Start without tokens."""
         self._hook_names = hook_names_of(sae)
         shape = len(self._hook_names), sae.cfg.d_sae
         self.n_tokens = 0
@@ -127,26 +133,21 @@ def layer_distributions(
     tokens: Tokens,
     **options: Unpack[PassOptions],
 ) -> LayerDistributions:
-    """The distribution over layers of each latent, over many tokens or one prompt.
-
-    Args:
-        sae, model, tokens: As in `analyze`.
-        options: See `PassOptions`.
+    """The distribution over layers of each latent, over all tokens.
 
     References:
-        Lawson et al. (2025), arXiv:2409.04185, section 4; design of this package,
-        section 7.
+        Lawson et al. (2025), arXiv:2409.04185, section 4.
     """
     return analyze(sae, model, tokens, DistributionSums(sae), **options)[0]
 
 
 @dataclass
 class PromptActs(Result):
-    """Every activation of one prompt: `P(l | j, t)` for each token t."""
+    """All activations of one prompt, and so `P(l | j, t)` for each token t."""
 
     hook_names: list[str]
     token_ids: Int[Tensor, " pos"]
-    """The prompt, with tokens that were left out."""
+    """The prompt, with excluded tokens."""
     positions: Int[Tensor, " act"]
     layers: Int[Tensor, " act"]
     latents: Int[Tensor, " act"]
@@ -160,14 +161,14 @@ class PromptActs(Result):
         return acts
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each activation: its share `prob` of its token's and latent's."""
-        table = pd.DataFrame(
+        """One row for each activation; `prob` is `P(l | j, t)`."""
+        table = make_table(
             {
-                "position": self.positions.numpy(),
-                "token_id": self.token_ids[self.positions].numpy(),
-                "latent": self.latents.numpy(),
-                "layer": self.layers.numpy(),
-                "act": self.acts.numpy(),
+                "position": self.positions,
+                "token_id": self.token_ids[self.positions],
+                "latent": self.latents,
+                "layer": self.layers,
+                "act": self.acts,
             }
         )
         totals = table.groupby(["position", "latent"])["act"].transform("sum")
@@ -178,21 +179,18 @@ class PromptCollector:
     """Keeps the activations of one prompt."""
 
     def __init__(self, sae: SAE[Any]) -> None:
-        """Wait for the prompt."""
+        """Start without a prompt."""
         self._hook_names = hook_names_of(sae)
         self._batch: TokenBatch | None = None
 
     def update(self, batch: TokenBatch) -> None:
-        """Take the prompt.
+        """Store the prompt.
 
         Raises:
             ValueError: If there is more than one.
         """
         if len(batch.prompts) > 1 or self._batch is not None:
-            raise ValueError(
-                "The distributions of every token are for one prompt; got more. Give "
-                "`tokens` of shape [1, pos]."
-            )
+            raise ValueError("`tokens` must be one prompt; got more than one.")
         self._batch = batch
 
     def compute(self) -> PromptActs:
@@ -220,10 +218,7 @@ def prompt_acts(
     Args:
         sae, model: As in `analyze`.
         tokens: One prompt.
-        exclude_tokens: Token ids whose positions are left out.
-
-    Raises:
-        ValueError: If there is more than one prompt, or as `analyze`.
+        exclude_tokens: Token ids whose positions are excluded.
     """
-    options: PassOptions = {"exclude_tokens": exclude_tokens}
-    return analyze(sae, model, tokens, PromptCollector(sae), **options)[0]
+    collector = PromptCollector(sae)
+    return analyze(sae, model, tokens, collector, exclude_tokens=exclude_tokens)[0]

@@ -19,42 +19,41 @@ from sae_lens_multilayer.results import Result
 
 EXAMPLES_FILE = "examples.parquet"
 _ROWS_PER_GROUP = 2**15
-"""Rows that Parquet can skip together when it looks for a latent."""
+"""Rows of a Parquet row group, which is skipped if it lacks a latent."""
 OUTSIDE = -1
-"""The token id of a place of a context that is outside of the prompt."""
+"""Token id in a context outside of the prompt."""
 
 
 @dataclass
 class Examples(Result):
-    """The largest activations of each latent at each layer, and the text around them.
+    """The largest activations of each latent at each layer, with their contexts.
 
-    Rows are ordered by latent, layer and rank. Of equal activations the one that came
-    first in the prompts ranks first.
+    Rows are sorted by latent, layer and rank. Equal activations are ranked in the order
+    of the tokens.
     """
 
     hook_names: list[str]
     n_tokens: int
-    """Tokens that were looked at."""
+    """Number of tokens that were searched."""
     n_before: int
-    """Places of a context before the example's own."""
+    """Tokens of a context before the example; its index in the context."""
     latents: Int[Tensor, " row"]
     layers: Int[Tensor, " row"]
-    """Positions on the layer axis."""
+    """Indices into the layer axis."""
     ranks: Int[Tensor, " row"]
     """0 for the largest activation of the latent at the layer."""
     acts: Float[Tensor, " row"]
     prompts: Int[Tensor, " row"]
-    """Number of the prompt, from 0, among all that were looked at."""
+    """Index of the prompt among all that were searched."""
     positions: Int[Tensor, " row"]
     """Position of the token in its prompt."""
     context_ids: Int[Tensor, "row width"]
     """Token ids around and at the example; -1 outside of the prompt."""
     context_acts: Float[Tensor, "row width"]
-    """Activations of the same latent at the same layer there; 0 at tokens that were
-    left out."""
+    """Activations of the same latent and layer there; 0 at excluded tokens."""
 
     def of(self, latent: int, layer: int | None = None) -> "Examples":
-        """The examples of one latent, at one position on the layer axis or all."""
+        """The examples of one latent, at one index into the layer axis or at all."""
         chosen = self.latents == latent
         if layer is not None:
             chosen &= self.layers == layer
@@ -69,7 +68,7 @@ class Examples(Result):
         """One row for each example, as in the file that `save` writes.
 
         Args:
-            tokenizer: Adds the text of the tokens, where one is given.
+            tokenizer: Adds the text of the tokens.
         """
         tables = list(self._tables(tokenizer))
         return pa.concat_tables(tables).to_pandas()
@@ -78,18 +77,15 @@ class Examples(Result):
     def save(self, path: str | Path, tokenizer: Any = None) -> None:
         """Write the examples to a new folder, as Parquet.
 
-        Parquet holds the lists as typed columns, and a reader finds one latent among
-        millions of rows without reading the others; pandas, datasets, DuckDB and Polars
-        open it. Contexts are cut at the ends of the prompt; `context_index` is the
-        example's own place in them.
+        A reader finds one latent among millions of rows without reading the others.
+        Contexts end at the ends of the prompt; `context_index` is the example's index.
 
         Args:
             path: A new folder.
-            tokenizer: Adds the text of the tokens (`token`, `context_tokens`), so that
-                a viewer needs none.
+            tokenizer: Adds the text of the tokens (`token`, `context_tokens`).
 
         Raises:
-            FileExistsError: If something is at `path` already.
+            FileExistsError: If `path` exists already.
         """
         settings = {
             "hook_names": self.hook_names,
@@ -113,7 +109,7 @@ class Examples(Result):
 
         Args:
             path: Their folder.
-            latents: Read these alone; None: all.
+            latents: Read the examples of these latents only; None: of all.
 
         Raises:
             FileNotFoundError: If there are none.
@@ -127,9 +123,7 @@ class Examples(Result):
             width = settings.pop("width")
             tensors: dict[str, Any] = _from_table(table, settings["n_before"], width)
             return cls(**settings, **tensors)
-        # Arrow has OSError for a page that cannot be unpacked.
-        except FileNotFoundError:
-            raise
+        # Arrow raises OSError for a page that cannot be decompressed.
         except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} must hold examples as their `save` wrote them; {error!r}."
@@ -169,7 +163,7 @@ class Examples(Result):
 
 
 class _Text:
-    """The text of token ids, each decoded once."""
+    """Texts of token ids, each decoded once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -183,28 +177,26 @@ class _Text:
 
 
 def _from_table(table: pa.Table, n_before: int, width: int) -> dict[str, Tensor]:
-    def column(name: str) -> Tensor:
-        values = table[name].combine_chunks()
+    def tensor(values: pa.Array) -> Tensor:
         return torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())
 
-    def places(name: str) -> Tensor:
-        values = table[name].combine_chunks().flatten()
-        return torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())
+    def column(name: str) -> pa.Array:
+        return table[name].combine_chunks()
 
-    lengths = table["context_token_ids"].combine_chunks().value_lengths().to_numpy()
-    lengths = torch.from_numpy(lengths.copy()).long()
+    lengths = tensor(column("context_token_ids").value_lengths()).long()
     row = torch.arange(len(lengths)).repeat_interleave(lengths)
-    first = n_before - column("context_index").long()
-    start = lengths.cumsum(0) - lengths
-    place = torch.arange(len(row)) - start[row] + first[row]
+    # A context begins in the padded row so that the example is at index `n_before`.
+    start = n_before - tensor(column("context_index")).long()
+    before = lengths.cumsum(0) - lengths
+    index = torch.arange(len(row)) - before[row] + start[row]
     context_ids = torch.full((len(lengths), width), OUTSIDE, dtype=torch.int32)
-    context_ids[row, place] = places("context_token_ids").int()
+    context_ids[row, index] = tensor(column("context_token_ids").flatten()).int()
     context_acts = torch.zeros(len(lengths), width)
-    context_acts[row, place] = places("context_acts").float()
+    context_acts[row, index] = tensor(column("context_acts").flatten()).float()
     plain = ["latent", "layer", "rank", "prompt", "position"]
     return {
-        **{f"{name}s": column(name).long() for name in plain},
-        "acts": column("act").double(),
+        **{f"{name}s": tensor(column(name)).long() for name in plain},
+        "acts": tensor(column("act")).double(),
         "context_ids": context_ids,
         "context_acts": context_acts,
     }

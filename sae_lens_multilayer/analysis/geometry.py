@@ -1,4 +1,4 @@
-"""Where decoder directions point: at each other, and at tokens."""
+"""Cosine similarities of decoder directions with each other and with tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lens_multilayer.analysis.tables import make_table
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.results import Result
 
@@ -19,7 +20,7 @@ _ELEMENTS = 2**24
 
 @dataclass
 class DecoderSimilarity(Result):
-    """How close each latent's decoder direction is to the nearest other one."""
+    """The other latent with the most similar decoder direction, for each latent."""
 
     max_cos_sim: Float[Tensor, " d_sae"]
     """`max_(i != j) cos(d_i, d_j)` for each latent j, in [-1, 1]."""
@@ -28,15 +29,13 @@ class DecoderSimilarity(Result):
 
     @property
     def mean(self) -> float:
-        """The mean max cosine similarity."""
+        """Mean of `max_cos_sim` over latents."""
         return self.max_cos_sim.double().mean().item()
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent."""
-        table = pd.DataFrame(
-            {"max_cos_sim": self.max_cos_sim.numpy(), "nearest": self.nearest.numpy()}
-        )
-        return table.rename_axis("latent")
+        columns = {"max_cos_sim": self.max_cos_sim, "nearest": self.nearest}
+        return make_table(columns, "latent")
 
 
 @dataclass
@@ -46,38 +45,34 @@ class TokenSimilarity(Result):
     cos_sim: Float[Tensor, "d_sae n_top"]
     """Cosine similarities, largest first."""
     token_ids: Int[Tensor, "d_sae n_top"]
-    """Their tokens."""
+    """The ids of these tokens."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent and rank."""
         d_sae, n_top = self.cos_sim.shape
-        return pd.DataFrame(
+        return make_table(
             {
-                "latent": torch.arange(d_sae).repeat_interleave(n_top).numpy(),
-                "rank": torch.arange(n_top).repeat(d_sae).numpy(),
-                "token_id": self.token_ids.flatten().numpy(),
-                "cos_sim": self.cos_sim.flatten().numpy(),
+                "latent": torch.arange(d_sae).repeat_interleave(n_top),
+                "rank": torch.arange(n_top).repeat(d_sae),
+                "token_id": self.token_ids.flatten(),
+                "cos_sim": self.cos_sim.flatten(),
             }
         )
 
 
 @torch.no_grad()
 def decoder_similarity(W_dec: Float[Tensor, "d_sae d_in"]) -> DecoderSimilarity:
-    """The maximal cosine similarity of each decoder row with any other row.
+    """The largest cosine similarity of each decoder row with any other row.
 
-    Never holds more than a few rows of the matrix of similarities.
+    Only some rows of the matrix of similarities are in memory at a time.
 
     Raises:
-        ValueError: If there are fewer than two rows, or a row is 0 or not finite.
+        ValueError: If a row is 0 or not finite.
 
     References:
         Sharkey et al. (2022); Lawson et al. (2025), arXiv:2409.04185. The paper's code
         takes the maximum over i < j only.
     """
-    if len(W_dec) < 2:
-        raise ValueError(
-            f"Latents can be compared where there are two or more; got {len(W_dec)}."
-        )
     values: list[Tensor] = []
     nearest: list[Tensor] = []
     for start, similarity in cos_sim_chunks(W_dec):
@@ -95,26 +90,21 @@ def token_similarity(
     W_tokens: Float[Tensor, "d_vocab d_model"],
     n_top: int = 8,
 ) -> TokenSimilarity:
-    """The tokens nearest to each decoder direction, by cosine similarity.
+    """The tokens with the largest cosine similarity to each decoder direction.
 
     Args:
-        W_dec: Decoder directions; the residual stream's own, without a final norm.
-        W_tokens: An embedding or unembedding of each token; see
-            `token_embeddings` and `token_unembeddings`.
-        n_top: Tokens to keep for each latent.
+        W_dec: Decoder directions, without a final norm.
+        W_tokens: See `token_embeddings` and `token_unembeddings`. A vector of 0 has
+            similarity 0.
+        n_top: Tokens to keep for each latent, at most d_vocab.
 
     Raises:
-        ValueError: If the widths differ, `n_top` is out of range, or a decoder row is 0
-            or not finite. An embedding of 0 has no direction and similarity 0.
+        ValueError: If the widths differ, or a decoder row is 0 or not finite.
     """
     if W_dec.shape[1] != W_tokens.shape[1]:
         raise ValueError(
-            "Decoder and tokens must have the same width; got "
+            "`W_dec` and `W_tokens` must have the same width; got "
             f"{W_dec.shape[1]} and {W_tokens.shape[1]}."
-        )
-    if not 1 <= n_top <= len(W_tokens):
-        raise ValueError(
-            f"`n_top` must be in [1, d_vocab = {len(W_tokens)}]; got {n_top}."
         )
     W_tokens = W_tokens.to(W_dec.device)
     best = [s.topk(n_top) for _, s in cos_sim_chunks(W_dec, W_tokens)]
@@ -127,13 +117,13 @@ def token_similarity(
 def cos_sim_chunks(
     rows: Float[Tensor, "row d"], columns: Float[Tensor, "column d"] | None = None
 ) -> Iterator[tuple[int, Float[Tensor, "chunk column"]]]:
-    """Cosine similarities of all rows with all columns, a few rows at a time.
+    """Cosine similarities of all rows with all columns, some rows at a time.
 
     Args:
         columns: None: the rows themselves.
 
-    Returns:
-        The number of the first row, and the similarities from there on.
+    Yields:
+        The index of the chunk's first row, and the similarities of the chunk.
 
     Raises:
         ValueError: If a row is 0 or not finite.
@@ -142,14 +132,14 @@ def cos_sim_chunks(
     bad = int((~unit.isfinite().all(1)).sum())
     if bad:
         raise ValueError(
-            "A direction needs entries that are finite and not all 0; "
-            f"{bad} of {len(rows)} decoder rows have not."
+            "Decoder rows must be finite and not 0; "
+            f"{bad} of {len(rows)} decoder rows are not."
         )
     targets = unit if columns is None else _unit(columns).nan_to_num()
     n_rows = max(1, _ELEMENTS // len(targets))
     starts = range(0, len(unit), n_rows)
     for start in tqdm(starts, desc="Comparing", unit="chunk"):
-        # Rounding can go beyond the ends.
+        # Rounding can exceed 1.
         yield start, (unit[start : start + n_rows] @ targets.T).clamp_(-1, 1)
 
 

@@ -17,12 +17,12 @@ from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
 
 _FEWEST_ROWS = 2**12
-"""Rows for which there is always room."""
+"""Smallest capacity of a table."""
 
 
 @dataclass
 class _Rows:
-    """Examples, one a row; the place of each in its context is the same."""
+    """Examples, one per row; each is at the same index of its context."""
 
     cell: Int[Tensor, " row"]
     """`layer * d_sae + latent`."""
@@ -60,10 +60,9 @@ class _Rows:
 
 
 class _Table:
-    """Rows of which the largest of each cell are kept, when the room for them is full.
+    """Rows of which only the largest of each cell are kept once the capacity is used.
 
-    The room is allocated in one piece, as small tensors that stay would keep the memory
-    between them from being used again.
+    The tensors are allocated as a whole: many small ones would fragment the memory.
     """
 
     def __init__(self, n_examples: int, width: int) -> None:
@@ -77,9 +76,9 @@ class _Table:
         return self._n + n_more <= len(self._room)
 
     def add(self, rows: _Rows) -> None:
-        """Write rows behind the others; of equal ones the first are kept."""
+        """Append rows; of equal ones, the first are kept."""
         if not self.has_room(len(rows)):
-            # So much that as many rows must come before it is full again.
+            # Twice the rows, so that pruning stays rare.
             room = _Rows.empty(2 * (self._n + len(rows)), self._width)
             room.write(0, self.rows())
             self._room = room
@@ -87,7 +86,7 @@ class _Table:
         self._n += len(rows)
 
     def prune(self) -> _Rows:
-        """Leave the largest of each cell, by cell and size; gives them."""
+        """Keep the largest of each cell, sorted by cell and size, and return them."""
         rows = self.rows()
         kept = rows.take(_largest(rows.cell, rows.act, self._n_examples))
         self._room.write(0, kept)
@@ -98,8 +97,8 @@ class _Table:
 class ExampleCollector:
     """Keeps the largest activations of each latent at each layer, exactly.
 
-    Holds at most `n_examples` rows of `32 + 8 * width` bytes for each latent and layer
-    that was active, as many that wait to be compared, and a copy while they are.
+    Memory: `n_examples` rows of `32 + 8 * width` bytes for each latent and layer that
+    was active, as many rows that are not compared yet, and a copy while they are.
     """
 
     def __init__(
@@ -111,23 +110,20 @@ class ExampleCollector:
         n_after: int = 5,
         latents: Sequence[int] | None = None,
     ) -> None:
-        """Start at no token.
+        """Start without tokens.
 
         Args:
             sae: The SAE that will be analysed.
             n_examples: Examples to keep for each latent and layer.
             n_before: Tokens of the context before the example.
-            n_after: Tokens of the context after it.
-            latents: Keep examples of these alone; None: of all.
+            n_after: Tokens of the context after the example.
+            latents: Keep examples of these latents only; None: of all.
 
         Raises:
             ValueError: If a number is out of range, or a latent unknown.
         """
-        if n_examples < 1 or n_before < 0 or n_after < 0:
-            raise ValueError(
-                "`n_examples` must be at least 1, `n_before` and `n_after` at least 0; "
-                f"got {n_examples}, {n_before} and {n_after}."
-            )
+        if n_examples < 1:
+            raise ValueError(f"`n_examples` must be at least 1; got {n_examples}.")
         self._hook_names = hook_names_of(sae)
         self._d_sae = sae.cfg.d_sae
         self._n_examples, self._n_before, self._n_after = n_examples, n_before, n_after
@@ -147,7 +143,7 @@ class ExampleCollector:
         """Add a batch of tokens; the prompts must come in order."""
         active = batch.active
         self.n_tokens += active.n_tokens
-        # By cell, and by token in each.
+        # Sorted by cell, then by token.
         cell, order = active.cell.sort(stable=True)
         value = active.value[order]
         found = (value > self._floor[cell]).nonzero().squeeze(1)
@@ -173,9 +169,9 @@ class ExampleCollector:
         self, prompts: Tensor, prompt: Tensor, position: Tensor
     ) -> Int[Tensor, "row width"]:
         offsets = torch.arange(-self._n_before, self._n_after + 1)
-        places = position.unsqueeze(1) + offsets
-        inside = (places >= 0) & (places < prompts.shape[1])
-        ids = prompts[prompt.unsqueeze(1), places.clamp(0, prompts.shape[1] - 1)]
+        around = position.unsqueeze(1) + offsets
+        inside = (around >= 0) & (around < prompts.shape[1])
+        ids = prompts[prompt.unsqueeze(1), around.clamp(0, prompts.shape[1] - 1)]
         return torch.where(inside, ids, OUTSIDE).int()
 
     def _context_acts(
@@ -186,10 +182,10 @@ class ExampleCollector:
         position: Tensor,
         found: Tensor,
     ) -> Float[Tensor, "row width"]:
-        """Look up a cell's other activations among its neighbours in the order.
+        """Find the activations of the same cell in the context of each example.
 
-        Neighbours in the order are no nearer in the prompt, so those of a context are
-        within its width.
+        Activations are sorted by cell and token, so those of a context are at most its
+        width away in this order.
         """
         acts = torch.zeros(len(found), self._n_before + 1 + self._n_after)
         rows = torch.arange(len(found))
@@ -198,12 +194,12 @@ class ExampleCollector:
             offset = position[other] - position[found]
             same = (cell[other] == cell[found]) & (prompt[other] == prompt[found])
             same &= (offset >= -self._n_before) & (offset <= self._n_after)
-            place = offset[same] + self._n_before
-            acts[rows[same], place] = value[other[same]].float()
+            column = offset[same] + self._n_before
+            acts[rows[same], column] = value[other[same]].float()
         return acts
 
     def _prune(self) -> _Rows:
-        """Leave the examples so far, and raise the floor of cells that have all."""
+        """Keep the examples so far, and raise the floor of cells with all examples."""
         kept = self._table.prune()
         cells, counts = kept.cell.unique_consecutive(return_counts=True)
         full = counts == self._n_examples
@@ -216,26 +212,24 @@ class ExampleCollector:
         """The examples of all tokens so far.
 
         Raises:
-            ValueError: If no latent was active at any of them.
+            ValueError: If no latent is active at any of them.
         """
         rows = self._prune()
         if not len(rows):
             raise ValueError(
-                f"None of the latents was active at any of the {self.n_tokens} tokens, "
-                "so there are no examples. Choose other latents, or give more tokens."
+                f"None of the latents is active at any of the {self.n_tokens} tokens. "
+                "Choose other latents, or give more tokens."
             )
-        d_sae = self._d_sae
-        n_layers = len(self._hook_names)
         rank = _rank(rows.cell)
-        by_latent = rows.cell % d_sae * n_layers + rows.cell // d_sae
-        order = by_latent.sort(stable=True).indices
+        latent, layer = rows.cell % self._d_sae, rows.cell // self._d_sae
+        order = (latent * len(self._hook_names) + layer).sort(stable=True).indices
         rows = rows.take(order)
         return Examples(
             self._hook_names,
             self.n_tokens,
             self._n_before,
-            rows.cell % d_sae,
-            rows.cell // d_sae,
+            latent[order],
+            layer[order],
             rank[order],
             rows.act,
             rows.prompt,
@@ -259,9 +253,7 @@ def max_activating_examples(
     """The largest activations of each latent at each layer, with their contexts.
 
     Args:
-        sae, model, tokens: As in `analyze`.
         n_examples, n_before, n_after, latents: See `ExampleCollector`.
-        options: See `PassOptions`.
     """
     collector = ExampleCollector(
         sae, n_examples, n_before=n_before, n_after=n_after, latents=latents
@@ -272,14 +264,14 @@ def max_activating_examples(
 def _largest(
     cell: Int[Tensor, " row"], value: Float[Tensor, " row"], n: int
 ) -> Int[Tensor, " chosen"]:
-    """The n largest values of each cell, by cell and size; the first of equal ones."""
+    """Indices of the n largest values of each cell, sorted by cell and size."""
     order = value.sort(descending=True, stable=True).indices
     order = order[cell[order].sort(stable=True).indices]
     return order[_rank(cell[order]) < n]
 
 
 def _rank(cell: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
-    """Position of each row among the consecutive rows of its cell."""
+    """Index of each row among the consecutive rows of its cell."""
     counts = cell.unique_consecutive(return_counts=True)[1]
     start = (counts.cumsum(0) - counts).repeat_interleave(counts)
     return torch.arange(len(cell), device=cell.device) - start

@@ -1,17 +1,21 @@
-"""How similar the residual stream is at different layers, and how long its vectors."""
+"""Cosine similarities between layers of the residual stream, and norms by layer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
+from sae_lens_multilayer.analysis.stream import (
+    PassOptions,
+    TokenBatch,
+    TokenStream,
+)
+from sae_lens_multilayer.analysis.tables import make_table
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.results import Result
@@ -19,66 +23,61 @@ from sae_lens_multilayer.text.prompts import Tokens
 from sae_lens_multilayer.topk.tile import sum_dtype
 
 _ELEMENTS = 2**22
-"""Vector entries worked on at a time."""
+"""Vector entries processed at a time."""
 
 
 @dataclass
 class ResidualStream(Result):
     """Cosine similarities between layers and norms, over tokens.
 
-    Cosine similarities are of vectors from which their layer's mean vector over all
-    these tokens was subtracted, as in the paper; 0 where nothing is left of one. Norms
-    are of the vectors themselves. All in raw space, or after the lens where one is
-    named.
+    Cosine similarities are between vectors minus their layer's mean vector over all
+    tokens, as in the paper; 0 if a difference is 0. Norms are without this subtraction.
+    All in raw space, or after the lens if `has_lens`.
     """
 
     hook_names: list[str]
     n_tokens: int
     has_lens: bool
-    """Whether the vectors went through a tuned lens."""
+    """Whether a tuned lens was applied to the vectors."""
     cos_sim: Float[Tensor, "layer layer"]
-    """Mean over tokens of the similarity of its vectors at two layers."""
+    """Mean over tokens."""
     cos_sim_var: Float[Tensor, "layer layer"]
-    """Its variance over tokens, with n - 1."""
+    """Variance over tokens, with n - 1."""
     norm: Float[Tensor, " layer"]
     """Mean over tokens of the L2 norm."""
     norm_var: Float[Tensor, " layer"]
-    """Its variance over tokens, with n - 1."""
+    """Variance over tokens, with n - 1."""
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each layer: norms, and the similarity with the next layer.
+        """One row for each layer: norm and similarity with the next layer.
 
-        `_std` is the standard deviation over tokens and `_sem` the standard error of
-        the mean. The last layer has no next one: NaN.
+        `_std` is the standard deviation over tokens, `_sem` the standard error of the
+        mean. The similarity of the last layer is NaN.
         """
-        next_layer = {
-            "next_cos_sim": self.cos_sim.diagonal(1),
-            "next_cos_sim_std": self.cos_sim_var.diagonal(1).sqrt(),
+        no_next = self.cos_sim.new_full((1,), torch.nan)
+        next_var = torch.cat([self.cos_sim_var.diagonal(1), no_next])
+        columns = {
+            "norm": self.norm,
+            "norm_std": self.norm_var.sqrt(),
+            "next_cos_sim": torch.cat([self.cos_sim.diagonal(1), no_next]),
+            "next_cos_sim_std": next_var.sqrt(),
         }
-        table = pd.DataFrame(
-            {"norm": self.norm.numpy(), "norm_std": self.norm_var.sqrt().numpy()}
-            | {name: np.append(v.numpy(), np.nan) for name, v in next_layer.items()},
-            index=pd.Index(self.hook_names, name="hook_name"),
-        )
+        table = make_table(columns, pd.Index(self.hook_names, name="hook_name"))
         for name in ("norm", "next_cos_sim"):
             table[f"{name}_sem"] = table[f"{name}_std"] / self.n_tokens**0.5
         return table
 
     def pairs_to_dataframe(self) -> pd.DataFrame:
-        """The similarity of every two layers: a square table."""
+        """`cos_sim` as a square table."""
         labels = layer_labels(self.hook_names)
         return pd.DataFrame(self.cos_sim.numpy(), index=labels, columns=labels)
 
 
 class LayerMeans:
-    """Adds up the mean vector of each layer."""
+    """Adds up the mean vector of each layer, after the lens if there is one."""
 
     def __init__(self, lens: LayerLens | None = None) -> None:
-        """Start at no token.
-
-        Args:
-            lens: A lens that the vectors go through before.
-        """
+        """Start without tokens."""
         self._lens = lens
         self._n_tokens = 0
         self._sum: Tensor | None = None
@@ -91,13 +90,13 @@ class LayerMeans:
             self._n_tokens += len(x)
 
     def compute(self) -> Float[Tensor, "layer d_in"]:
-        """The means over all tokens so far, in float64."""
+        """The means over all tokens so far."""
         assert self._sum is not None
         return self._sum / self._n_tokens
 
 
 class ResidualSums:
-    """Adds up `ResidualStream` over tokens, once the mean vectors are known."""
+    """Adds up `ResidualStream` over tokens, given the mean vectors."""
 
     def __init__(
         self,
@@ -105,12 +104,11 @@ class ResidualSums:
         means: Float[Tensor, "layer d_in"],
         lens: LayerLens | None = None,
     ) -> None:
-        """Start at no token.
+        """Start without tokens.
 
         Args:
             hook_names: The hooks, in the order of the layer axis.
-            means: Mean vector of each layer, after the lens.
-            lens: A lens that the vectors go through before.
+            means: From `LayerMeans` with the same lens.
         """
         self._hook_names, self._means, self._lens = list(hook_names), means, lens
         n = len(means)
@@ -136,13 +134,11 @@ class ResidualSums:
             ValueError: If a vector was not finite, or there were fewer than two.
         """
         if self._n_tokens < 2:
-            raise ValueError(
-                "Similarities of centred vectors need at least two tokens; got "
-                f"{self._n_tokens}."
-            )
-        if not self._norm.isfinite().all():
-            bad = ~self._norm.isfinite().all(0)
-            names = [n for n, b in zip(self._hook_names, bad, strict=True) if b]
+            raise ValueError(f"Give at least two tokens; got {self._n_tokens}.")
+        finite = self._norm.isfinite().all(0)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            names = [self._hook_names[layer] for layer in bad]
             raise ValueError(f"Vectors must be finite; they are not at {names}.")
         return ResidualStream(
             self._hook_names,
@@ -163,27 +159,26 @@ def residual_stream(
 ) -> ResidualStream:
     """Cosine similarities between all layers, and norms by layer.
 
-    The model goes over the tokens twice: for the mean vectors, then for the rest. (The
-    prompts of a store are kept in memory meanwhile.)
+    The model runs on the tokens twice: first for the mean vectors, then for the rest.
 
     Args:
         model: A model without SAEs attached; no SAE is needed.
         hook_names: The hooks to compare, as `sae.cfg.metadata.hook_names`.
-        tokens: Prompts, or a store to take them from.
-        lens: A tuned lens of the same hooks; its outputs are compared instead.
+        tokens: Prompts, or a store that provides them.
+        lens: A tuned lens of the same hooks, applied to the vectors first.
         options: See `PassOptions`.
 
     Raises:
-        ValueError: As `analyze`; or if the lens is of other hooks, a vector is not
-            finite or there is only one token.
+        ValueError: As `analyze`, or if the lens has other hooks, a vector is not finite
+            or there is only one token.
 
     References:
         Lawson et al. (2025), arXiv:2409.04185, section 4.
     """
     if lens is not None and lens.hook_names != list(hook_names):
         raise ValueError(
-            f"The lens must be of the hooks {list(hook_names)}; it is of "
-            f"{lens.hook_names}. Choose them with `lens.select(hook_names)`."
+            f"The lens must be of the hooks {list(hook_names)}; got "
+            f"{lens.hook_names}. Use `lens.select(hook_names)`."
         )
     stream = TokenStream(model, hook_names, tokens, repeatable=True, **options)
     (means,) = stream.run(LayerMeans(lens))
@@ -193,6 +188,7 @@ def residual_stream(
 def _pieces(
     x: Float[Tensor, "token layer d_in"], lens: LayerLens | None
 ) -> Iterator[Float[Tensor, "piece layer d_in"]]:
+    """Some tokens at a time, at least in float32, after the lens."""
     n_tokens = max(1, _ELEMENTS // x[0].numel())
     for piece in x.split(n_tokens):
         piece = piece.to(torch.promote_types(piece.dtype, torch.float32))

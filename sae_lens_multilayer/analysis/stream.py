@@ -1,4 +1,4 @@
-"""One pass of a model over tokens that feeds any number of analyses."""
+"""One pass of a model over tokens for any number of analyses."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,44 +21,44 @@ from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import PromptBatches, Tokens
 
 _CALLS_FROM_USER = 7
-"""Calls from the user's to a warning about the lens, by way of a function for one
-analysis and `analyze`."""
+"""`stacklevel` of a warning about the lens, from the caller of one analysis."""
+
 
 T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass
 class TokenBatch:
-    """The tokens of some prompts that count, with their vectors at all layers."""
+    """The tokens of some prompts that are not excluded, with their vectors."""
 
     prompts: Int[Tensor, "prompt pos"]
-    """Token ids of whole prompts, of tokens that do not count too; on the CPU."""
+    """Token ids of the prompts, with excluded tokens; on the CPU."""
     first_prompt: int
-    """Number of prompts before these."""
+    """Number of prompts in earlier batches."""
     prompt: Int[Tensor, " token"]
-    """Which of these prompts each token that counts belongs to; on the CPU."""
+    """Index into `prompts` of each token; on the CPU."""
     position: Int[Tensor, " token"]
-    """Its position there."""
+    """Position of each token in its prompt; on the CPU."""
     x: Float[Tensor, "token layer d_in"]
-    """Its vectors, in raw space."""
+    """Vectors at all layers, in raw space."""
     encoder: LayerEncoder | None
-    """Encodes them; None where no SAE is analysed."""
+    """None if no SAE is analysed."""
 
     @cached_property
     def active(self) -> ActiveLatents:
-        """What the SAE makes of the vectors; encoded once for all analyses."""
+        """The SAE's activations, encoded once for all analyses."""
         assert self.encoder is not None
         return active_latents(self.encoder, self.x)
 
     @property
     def token_ids(self) -> Int[Tensor, " token"]:
-        """The id of each token that counts."""
+        """The id of each token."""
         return self.prompts[self.prompt, self.position]
 
 
 @runtime_checkable
 class Accumulator(Protocol[T_co]):
-    """An analysis that sees the tokens batch by batch."""
+    """An analysis that processes the tokens batch by batch."""
 
     def update(self, batch: TokenBatch) -> None:
         """Add a batch of tokens."""
@@ -70,17 +70,17 @@ class Accumulator(Protocol[T_co]):
 
 
 class PassOptions(TypedDict, total=False):
-    """Which tokens an analysis goes over.
+    """The tokens of a pass; a setting for all analyses of tokens is added here.
 
     Attributes:
-        n_prompts: Prompts to take from a store; None: one model batch of it. Where its
-            dataset ends before, there are fewer, with a warning.
-        batch_size_prompts: Prompts in a forward pass, 8 by default. No result depends
-            on it.
-        exclude_tokens: Token ids whose positions are left out; None: those that the
-            store excludes, and none where tokens are given.
-        exclude_positions: Positions in a prompt that are left out; negative ones count
-            from its end. The first one's vectors are often many times longer.
+        n_prompts: Prompts to take from a store, fewer with a warning if its dataset
+            ends; None: one model batch of it.
+        batch_size_prompts: Prompts in a forward pass, 8 by default; does not affect
+            results.
+        exclude_tokens: Token ids whose positions are excluded; None: those that the
+            store excludes, or none if `tokens` is a tensor.
+        exclude_positions: Positions in a prompt that are excluded; negative ones count
+            from its end. Vectors at position 0 are often many times longer.
     """
 
     n_prompts: int | None
@@ -90,9 +90,9 @@ class PassOptions(TypedDict, total=False):
 
 
 class TokenStream:
-    """Runs a model over prompts and gives the vectors of the tokens that count.
+    """Iterates over batches of prompts with the model's vectors.
 
-    Iterating again goes over the same prompts, where `repeatable`.
+    Iterating again yields the same prompts if `repeatable`.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class TokenStream:
 
         Raises:
             ValueError: If the model lacks a hook, has another width than the SAE or has
-                SAEs attached, or a prompt is not what it can run.
+                SAEs attached, or a prompt is invalid.
         """
         sae = encoder.saes[0] if encoder is not None else sae
         self._d_in: int | None = None if sae is None else sae.cfg.d_in
@@ -166,10 +166,10 @@ class TokenStream:
 
     @torch.no_grad()
     def run(self, *accumulators: Accumulator[Any]) -> list[Any]:
-        """Go over the tokens once and give each accumulator's result.
+        """Iterate once and return the result of each accumulator.
 
         Raises:
-            ValueError: If no token counts.
+            ValueError: If all tokens are excluded.
         """
         n_tokens = 0
         for batch in self:
@@ -179,8 +179,7 @@ class TokenStream:
                     accumulator.update(batch)
         if n_tokens == 0:
             raise ValueError(
-                "The analysis needs at least one token; all were excluded. Give other "
-                "prompts or exclude fewer tokens."
+                "All tokens are excluded. Give other prompts or exclude fewer tokens."
             )
         return [accumulator.compute() for accumulator in accumulators]
 
@@ -194,8 +193,7 @@ def analyze(
 ) -> list[Any]:
     """Run several analyses of an SAE in one pass over tokens.
 
-    The model's forward pass is most of the cost, and each token is encoded once. Memory
-    does not grow with the number of tokens.
+    Each token is encoded once. Memory does not grow with the number of tokens.
 
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package.
@@ -209,9 +207,9 @@ def analyze(
         The result of each accumulator, in order.
 
     Raises:
-        ValueError: If the SAE does not name its hooks, the model lacks one, has another
-            width or has SAEs attached, a prompt is not what it can run, no token
-            counts, or an activation is negative or not finite.
+        ValueError: If the SAE's metadata has no hooks, the model lacks one, has another
+            width or has SAEs attached, a prompt is invalid, all tokens are excluded,
+            or an activation is negative or not finite.
     """
     encoder = LayerEncoder(sae, hook_names_of(sae))
     stream = TokenStream(model, encoder.hook_names, tokens, encoder=encoder, **options)

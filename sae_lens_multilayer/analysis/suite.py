@@ -1,22 +1,19 @@
-"""All analyses by name, in as few passes over the tokens as they need."""
+"""The table of analyses, and `Suite`, which runs them by name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
+import pandas as pd
 from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import check_latents
-from sae_lens_multilayer.analysis.active_layers import ActiveLayerCounts
-from sae_lens_multilayer.analysis.distributions import (
-    DistributionSums,
-    LayerDistributions,
-)
+from sae_lens_multilayer.analysis.distributions import DistributionSums
 from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import (
     decoder_similarity,
@@ -24,22 +21,18 @@ from sae_lens_multilayer.analysis.geometry import (
     token_similarity,
     token_unembeddings,
 )
+from sae_lens_multilayer.analysis.layer_counts import ActiveLayerCounts
+from sae_lens_multilayer.analysis.layer_variances import VarianceSums
+from sae_lens_multilayer.analysis.layers_by_class import TokenClasses, token_classes
 from sae_lens_multilayer.analysis.max_activating import ExampleCollector
-from sae_lens_multilayer.analysis.redundancy import redundancy
+from sae_lens_multilayer.analysis.near_duplicates import redundancy
 from sae_lens_multilayer.analysis.residual import residual_stream
-from sae_lens_multilayer.analysis.stream import (
-    Accumulator,
-    PassOptions,
-    TokenStream,
-    analyze,
-)
-from sae_lens_multilayer.analysis.token_classes import token_classes
+from sae_lens_multilayer.analysis.stream import Accumulator, PassOptions, analyze
 from sae_lens_multilayer.analysis.transfer import (
     Comparison,
     single_layers_of,
     transfer_matrix,
 )
-from sae_lens_multilayer.analysis.variances import VarianceSums
 from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.files import check_free
@@ -50,28 +43,20 @@ from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Prompts
 
-Analysis = Literal[
-    "evaluation",
-    "single_layer_comparison",
-    "layer_distributions",
-    "variances",
-    "active_layers",
-    "max_activating_examples",
-    "token_classes",
-    "residual_stream",
-    "residual_stream_after_lens",
-    "decoder_similarity",
-    "token_embeddings",
-    "token_unembeddings",
-    "redundancy",
-    "transfer_matrix",
-]
-N_TOKEN_CLASS_LATENTS = 4
-"""Latents whose token classes are looked at where none were chosen."""
+_N_TOKEN_CLASS_LATENTS = 4
+"""Latents for `token_classes` if none are given: the most active ones."""
 
 
 class Suite:
-    """Analyses of one SAE on the same tokens."""
+    """Analyses of one SAE on the same tokens; rows of `ANALYSES` read its attributes.
+
+    Attributes:
+        sae, model, tokens: As in `analyze`.
+        latents: Latents for `token_classes`; None: the most active ones.
+        n_examples: Examples to keep for each latent and layer.
+        single_layers: Single-layer SAEs, in the order of the SAE's hooks.
+        options: For every pass over the tokens.
+    """
 
     def __init__(
         self,
@@ -84,16 +69,11 @@ class Suite:
         single_layers: Sequence[SAE[Any]] = (),
         **options: Unpack[PassOptions],
     ) -> None:
-        """Take what is to be analysed.
+        """Check and store what will be analysed.
 
         Args:
-            sae, model: As in `analyze`.
-            tokens: Prompts.
-            latents: Latents for `token_classes`; None: those with the largest sums of
-                activations.
-            n_examples: For `max_activating_examples`, of each latent at each layer.
-            single_layers: SAEs of one of its hooks each, for `single_layer_comparison`
-                and `transfer_matrix`.
+            sae, model, tokens, latents, n_examples: See the attributes.
+            single_layers: SAEs of one of the SAE's hooks each, in any order.
             options: See `PassOptions`.
 
         Raises:
@@ -101,169 +81,226 @@ class Suite:
         """
         if latents is not None:
             check_latents(latents, sae.cfg.d_sae)
-        self._sae, self._model, self._tokens = sae, model, tokens
-        self._latents, self._n_examples = latents, n_examples
-        self._single_layers = (
-            single_layers_of(sae, single_layers) if single_layers else []
-        )
-        self._options = options
+        self.sae, self.model, self.tokens = sae, model, tokens
+        self.latents, self.n_examples = latents, n_examples
+        self.single_layers = single_layers_of(sae, single_layers)
+        self.options: Any = options
 
-    def available(self) -> list[Analysis]:
-        """The analyses that this SAE allows."""
-        has_lens = any(map(lens_of, self._single_layers))
-        of_heads = self._sae.cfg.metadata.hook_head_index is not None
-        missing: set[Analysis] = set()
-        if lens_of(self._sae) is None:
-            missing.add("residual_stream_after_lens")
-        if of_heads:
-            missing.add("evaluation")
-        if self._sae.cfg.d_in != as_model(self._model).shape.d_model:
-            missing |= {"token_embeddings", "token_unembeddings"}
-        if of_heads or not self._single_layers:
-            missing.add("single_layer_comparison")
-        if has_lens or not self._single_layers:
-            missing.add("transfer_matrix")
-        return [name for name in get_args(Analysis) if name not in missing]
+    def missing(self, name: str) -> str | None:
+        """What an analysis needs and this suite lacks; None if it is available."""
+        if name not in ANALYSES:
+            return "a row in ANALYSES"
+        needs = ANALYSES[name].needs
+        return next((n.description for n in needs if not n.is_met(self)), None)
+
+    def available(self) -> list[str]:
+        """Names of the analyses that can run."""
+        return [name for name in ANALYSES if self.missing(name) is None]
 
     def run(
         self,
-        names: Sequence[str] | None = None,
+        names: Iterable[str] | None = None,
         known: Mapping[str, Result] = MappingProxyType({}),
     ) -> dict[str, Result]:
-        """Run some of the analyses; those that can share a pass do.
+        """Run analyses; those with an accumulator share one pass over the tokens.
 
         Args:
-            names: Their names; None: all that are available.
-            known: Results of the same SAE and tokens by name, which are not run again.
+            names: Keys of `ANALYSES`; None: all that are available.
+            known: Results by name for the same SAE and tokens, which are reused.
 
         Returns:
-            The result of each, by name, in the order of `Analysis`.
+            The results by name, in the order of `ANALYSES`.
 
         Raises:
-            ValueError: If a name is not available, or as the analyses.
+            ValueError: If an analysis is not available, or as the analyses.
         """
         available = self.available()
-        unknown = [name for name in names or () if name not in available]
-        if unknown:
-            raise ValueError(
-                f"Analyses must be among {available}; got {unknown}. One after a lens "
-                "needs an SAE with a lens, the evaluation one of whole vectors, those "
-                "of token embeddings one of their width, the comparison single-layer "
-                "SAEs, and the transfer matrix such without a lens."
+        chosen = available if names is None else list(names)
+        if missing := [name for name in chosen if name not in available]:
+            needs = ", ".join(
+                f"{name!r} needs {self.missing(name)}" for name in missing
             )
-        wanted = [n for n in available if names is None or n in names]
+            raise ValueError(f"Not available: {needs}. Available: {available}.")
+        used = {name for user in chosen for name in ANALYSES[user].uses}
         results = dict(known)
-        others = self._others(results)
-        for name in wanted:
-            if name not in results and name in others:
-                results[name] = others[name]()
-            elif name not in results:
-                results |= self._shared_pass(wanted, results)
-        return {name: results[name] for name in wanted}
 
-    def _shared_pass(
-        self, wanted: Sequence[str], known: Mapping[str, Result]
-    ) -> dict[str, Result]:
-        makers: dict[str, Callable[[], Accumulator[Any]]] = {
-            "layer_distributions": lambda: DistributionSums(self._sae),
-            "variances": lambda: VarianceSums(self._sae),
-            "active_layers": lambda: ActiveLayerCounts(self._sae),
-            "max_activating_examples": lambda: ExampleCollector(
-                self._sae, self._n_examples
-            ),
+        def result_of(name: str) -> Any:
+            if name not in results:
+                run = ANALYSES[name].run
+                if run is None:
+                    results.update(self._pass({name, *chosen, *used}, results))
+                else:
+                    results[name] = run(self, result_of)
+            return results[name]
+
+        return {name: result_of(name) for name in ANALYSES if name in chosen}
+
+    def _pass(self, names: set[str], known: Mapping[str, Result]) -> dict[str, Result]:
+        """Results of the analyses with an accumulator, from one pass."""
+        accumulators = {
+            name: row.accumulator(self)
+            for name, row in ANALYSES.items()
+            if row.accumulator is not None and name in names - known.keys()
         }
-        needed = set(wanted)
-        if "redundancy" in wanted or (
-            "token_classes" in wanted and self._latents is None
-        ):
-            needed.add("layer_distributions")
-        names = [name for name in makers if name in needed and name not in known]
-        accumulators = [makers[name]() for name in names]
         found = analyze(
-            self._sae, self._model, self._tokens, *accumulators, **self._options
+            self.sae, self.model, self.tokens, *accumulators.values(), **self.options
         )
-        return dict(zip(names, found, strict=True))
-
-    def _others(self, results: dict[str, Result]) -> dict[str, Callable[[], Result]]:
-        sae, model, tokens, options = (
-            self._sae,
-            self._model,
-            self._tokens,
-            self._options,
-        )
-        hook_names, W_dec = hook_names_of(sae), sae.W_dec.detach()
-
-        def distributions() -> LayerDistributions:
-            if "layer_distributions" not in results:
-                results.update(self._shared_pass(["layer_distributions"], results))
-            found = results["layer_distributions"]
-            assert isinstance(found, LayerDistributions)
-            return found
-
-        def evaluation(saes: SAE[Any] | list[SAE[Any]]) -> SpliceMetrics:
-            return evaluate(saes, model, tokens, **options)
-
-        def comparison() -> Comparison:
-            if "evaluation" not in results:
-                results["evaluation"] = evaluation(sae)
-            multi = results["evaluation"].to_dataframe()
-            single = evaluation(self._single_layers).to_dataframe()
-            return Comparison.of_tables(multi.loc[single.index], single)
-
-        def latents() -> list[int]:
-            if self._latents is not None:
-                return list(self._latents)
-            return most_active(distributions(), N_TOKEN_CLASS_LATENTS).tolist()
-
-        return {
-            "evaluation": lambda: evaluation(sae),
-            "single_layer_comparison": comparison,
-            "token_classes": lambda: token_classes(
-                sae, model, tokens, latents(), **options
-            ),
-            "residual_stream": lambda: residual_stream(
-                model, hook_names, tokens, **options
-            ),
-            "residual_stream_after_lens": lambda: residual_stream(
-                model, hook_names, tokens, lens=lens_of(sae), **options
-            ),
-            "decoder_similarity": lambda: decoder_similarity(W_dec),
-            "token_embeddings": lambda: token_similarity(
-                W_dec, token_embeddings(model)
-            ),
-            "token_unembeddings": lambda: token_similarity(
-                W_dec, token_unembeddings(model)
-            ),
-            "redundancy": lambda: redundancy(W_dec, distributions()),
-            "transfer_matrix": lambda: transfer_matrix(
-                self._single_layers, model, tokens, multi_layer=sae, **options
-            ),
-        }
+        return dict(zip(accumulators, found, strict=True))
 
 
-def most_active(
-    distributions: LayerDistributions, n_latents: int
-) -> Int[Tensor, " latent"]:
-    """The latents with the largest sums of activations, the largest first.
+ResultOf = Callable[[str], Any]
+"""Returns the result of another analysis by its name, computed if necessary."""
 
-    No more than were active at all.
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a suite may lack."""
+
+    description: str
+    is_met: Callable[[Suite], bool]
+
+
+LENS = Need("an SAE with a lens", lambda suite: lens_of(suite.sae) is not None)
+WHOLE_VECTORS = Need(
+    "an SAE of whole vectors, not of one attention head",
+    lambda suite: suite.sae.cfg.metadata.hook_head_index is None,
+)
+RESIDUAL_WIDTH = Need(
+    "an SAE of the residual stream's width",
+    lambda suite: suite.sae.cfg.d_in == as_model(suite.model).shape.d_model,
+)
+SINGLE_LAYERS = Need("single-layer SAEs", lambda suite: bool(suite.single_layers))
+NO_SINGLE_LAYER_LENS = Need(
+    "single-layer SAEs without a lens",
+    lambda suite: all(lens_of(sae) is None for sae in suite.single_layers),
+)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A row of `ANALYSES`: how an analysis runs, what it needs, what it reports.
+
+    Either `run` or `accumulator` is given. A setting for every analysis is an
+    attribute of `Suite`, or an entry of `PassOptions` if it changes the tokens or their
+    vectors.
     """
-    totals = distributions.totals.sum(0)
-    n_active = int((distributions.counts.sum(0) > 0).sum())
-    return totals.topk(min(n_latents, n_active)).indices
+
+    run: Callable[[Suite, ResultOf], Result] | None = None
+    """Computes the result."""
+    accumulator: Callable[[Suite], Accumulator[Any]] | None = None
+    """Creates an accumulator, which shares the pass over the tokens with others."""
+    needs: tuple[Need, ...] = ()
+    """The analysis is available if all are met."""
+    uses: tuple[str, ...] = ()
+    """Analyses with an accumulator whose result `run` may read."""
+    numbers: Callable[[Any], dict[str, float]] | None = None
+    """Numbers of the result that a sweep reports for each point."""
+    table: Callable[[Any], pd.DataFrame] | None = None
+    """Table of the result that the command `analyze` prints."""
+    draw: Callable[[Any, Sequence[str]], dict[str, Any]] | None = None
+    """Draws the result, given the text of each token of the vocabulary: matplotlib
+    figures by the end of their file name. None: what `pictures` has for its class."""
+
+
+def _evaluation(suite: Suite, _: ResultOf) -> SpliceMetrics:
+    return evaluate(suite.sae, suite.model, suite.tokens, **suite.options)
+
+
+def _single_layer_comparison(suite: Suite, result_of: ResultOf) -> Comparison:
+    saes = suite.single_layers
+    single = evaluate(saes, suite.model, suite.tokens, **suite.options).to_dataframe()
+    return Comparison.of_tables(result_of("evaluation").to_dataframe(), single)
+
+
+def _token_classes(suite: Suite, result_of: ResultOf) -> TokenClasses:
+    latents = suite.latents
+    if latents is None:
+        dists = result_of("layer_distributions")
+        latents = dists.most_active(_N_TOKEN_CLASS_LATENTS).tolist()
+    return token_classes(suite.sae, suite.model, suite.tokens, latents, **suite.options)
+
+
+def _residual_stream(suite: Suite, after_lens: bool) -> Result:
+    names, lens = hook_names_of(suite.sae), lens_of(suite.sae) if after_lens else None
+    return residual_stream(suite.model, names, suite.tokens, lens=lens, **suite.options)
+
+
+def _transfer_matrix(suite: Suite, _: ResultOf) -> Result:
+    return transfer_matrix(
+        suite.single_layers,
+        suite.model,
+        suite.tokens,
+        multi_layer=suite.sae,
+        **suite.options,
+    )
+
+
+ANALYSES: dict[str, Analysis] = {
+    "evaluation": Analysis(_evaluation, needs=(WHOLE_VECTORS,)),
+    "single_layer_comparison": Analysis(
+        _single_layer_comparison,
+        needs=(WHOLE_VECTORS, SINGLE_LAYERS),
+        table=lambda result: result.to_dataframe()[["fvu", "delta_ce", "kl_div"]],
+    ),
+    "layer_distributions": Analysis(accumulator=lambda s: DistributionSums(s.sae)),
+    "variances": Analysis(
+        accumulator=lambda suite: VarianceSums(suite.sae),
+        numbers=lambda result: dict(result.summary[["latent_ratio", "token_ratio"]]),
+    ),
+    "active_layers": Analysis(
+        accumulator=lambda suite: ActiveLayerCounts(suite.sae),
+        numbers=lambda result: {
+            "active_layers_per_token": result.mean_per_token.nanmean().item()
+        },
+    ),
+    "max_activating_examples": Analysis(
+        accumulator=lambda suite: ExampleCollector(suite.sae, suite.n_examples)
+    ),
+    "token_classes": Analysis(_token_classes, uses=("layer_distributions",)),
+    "residual_stream": Analysis(lambda s, _: _residual_stream(s, after_lens=False)),
+    "residual_stream_after_lens": Analysis(
+        lambda suite, _: _residual_stream(suite, after_lens=True), needs=(LENS,)
+    ),
+    "decoder_similarity": Analysis(
+        lambda suite, _: decoder_similarity(suite.sae.W_dec),
+        numbers=lambda result: {"mean_max_cos_sim": result.mean},
+    ),
+    "token_embeddings": Analysis(
+        lambda s, _: token_similarity(s.sae.W_dec, token_embeddings(s.model)),
+        needs=(RESIDUAL_WIDTH,),
+    ),
+    "token_unembeddings": Analysis(
+        lambda s, _: token_similarity(s.sae.W_dec, token_unembeddings(s.model)),
+        needs=(RESIDUAL_WIDTH,),
+    ),
+    "redundancy": Analysis(
+        lambda s, result_of: redundancy(s.sae.W_dec, result_of("layer_distributions")),
+        uses=("layer_distributions",),
+    ),
+    "transfer_matrix": Analysis(
+        _transfer_matrix, needs=(SINGLE_LAYERS, NO_SINGLE_LAYER_LENS)
+    ),
+}
+"""All analyses by name, in the order in which they run.
+
+A new analysis is a `Result`, a function or an accumulator for it, and a row here. Code
+outside of the package adds its row before it calls `Suite` or the command line:
+
+    ANALYSES["loudness"] = Analysis(lambda suite, _: loudness(suite.sae))
+"""
 
 
 def save_results(
-    results: dict[str, Result], folder: str | Path, tokenizer: Any = None
+    results: Mapping[str, Result], folder: str | Path, tokenizer: Any = None
 ) -> None:
-    """Write each result to the folder of its name.
+    """Write each result to a folder of its name.
 
     Args:
-        folder: Where these folders go.
-        tokenizer: For the text of examples.
+        folder: The folder that holds these folders.
+        tokenizer: Adds the text of the tokens to examples.
 
     Raises:
-        FileExistsError: If a result of a name is there already; nothing is written.
+        FileExistsError: If one of these folders exists already; nothing is written.
     """
     for name in results:
         check_free(Path(folder) / name)
@@ -280,7 +317,7 @@ def load_results(folder: str | Path) -> dict[str, Result]:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If a result is damaged, or of an unknown kind.
+        ValueError: If a result is damaged, or its class is not imported.
     """
     kinds = {cls.__name__: cls for cls in Result.__subclasses__()}
     found: dict[str, Result] = {}
@@ -293,27 +330,3 @@ def load_results(folder: str | Path) -> dict[str, Result]:
                 )
             found[path.name] = kinds[kind].load(path)
     return found
-
-
-def first_position_ratio(
-    model: Any, hook_names: Sequence[str], tokens: Int[Tensor, "prompt pos"]
-) -> float:
-    """How many times longer the vectors of first positions are than the others.
-
-    The largest over layers of the ratio of mean L2 norms. Models attend to the first
-    position when they have nothing to attend to; its vectors can be hundreds of times
-    as long as others, so that they alone decide what is averaged over tokens.
-
-    Raises:
-        ValueError: If prompts have one position only.
-    """
-    if tokens.shape[1] < 2:
-        raise ValueError(
-            "Positions can be compared in prompts of two or more; got one."
-        )
-    sums = torch.zeros(2, len(hook_names), dtype=torch.float64)
-    for batch in TokenStream(model, hook_names, tokens):
-        norms = batch.x.norm(dim=-1).cpu().double()
-        sums.index_add_(0, (batch.position > 0).long(), norms)
-    first, rest = sums[0], sums[1] / (tokens.shape[1] - 1)
-    return torch.nan_to_num(first / rest).max().item()

@@ -1,4 +1,4 @@
-"""A multi-layer SAE beside SAEs of single layers, on the same tokens."""
+"""Compares a multi-layer SAE with single-layer SAEs on the same tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,15 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
-from sae_lens_multilayer.evaluation.encoder import LayerEncoder, ReconstructionSums
+from sae_lens_multilayer.analysis.stream import (
+    PassOptions,
+    TokenBatch,
+    TokenStream,
+)
+from sae_lens_multilayer.evaluation.encoder import (
+    LayerEncoder,
+    ReconstructionSums,
+)
 from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics
 from sae_lens_multilayer.hooks import layer_labels
@@ -36,21 +43,17 @@ COMPARED = (
 
 @dataclass
 class TransferMatrix(Result):
-    """How well SAEs of single layers reconstruct the other layers.
-
-    FVU is around the layer's mean vector (`LayerMetrics.fvu`); 1 is no better than
-    that mean, and there is no upper bound.
-    """
+    """FVU of single-layer SAEs on the vectors of every layer, as `LayerMetrics.fvu`."""
 
     hook_names: list[str]
-    """The hooks that were reconstructed."""
+    """The hooks whose vectors are reconstructed."""
     trained_on: list[str]
     """The hook of each SAE."""
     n_tokens: int
     fvu: Float[Tensor, "sae layer"]
     """FVU of the SAE trained on one hook, on the vectors of another."""
     multi_layer_fvu: Float[Tensor, " layer"] | None = None
-    """FVU of the multi-layer SAE on the same vectors; None if there was none."""
+    """FVU of the multi-layer SAE, if there is one."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each SAE and one column for each layer; "multi_layer" last."""
@@ -66,10 +69,7 @@ class TransferMatrix(Result):
 
 @dataclass
 class Comparison(Result):
-    """Metrics of a multi-layer SAE and of single-layer SAEs at each hook.
-
-    The columns are those of `SpliceMetrics.to_dataframe`: dimensionless, or nats.
-    """
+    """The metrics `COMPARED` of a multi-layer SAE and of single-layer SAEs, by hook."""
 
     hook_names: list[str]
     multi_layer: Float[Tensor, "layer metric"]
@@ -79,25 +79,22 @@ class Comparison(Result):
     def of_tables(
         cls, multi_layer: pd.DataFrame, single_layer: pd.DataFrame
     ) -> "Comparison":
-        """The comparison of two tables of `SpliceMetrics` with the same hooks."""
-        names = [str(name) for name in multi_layer.index]
-        tables = (multi_layer, single_layer.loc[names])
+        """Compare two tables of `SpliceMetrics`, at the hooks of the second."""
+        names = [str(name) for name in single_layer.index]
+        tables = (multi_layer.loc[names], single_layer)
         columns = list(COMPARED)
         return cls(names, *(torch.tensor(t[columns].to_numpy()) for t in tables))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each hook; each metric for `multi_layer` and `single_layer`."""
-        index = pd.Index(self.hook_names, name="hook_name")
-        tables = {
-            name: pd.DataFrame(values.numpy(), index=index, columns=pd.Index(COMPARED))
-            for name, values in [
-                ("multi_layer", self.multi_layer),
-                ("single_layer", self.single_layer),
-            ]
-        }
-        both = pd.concat(tables, axis=1).swaplevel(axis=1)
-        order = [(metric, name) for metric in COMPARED for name in tables]
-        return both.reindex(columns=pd.MultiIndex.from_tuples(order))
+        both = torch.stack([self.multi_layer, self.single_layer], dim=2)
+        return pd.DataFrame(
+            both.flatten(1).numpy(),
+            index=pd.Index(self.hook_names, name="hook_name"),
+            columns=pd.MultiIndex.from_product(
+                [COMPARED, ("multi_layer", "single_layer")]
+            ),
+        )
 
 
 class TransferSums:
@@ -130,17 +127,16 @@ def transfer_matrix(
     """FVU of SAEs of single layers on the vectors of every layer.
 
     Args:
-        saes: SAEs of one hook each, such as a run with `layers=[3]` gives, or ordinary
-            SAELens SAEs; without a lens.
-        model: The model that they were trained on, without SAEs attached.
-        tokens: Prompts with their special tokens, or a store to take them from.
-        multi_layer: A multi-layer SAE to measure on the same tokens; its hooks are the
-            layers, in its order. None: the layers are those of `saes`.
+        saes: SAEs of one hook each, from a run with `layers=[3]` or ordinary SAELens
+            SAEs, without a lens.
+        model, tokens: As in `analyze`.
+        multi_layer: A multi-layer SAE to measure on the same tokens; the layers are its
+            hooks. None: the layers are the hooks of `saes`.
         options: See `PassOptions`.
 
     Raises:
-        ValueError: If an SAE does not name its hook or has several, two name the same
-            one, one has a lens, the SAEs differ in width, or as `analyze`.
+        ValueError: If an SAE has no hook or several, two have the same one, one has a
+            lens, the SAEs differ in width, or as `analyze`.
     """
     saes = [_of_one_hook(sae) for sae in saes]
     trained_on = LayerEncoder(saes).hook_names
@@ -150,8 +146,8 @@ def transfer_matrix(
         encoders.append(LayerEncoder(multi_layer))
     if any(lens_of(sae) is not None for sae in saes):
         raise ValueError(
-            "A single-layer SAE must have no lens to be used at other layers, as these "
-            "have other translators; one has. Train it without."
+            "Single-layer SAEs must have no lens, as its translator is for one layer "
+            "only; train them without."
         )
     _check_widths([encoder.saes[0] for encoder in encoders])
     stream = TokenStream(model, names, tokens, sae=saes[0], **options)
@@ -173,16 +169,15 @@ def compare_with_single_layers(
     *,
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
-    exclude_tokens: Sequence[int] | None = None,
-    exclude_positions: Sequence[int] = (),
+    **options: Any,
 ) -> Comparison:
-    """FVU, delta CE, KL divergence and more of both, on the same tokens.
+    """The metrics `COMPARED` of `evaluate` for both, on the same tokens.
 
     Args:
         multi_layer: A multi-layer SAE, ours or stock.
         saes: SAEs of one of its hooks each, in any order; these hooks are compared.
-        model, tokens, n_prompts, batch_size_prompts, exclude_tokens,
-            exclude_positions: As in `evaluate`.
+        model, tokens, n_prompts, batch_size_prompts: As in `evaluate`.
+        options: `exclude_tokens` and `exclude_positions` of `evaluate`.
 
     Raises:
         ValueError: If a hook is not the multi-layer SAE's, or as `evaluate`.
@@ -190,13 +185,7 @@ def compare_with_single_layers(
     saes = single_layers_of(multi_layer, saes)
     model_name = str(multi_layer.cfg.metadata.model_name)
     prompts = take_prompts(
-        model,
-        model_name,
-        tokens,
-        n_prompts,
-        batch_size_prompts,
-        exclude_tokens,
-        exclude_positions,
+        model, model_name, tokens, n_prompts, batch_size_prompts, **options
     )
     multi, single = (
         evaluate(
@@ -204,23 +193,25 @@ def compare_with_single_layers(
         ).to_dataframe()
         for sae in (multi_layer, saes)
     )
-    return Comparison.of_tables(multi.loc[single.index], single)
+    return Comparison.of_tables(multi, single)
 
 
 def single_layers_of(multi_layer: SAE[Any], saes: Sequence[SAE[Any]]) -> list[SAE[Any]]:
     """SAEs of one hook each, in the order of the layers of a multi-layer SAE.
 
     Raises:
-        ValueError: If one does not name its hook or has several, two have the same one,
-            or one has another hook or width than the multi-layer SAE.
+        ValueError: If one has no hook or several, two have the same one, or one has
+            another hook or width than the multi-layer SAE.
     """
+    if not saes:
+        return []
     names = hook_names_of(multi_layer)
     saes = [_of_one_hook(sae) for sae in saes]
     by_hook = dict(zip(LayerEncoder(saes).hook_names, saes, strict=True))
     if other := [name for name in by_hook if name not in names]:
         raise ValueError(
-            f"Single-layer SAEs must be of the multi-layer SAE's hooks {names}; got "
-            f"{other}."
+            f"Hooks of single-layer SAEs must be among {names}, the multi-layer SAE's; "
+            f"got {other}."
         )
     _check_widths([multi_layer, *saes])
     return [by_hook[name] for name in names if name in by_hook]

@@ -1,17 +1,13 @@
 """Run the analyses of an SAE."""
 
+import logging
 from dataclasses import dataclass, field
-from typing import get_args
-
-import pandas as pd
-from simple_parsing import field as option
 
 from sae_lens_multilayer.analysis import (
-    Comparison,
+    ANALYSES,
     Suite,
     save_results,
 )
-from sae_lens_multilayer.analysis.suite import Analysis
 from sae_lens_multilayer.cli.analysis_folder import write_record
 from sae_lens_multilayer.cli.inputs import (
     Inputs,
@@ -20,54 +16,53 @@ from sae_lens_multilayer.cli.inputs import (
     TextOptions,
     load_inputs,
     load_sae,
-    warn_of_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_folder, parse
 from sae_lens_multilayer.files import complete_or_absent, free_path
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class AnalysisOptions:
-    """How the analyses go over the tokens."""
+    """Options of the analyses."""
 
     exclude_positions: list[int] = field(default_factory=list)
-    """Positions in a prompt that are left out: 0 where the vectors of the first
-    position are many times longer than all others."""
+    """Positions in a prompt to exclude: 0 if the vectors of the first position are many
+    times longer than all others."""
     latents: list[int] | None = None
-    """Latents whose token classes are looked at; None: the most active ones."""
+    """Latents for token_classes; None: the most active ones."""
     n_examples: int = 8
-    """Examples to keep of each latent at each layer."""
+    """Examples to keep for each latent and layer."""
     single_layers: list[str] = field(default_factory=list)
-    """Folders of SAEs of single layers, to compare with: FVU, delta CE and KL at their
-    layers, and their FVU at the others (the transfer matrix)."""
+    """Folders of single-layer SAEs, for single_layer_comparison and transfer_matrix."""
 
 
 @dataclass
 class Options:
-    """What is analysed."""
+    """Options of `analyze`."""
 
     sae: SAEOptions
     model: ModelOptions
     text: TextOptions
     analysis: AnalysisOptions
-    analyses: list[str] = option(  # noqa: RUF009  (it makes a field, with a help)
-        default_factory=lambda: ["all"],
-        help=f"Any of {', '.join(get_args(Analysis))}, as the folders that are written;"
-        " all: every one that the SAE allows. The evaluation takes longest.",
-    )
+    analyses: list[str] = field(default_factory=lambda: ["all"])
+    """Analyses from the list below, or all that are available. The evaluation takes the
+    longest."""
     output_path: str = "analyses"
-    """New folder for the results and pictures."""
+    """New folder for the results, one folder each, and their pictures."""
 
 
 def analyze(arguments: list[str]) -> None:
     """Run analyses of an SAE, and write results and pictures."""
-    options = parse(analyze, Options, arguments)
+    options = parse(analyze, Options, arguments, epilog=_list_of_analyses())
     if not options.analyses:
         raise ValueError("`analyses` must name at least one analysis, or be all.")
     output = new_folder(options.output_path)
     inputs = load_inputs(options.sae, options.model, options.text)
-    warn_of_first_position(inputs, options.text, options.analysis.exclude_positions)
+    if warning := inputs.first_position_warning(options.analysis.exclude_positions):
+        logger.warning("%s --exclude_positions 0 excludes it.", warning)
     names = None if options.analyses == ["all"] else options.analyses
     results = suite_of(inputs, options.text, options.analysis).run(names)
     output = free_path(output)
@@ -75,19 +70,24 @@ def analyze(arguments: list[str]) -> None:
         save_results(results, folder, inputs.model.tokenizer)
         write_record(folder, inputs, options)
         for name, result in results.items():
-            pictures = pictures_of(name, result, inputs.text_of)
-            for file_name, picture in pictures.items():
+            for file_name, picture in pictures_of(name, result, inputs.text_of).items():
                 save_figure(draw(picture), folder / f"{file_name}.png")
     for name, result in results.items():
-        if isinstance(result, Comparison):
-            columns = ["fvu", "delta_ce", "kl_div"]
-            table: pd.DataFrame = result.to_dataframe().loc[:, columns]
-            print(table.to_string(float_format="{:.4f}".format))
+        if table := ANALYSES[name].table:
+            print(table(result).to_string(float_format="{:.4f}".format))
         print(f"Written: {output / name}, a {type(result).__name__}")
 
 
+def _list_of_analyses() -> str:
+    lines = ["analyses:"]
+    for name, row in ANALYSES.items():
+        needs = ", ".join(need.description for need in row.needs)
+        lines.append(f"  {name:28}needs {needs}" if needs else f"  {name}")
+    return "\n".join(lines)
+
+
 def suite_of(inputs: Inputs, text: TextOptions, options: AnalysisOptions) -> Suite:
-    """The analyses as the options want them."""
+    """The suite for these options."""
     device = str(inputs.sae.device)
     return Suite(
         inputs.sae,

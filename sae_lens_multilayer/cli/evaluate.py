@@ -1,5 +1,6 @@
 """Evaluate an SAE."""
 
+import logging
 from dataclasses import dataclass, field
 
 from sae_lens_multilayer.cli.inputs import (
@@ -7,11 +8,12 @@ from sae_lens_multilayer.cli.inputs import (
     SAEOptions,
     TextOptions,
     load_inputs,
-    warn_of_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
 from sae_lens_multilayer.evaluation.evaluation import Ablation
 from sae_lens_multilayer.evaluation.evaluation import evaluate as evaluate_sae
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,7 +44,8 @@ def evaluate(arguments: list[str]) -> None:
     path = new_file(options.output_path, ".csv")
     inputs = load_inputs(options.sae, options.model, options.text)
     left_out = [*options.exclude_positions, *options.keep_positions]
-    warn_of_first_position(inputs, options.text, left_out)
+    if warning := inputs.first_position_warning(left_out):
+        logger.warning("%s --exclude_positions 0 excludes it.", warning)
     metrics = evaluate_sae(
         inputs.sae,
         inputs.model,

@@ -1,6 +1,5 @@
 """The SAE, the model and the text that a command works on."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError
 from simple_parsing import field as option
 
-from sae_lens_multilayer.analysis.suite import first_position_ratio
+from sae_lens_multilayer.analysis import first_position_warning
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
@@ -27,11 +26,6 @@ from sae_lens_multilayer.published.loader import (
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Prompts
 from sae_lens_multilayer.text.text import Text, check_n_tokens
-
-_SINK_RATIO = 4.0
-"""Ratio of norms from which vectors at the first position dominate every average."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,6 +84,16 @@ class Inputs:
         tokenizer = self.model.tokenizer
         return tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
 
+    def first_position_warning(
+        self, exclude_positions: Sequence[int] = ()
+    ) -> str | None:
+        """See `analysis.first_position_warning`."""
+        prompts = self.prompts[:8]
+        if not prompts.counted[:, 0].any():
+            return None
+        names = hook_names_of(self.sae)
+        return first_position_warning(self.model, names, prompts.ids, exclude_positions)
+
     def text_of(self, token_id: int) -> str:
         """The text of a token; its id if the tokenizer has none."""
         has_text = token_id < len(self.token_texts)
@@ -132,39 +136,6 @@ def text_of(metadata: SAEMetadata, options: TextOptions) -> Text:
         context_size=options.context_size,
         exclude_special_tokens=options.exclude_special_tokens,
     )
-
-
-def long_first_position(
-    inputs: Inputs, options: TextOptions, left_out: Sequence[int]
-) -> float | None:
-    """Ratio of the norms of first positions to the others', if it is large.
-
-    Args:
-        left_out: Positions that the command excludes.
-
-    Returns:
-        None if the ratio is small, or no first position counts.
-    """
-    prompts = inputs.prompts[: options.batch_size_prompts]
-    n_pos = prompts.ids.shape[1]
-    is_counted = bool(prompts.counted[:, 0].any())
-    if n_pos < 2 or not is_counted or {0, -n_pos}.intersection(left_out):
-        return None
-    ratio = first_position_ratio(inputs.model, hook_names_of(inputs.sae), prompts.ids)
-    return ratio if ratio >= _SINK_RATIO else None
-
-
-def warn_of_first_position(
-    inputs: Inputs, options: TextOptions, left_out: Sequence[int]
-) -> None:
-    """Log a warning if the first position decides every average."""
-    ratio = long_first_position(inputs, options, left_out)
-    if ratio is not None:
-        logger.warning(
-            "The vectors of position 0 are up to %.0f times as long as those of other "
-            "positions and decide every average; --exclude_positions 0 leaves it out.",
-            ratio,
-        )
 
 
 def load_sae(options: SAEOptions, device: str) -> SAE[Any]:

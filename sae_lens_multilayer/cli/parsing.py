@@ -19,11 +19,18 @@ def help_of(command: Callable[[list[str]], None]) -> str:
 
 
 def parse(
-    command: Callable[[list[str]], None], options: type[T], arguments: list[str]
+    command: Callable[[list[str]], None],
+    options: type[T],
+    arguments: list[str],
+    epilog: str | None = None,
 ) -> T:
-    """Fill a dataclass of options from a command's arguments."""
+    """Fill a dataclass of options from a command's arguments.
+
+    Args:
+        epilog: Text at the end of the help.
+    """
     parser = ArgumentParser(
-        prog=f"{PROG} {command.__name__}", description=help_of(command)
+        prog=f"{PROG} {command.__name__}", description=help_of(command), epilog=epilog
     )
     dataclass: Any = options
     parser.add_arguments(dataclass, dest="options")

@@ -16,7 +16,6 @@ from sae_lens_multilayer.cli.inputs import (
     SAEOptions,
     TextOptions,
     load_inputs,
-    long_first_position,
 )
 from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
@@ -45,8 +44,8 @@ class Options:
 def report(arguments: list[str]) -> None:
     """Write one HTML file with the evaluation, the analyses and the latents.
 
-    The first position of prompts is left out where its vectors are many times longer
-    than the others, and the page says so.
+    The first position of prompts is excluded if its vectors are many times longer than
+    others, with a note on the page.
     """
     options = parse(report, Options, arguments)
     path = new_file(options.output_path, ".html")
@@ -65,17 +64,11 @@ def report(arguments: list[str]) -> None:
 def _content(inputs: Inputs, options: Options) -> ReportContent:
     sae, prompts = inputs.sae, inputs.prompts
     names = hook_names_of(sae)
-    positions, notes = _left_out(inputs, options)
+    positions, notes = _excluded(inputs, options)
     analysis = replace(options.analysis, exclude_positions=positions)
     suite = suite_of(inputs, options.text, analysis)
-    if "evaluation" not in suite.available():
-        raise ValueError(
-            "A report begins with the evaluation, which needs an SAE of whole "
-            "activation vectors; this one is of attention head "
-            f"{sae.cfg.metadata.hook_head_index}. `analyze` runs its other analyses."
-        )
     known = {} if options.analysis_path is None else load_results(options.analysis_path)
-    results = suite.run(known=known)
+    results = suite.run(["evaluation", *suite.available()], known)
     evaluation = results.pop("evaluation")
     assert isinstance(evaluation, SpliceMetrics)
     prompt = layer_distributions(
@@ -113,8 +106,8 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     )
 
 
-def _left_out(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
-    """Positions that are left out, and what the page says of it."""
+def _excluded(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
+    """Positions to exclude, and notes for the page on what is excluded."""
     notes: list[str] = []
     special = inputs.text.excluded_token_ids(inputs.model.tokenizer)
     if special:
@@ -124,27 +117,16 @@ def _left_out(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
             f"Only positions in the SAE's `seqpos_slice` {inputs.text.seqpos_slice} "
             "count. When layers are replaced the others keep their own vectors."
         )
-    given = options.analysis.exclude_positions
-    if given:
+    positions = options.analysis.exclude_positions
+    warning = inputs.first_position_warning(positions)
+    # The analyses of a folder keep the positions that they were made with.
+    if warning and options.analysis_path is None:
+        positions = [*positions, 0]
+    if warning:
+        notes.append(warning)
+    if positions:
         notes.append(
-            f"Positions {given} of each prompt are left out everywhere, as asked for. "
-            "When layers are replaced they keep their own vectors."
+            f"Positions {positions} of each prompt are excluded. When a layer is "
+            "replaced they keep their own vectors."
         )
-    ratio = long_first_position(inputs, options.text, given)
-    if ratio is None:
-        return given, notes
-    long = (
-        f"its vectors are up to {ratio:.0f} times as long as those of other positions, "
-        "as the model attends to it when it has nothing to attend to"
-    )
-    if options.analysis_path is not None:
-        notes.append(
-            f"Position 0 of each prompt is not left out, as these analyses were made: "
-            f"{long}, and they decide every average."
-        )
-        return given, notes
-    notes.append(
-        f"Position 0 of each prompt is left out everywhere: {long}, and would decide "
-        "every average. When layers are replaced it keeps its own vectors."
-    )
-    return [*given, 0], notes
+    return positions, notes

@@ -9,7 +9,6 @@ from torch import Tensor
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
 from sae_lens_multilayer.analysis.geometry import TokenSimilarity
-from sae_lens_multilayer.analysis.suite import most_active
 from sae_lens_multilayer.pictures.description import short_labels
 from sae_lens_multilayer.results import Result
 
@@ -38,7 +37,7 @@ def latents_data(
     found: dict[str, Any] = {"layers": [], "texts": {}, "latents": []}
     if isinstance(distributions, LayerDistributions) and isinstance(examples, Examples):
         found["layers"] = short_labels(distributions.hook_names)
-        chosen = dict.fromkeys([*most_active(distributions, n_latents).tolist(), *more])
+        chosen = dict.fromkeys([*distributions.most_active(n_latents).tolist(), *more])
         latents = _statistics(distributions, list(chosen))
         rows = _rows_by_latent(examples)
         for latent in latents:

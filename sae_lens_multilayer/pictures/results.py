@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_lens_multilayer.analysis.active_layers import ActiveLayers
 from sae_lens_multilayer.analysis.distributions import LayerDistributions, PromptActs
 from sae_lens_multilayer.analysis.geometry import DecoderSimilarity
-from sae_lens_multilayer.analysis.redundancy import Redundancy
+from sae_lens_multilayer.analysis.layer_counts import ActiveLayers
+from sae_lens_multilayer.analysis.layer_variances import Variances
+from sae_lens_multilayer.analysis.layers_by_class import ClassKind, TokenClasses
+from sae_lens_multilayer.analysis.near_duplicates import Redundancy
 from sae_lens_multilayer.analysis.residual import ResidualStream
-from sae_lens_multilayer.analysis.token_classes import ClassKind, TokenClasses
 from sae_lens_multilayer.analysis.transfer import Comparison, TransferMatrix
-from sae_lens_multilayer.analysis.variances import Variances
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics
 from sae_lens_multilayer.pictures.description import (
     Axis,

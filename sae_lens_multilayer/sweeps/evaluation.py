@@ -1,17 +1,13 @@
 """What is measured of each point of a sweep, and on which text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import Any
 
 from sae_lens import SAE
 
-from sae_lens_multilayer.analysis import (
-    ActiveLayers,
-    DecoderSimilarity,
-    Variances,
-)
-from sae_lens_multilayer.analysis.suite import Analysis, Suite
+from sae_lens_multilayer.analysis import ANALYSES
+from sae_lens_multilayer.analysis.suite import LENS, SINGLE_LAYERS, Suite
 from sae_lens_multilayer.config import fields_of
 from sae_lens_multilayer.config_files import check_known
 from sae_lens_multilayer.evaluation.evaluation import evaluate
@@ -20,12 +16,8 @@ from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.text.prompts import Prompts, check_integers
 from sae_lens_multilayer.text.text import Text, check_n_tokens
 
-_NEED_MORE = (
-    "transfer_matrix",
-    "single_layer_comparison",
-    "residual_stream_after_lens",
-)
-"""Analyses that not every SAE allows by itself."""
+_NOT_IN_SWEEPS = {LENS, SINGLE_LAYERS}
+"""Needs that no point of a sweep or not every point meets."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +41,8 @@ class SweepEvaluation:
         "active_layers",
         "decoder_similarity",
     )
-    """Names of `analysis.Suite`; the results are saved with each point. Of these three,
-    there is a number in the table."""
+    """Keys of `analysis.ANALYSES`; the results are saved with each point, and the table
+    has the `numbers` of these analyses."""
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "SweepEvaluation":
@@ -74,7 +66,7 @@ class SweepEvaluation:
                 f"{self.batch_size_prompts}."
             )
         check_integers("exclude_positions", self.exclude_positions)
-        known = [name for name in get_args(Analysis) if name not in _NEED_MORE]
+        known = [n for n, row in ANALYSES.items() if not _NOT_IN_SWEEPS & {*row.needs}]
         if unknown := [name for name in self.analyses if name not in known]:
             raise ValueError(f"`analyses` must be among {known}; got {unknown}.")
 
@@ -104,25 +96,9 @@ def measure(
 
 
 def summary(metrics: SpliceMetrics, results: dict[str, Result]) -> dict[str, float]:
-    """Means over layers, and one number or two of the analyses that have them."""
+    """Means of the metrics over layers, and the numbers of the analyses."""
     values = {str(name): float(value) for name, value in metrics.mean().items()}
-    for result in results.values():
-        values |= _NUMBERS.get(type(result), lambda _: {})(result)
+    for name, result in results.items():
+        if numbers := ANALYSES[name].numbers:
+            values |= numbers(result)
     return values
-
-
-def _of_variances(result: Variances) -> dict[str, float]:
-    found: Any = result.summary
-    return {name: float(found[name]) for name in ("latent_ratio", "token_ratio")}
-
-
-def _of_active_layers(result: ActiveLayers) -> dict[str, float]:
-    means = result.mean_per_token
-    return {"active_layers_per_token": means[~means.isnan()].mean().item()}
-
-
-_NUMBERS: dict[type[Result], Callable[[Any], dict[str, float]]] = {
-    Variances: _of_variances,
-    ActiveLayers: _of_active_layers,
-    DecoderSimilarity: lambda result: {"mean_max_cos_sim": result.mean},
-}

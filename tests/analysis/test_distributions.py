@@ -131,5 +131,5 @@ def test_every_token_of_a_prompt(model, tmp_path):
 
 
 def test_more_than_one_prompt_has_no_single_tokens(model):
-    with pytest.raises(ValueError, match=r"one prompt; got more.*\[1, pos\]"):
+    with pytest.raises(ValueError, match="one prompt; got more"):
         prompt_acts(random_sae(), model, torch.ones(2, 4, dtype=torch.long))

@@ -167,7 +167,7 @@ def test_wrong_numbers_are_errors():
 
 def test_no_activation_is_an_error():
     acts = torch.zeros(3, 2, 4)
-    with pytest.raises(ValueError, match="was active at any of the 3 tokens"):
+    with pytest.raises(ValueError, match="at any of the 3 tokens"):
         accumulate(ExampleCollector(sae_of(acts)), [batch_of(acts)])
 
 

@@ -182,7 +182,7 @@ def test_batches_say_where_their_tokens_are(model, tokens):
 def test_wrong_input_is_an_early_error(model, tokens):
     sae = random_sae()
     sums = DistributionSums(sae)
-    with pytest.raises(ValueError, match="at least one token; all were excluded"):
+    with pytest.raises(ValueError, match="All tokens are excluded"):
         analyze(sae, model, tokens, sums, exclude_tokens=list(range(D_VOCAB)))
     with pytest.raises(ValueError, match="`batch_size_prompts` must be at least 1"):
         analyze(sae, model, tokens, sums, batch_size_prompts=0)

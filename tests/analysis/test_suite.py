@@ -36,7 +36,6 @@ from sae_lens_multilayer.analysis import (
     variances,
 )
 from sae_lens_multilayer.analysis import suite as suite_module
-from sae_lens_multilayer.analysis.suite import most_active
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def test_each_is_the_analysis_by_itself(model, tokens, single_layers):
     assert list(found) == suite.available()
     W_dec, call = sae.W_dec.detach(), (sae, model, tokens)
     dists = layer_distributions(*call, **OPTIONS)
-    latents = most_active(dists, 4).tolist()
+    latents = dists.most_active(4).tolist()
     lens = sae.lens
     expected = {
         "evaluation": evaluate(*call, **OPTIONS),
@@ -152,15 +151,20 @@ def test_what_an_sae_does_not_allow_is_not_available(model, tokens, single_layer
         "transfer_matrix",
     }
     assert not absent & set(available)
-    with pytest.raises(ValueError, match=r"must be among .*got \['transfer_matrix'\]"):
-        Suite(sae, model, tokens).run(["transfer_matrix"])
+    names = ["variances", "transfer_matrix", "no_such"]
+    with pytest.raises(ValueError, match="'transfer_matrix' needs single-layer SAEs"):
+        Suite(sae, model, tokens).run(names)
+    with pytest.raises(ValueError, match="'no_such' needs a row in ANALYSES"):
+        Suite(sae, model, tokens).run(names)
     single_layers[0].lens = random_lens(HOOK_NAMES[:1])
-    available = Suite(sae, model, tokens, single_layers=single_layers).available()
+    suite = Suite(sae, model, tokens, single_layers=single_layers)
+    assert suite.missing("transfer_matrix") == "single-layer SAEs without a lens"
+    available = suite.available()
     assert absent & set(available) == {"single_layer_comparison"}
     of_other_width = Suite(random_sae(d_in=32), model, tokens).available()
     others = {"token_embeddings", "token_unembeddings"}
     assert others == {*available} - {*of_other_width} - absent
-    with pytest.raises(ValueError, match="of the multi-layer SAE's hooks"):
+    with pytest.raises(ValueError, match=r"the multi-layer SAE's; got .*mlp_out"):
         Suite(sae, model, tokens, single_layers=[single_layer("blocks.7.hook_mlp_out")])
 
 

@@ -131,7 +131,7 @@ def test_some_layers_are_compared(model, tokens, saes):
 
 def test_wrong_saes_are_errors(model, tokens, saes):
     other = single_layer("blocks.1.hook_resid_pre", 0)
-    with pytest.raises(ValueError, match="must be of the multi-layer SAE's hooks"):
+    with pytest.raises(ValueError, match=r"the multi-layer SAE's; got .*resid_pre"):
         compare_with_single_layers(random_sae(), [other], model, tokens)
     with pytest.raises(ValueError, match="must name its own hook"):
         transfer_matrix([saes[0], saes[0]], model, tokens)

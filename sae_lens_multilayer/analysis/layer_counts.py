@@ -1,4 +1,4 @@
-"""At how many layers a latent is active, for one token and over all."""
+"""Counts the layers at which a latent is active, at one token and over all tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import sums_device
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
-from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.analysis.tables import by_layer, make_table
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
@@ -20,71 +20,61 @@ from sae_lens_multilayer.text.prompts import Tokens
 
 @dataclass
 class ActiveLayers(Result):
-    """How many layers each latent is active at.
+    """Number of layers at which each latent is active.
 
-    A latent is active where its activation is above `threshold`, in the SAE's own
-    units: those of standardised vectors, if it standardises them.
+    A latent is active if its activation is above `threshold`, in the SAE's units: those
+    of standardised vectors if it standardises them.
     """
 
     hook_names: list[str]
     n_tokens: int
     threshold: float
     counts: Int[Tensor, "layer d_sae"]
-    """Number of tokens at which a latent was active at a layer."""
+    """Number of tokens at which a latent is active at a layer."""
     per_token: Int[Tensor, "layer d_sae"]
-    """Number of tokens at which it was active at 1, 2, ... layers."""
+    """Number of tokens at which it is active at exactly 1, 2, ... layers."""
 
     @property
     def n_active_tokens(self) -> Int[Tensor, " d_sae"]:
-        """Tokens at which a latent was active at any layer."""
+        """Number of tokens at which a latent is active at any layer."""
         return self.per_token.sum(0)
 
     @property
     def mean_per_token(self) -> Float[Tensor, " d_sae"]:
-        """Mean number of layers over the tokens at which a latent was active at any;
-        NaN if there were none."""
+        """Mean number of layers over the tokens at which a latent is active at any
+        layer; NaN if there are none."""
         n_layers = torch.arange(1, len(self.per_token) + 1).unsqueeze(1)
         return (self.per_token * n_layers).sum(0) / self.n_active_tokens.double()
 
     def overall(self, min_share: float = 0.0) -> Int[Tensor, " d_sae"]:
-        """Number of layers at which a latent was active, over all tokens.
+        """Number of layers at which a latent is active at any token.
 
         Args:
-            min_share: Leave out layers with no more than this share of the times that
-                the latent was active at any layer.
-
-        Raises:
-            ValueError: If the share is not in [0, 1).
+            min_share: Fraction of the latent's counts over all layers, in [0, 1), that
+                a layer must exceed.
         """
-        if not 0 <= min_share < 1:
-            raise ValueError(f"`min_share` must be in [0, 1); got {min_share}.")
         return (self.counts > min_share * self.counts.sum(0)).sum(0)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent; a column `count_{layer}` for each layer."""
-        table = pd.DataFrame(
-            {
-                "n_active_tokens": self.n_active_tokens.numpy(),
-                "mean_per_token": self.mean_per_token.numpy(),
-                "overall": self.overall().numpy(),
-            }
-        )
-        labels = [f"count_{label}" for label in layer_labels(self.hook_names)]
-        counts = pd.DataFrame(self.counts.T.numpy(), columns=pd.Index(labels))
-        return table.join(counts).rename_axis("latent")
+        columns = {
+            "n_active_tokens": self.n_active_tokens,
+            "mean_per_token": self.mean_per_token,
+            "overall": self.overall(),
+        }
+        columns |= by_layer("count", self.hook_names, self.counts)
+        return make_table(columns, "latent")
 
 
 class ActiveLayerCounts:
     """Adds up `ActiveLayers` over tokens."""
 
     def __init__(self, sae: SAE[Any], threshold: float = 0.0) -> None:
-        """Start at no token.
+        """Start without tokens.
 
-        Raises:
-            ValueError: If the threshold is negative.
+        Args:
+            threshold: Activation above which a latent is active, at least 0.
         """
-        if not threshold >= 0:
-            raise ValueError(f"`threshold` must be at least 0; got {threshold}.")
         self._hook_names = hook_names_of(sae)
         self._threshold = float(threshold)
         self._n_tokens = 0
@@ -124,12 +114,10 @@ def active_layers(
     threshold: float = 0.0,
     **options: Unpack[PassOptions],
 ) -> ActiveLayers:
-    """At how many layers each latent is active, per token and overall.
+    """Number of layers at which each latent is active, per token and overall.
 
     Args:
-        sae, model, tokens: As in `analyze`.
-        threshold: Activation above which a latent counts as active.
-        options: See `PassOptions`.
+        threshold: Activation above which a latent is active, at least 0.
     """
     counts = ActiveLayerCounts(sae, threshold)
     return analyze(sae, model, tokens, counts, **options)[0]

@@ -1,7 +1,6 @@
 """Authority: brute force over the whole tensor."""
 
 import pandas as pd
-import pytest
 import torch
 from dense import (
     accumulate,
@@ -55,12 +54,3 @@ def test_table_and_disk(model, tmp_path):
     loaded = ActiveLayers.load(tmp_path / "active")
     assert loaded.threshold == 0.1
     pd.testing.assert_frame_equal(loaded.to_dataframe(), found.to_dataframe())
-
-
-def test_wrong_numbers_are_errors():
-    with pytest.raises(ValueError, match="`threshold` must be at least 0; got -1"):
-        ActiveLayerCounts(random_sae(), -1.0)
-    acts = random_sparse(0, 2, 2, 2)
-    found = accumulate(ActiveLayerCounts(sae_of(acts)), [batch_of(acts)])
-    with pytest.raises(ValueError, match=r"`min_share` must be in \[0, 1\); got 1.0"):
-        found.overall(1.0)

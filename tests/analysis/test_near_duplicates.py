@@ -87,21 +87,9 @@ def test_a_direction_learnt_once_for_each_layer_is_redundant(tmp_path, monkeypat
     assert table.disjoint.all()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"min_cos_sim": 1.5}, r"`min_cos_sim` must be in \[-1, 1\]; got 1.5"),
-        ({"max_overlap": -0.1}, r"`max_overlap` must be in \[0, 1\]; got -0.1"),
-        ({"n_null": 0}, "`n_null` must be at least 1; got 0"),
-        ({"W_dec": torch.eye(3)}, "same SAE; got 3 and 4 latents"),
-        (
-            {"distributions": distributions(torch.tensor([[0, 1, 0, 0]]))},
-            "two latents that were active; 1 were",
-        ),
-    ],
-)
-def test_wrong_input_is_an_error(change, message):
+def test_wrong_input_is_an_error():
     counts = torch.ones(2, 4, dtype=torch.long)
-    inputs = {"W_dec": torch.eye(4), "distributions": distributions(counts)}
-    with pytest.raises(ValueError, match=message):
-        redundancy(**(inputs | change))
+    with pytest.raises(ValueError, match="same SAE; got 3 and 4 latents"):
+        redundancy(torch.eye(3), distributions(counts))
+    with pytest.raises(ValueError, match="at least two active latents; got 1"):
+        redundancy(torch.eye(4), distributions(torch.tensor([[0, 1, 0, 0]])))

@@ -1,4 +1,4 @@
-"""How much of the variance over layers is within a token, within a latent, in all."""
+"""Decomposes the variance over layers into parts within tokens and within latents."""
 
 import sys
 from dataclasses import dataclass
@@ -13,14 +13,27 @@ from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import ActiveLatents, sums_device
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.analysis.tables import (
+    layer_index,
+    layer_mean,
+    layer_variance,
+    make_table,
+)
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
 
-EXACT = ("var_l", "exp_var_l_j", "exp_var_l_jt")
-REFERENCE = ("reference_var_l", "reference_exp_var_l_f", "reference_exp_var_l_tf")
-REFERENCE_RATIOS = ("reference_rel_var_f", "reference_rel_var_t")
-COLUMNS = ("n_tokens", *EXACT, *REFERENCE, *REFERENCE_RATIOS)
+_COLUMNS = [
+    "n_tokens",
+    "var_l",
+    "exp_var_l_j",
+    "exp_var_l_jt",
+    "reference_var_l",
+    "reference_exp_var_l_f",
+    "reference_exp_var_l_tf",
+    "reference_rel_var_f",
+    "reference_rel_var_t",
+]
 
 
 @dataclass
@@ -28,32 +41,31 @@ class Variances(Result):
     """The law of total variance of the layer L of an activation, in layers squared.
 
     An activation of latent J at token T and layer L is drawn with a probability
-    proportional to its size, over the tokens seen:
+    proportional to its size, over all tokens:
 
         Var(L | j) = E_T[Var(L | j, T)] + Var_T(E[L | j, T])
         Var(L)     = E_J[Var(L | J)]    + Var_J(E[L | J])
 
-    so that tokens count by their share of the latent's activation, latents by their
-    share of all activation, and both laws hold exactly.
+    Tokens are weighted by their share of the latent's activation, latents by their
+    share of all activation, so both laws hold exactly.
 
     References:
-        Design of this package, section 7; Lawson et al. (2025), arXiv:2409.04185,
-        section 4.
+        Lawson et al. (2025), arXiv:2409.04185, section 4.
     """
 
     hook_names: list[str]
     total_acts: Float[Tensor, " d_sae"]
     """Sum of each latent's activations."""
     mean_layer: Float[Tensor, " d_sae"]
-    """`E[L | j]`; NaN, as all of the latent's variances, if it was never active."""
+    """`E[L | j]`; NaN, like the variances, for a latent that is never active."""
     var_layer: Float[Tensor, " d_sae"]
-    """`Var(L | j)`, from the latent's distribution over layers."""
+    """`Var(L | j)`."""
     within_token: Float[Tensor, " d_sae"]
     """`E_T[Var(L | j, T)]`."""
     between_tokens: Float[Tensor, " d_sae"]
     """`Var_T(E[L | j, T])`."""
     points: Float[Tensor, "point column"]
-    """`history` without the names of its columns."""
+    """The columns of `history` without the ratios of the exact variances."""
 
     @property
     def history(self) -> pd.DataFrame:
@@ -61,18 +73,17 @@ class Variances(Result):
 
         `var_l`, `exp_var_l_j` and `exp_var_l_jt` are `Var(L)`, `E[Var(L | J)]` and
         `E[Var(L | J, T)]`. `latent_ratio` is the second over the first: 1 if all
-        latents have the same mean layer, 0 if each keeps to one layer. `token_ratio`
-        is the third over the second: 1 if a latent's layers are the same for all
-        tokens, 0 if it is active at one layer of each token. Where the divisor is 0, a
-        ratio has no value and is NaN.
+        latents have the same mean layer, 0 if each is active at one layer only.
+        `token_ratio` is the third over the second: 1 if a latent's layers are the same
+        at all tokens, 0 if it is active at one layer of each token. A ratio is NaN if
+        its divisor is 0.
 
         `reference_var_l`, `reference_exp_var_l_f`, `reference_exp_var_l_tf` and their
         ratios `reference_rel_var_f`, `reference_rel_var_t` are the estimates of the
-        paper's code. These are means of `P(l | j, t)` over all tokens and latents,
-        where those without activation have `P = 0`; they do not sum to 1, and the law
-        does not hold.
+        paper's code, from means of `P(l | j, t)` over all tokens and latents, with
+        `P = 0` without activation; these do not sum to 1, and the law does not hold.
         """
-        table = pd.DataFrame(self.points.numpy(), columns=pd.Index(COLUMNS))
+        table = pd.DataFrame(self.points.numpy(), columns=pd.Index(_COLUMNS))
         table.insert(4, "latent_ratio", table.exp_var_l_j / table.var_l)
         table.insert(5, "token_ratio", table.exp_var_l_jt / table.exp_var_l_j)
         return table.astype({"n_tokens": int})
@@ -83,47 +94,35 @@ class Variances(Result):
         return self.history.iloc[-1]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row for each latent; `token_ratio` is within_token over var_layer."""
-        table = pd.DataFrame(
-            {
-                "total": self.total_acts.numpy(),
-                "mean_layer": self.mean_layer.numpy(),
-                "var_layer": self.var_layer.numpy(),
-                "within_token": self.within_token.numpy(),
-                "between_tokens": self.between_tokens.numpy(),
-                "token_ratio": (self.within_token / self.var_layer).numpy(),
-            }
-        )
-        return table.rename_axis("latent")
+        """One row for each latent; `token_ratio` is `within_token / var_layer`."""
+        columns = {
+            "total": self.total_acts,
+            "mean_layer": self.mean_layer,
+            "var_layer": self.var_layer,
+            "within_token": self.within_token,
+            "between_tokens": self.between_tokens,
+            "token_ratio": self.within_token / self.var_layer,
+        }
+        return make_table(columns, "latent")
 
 
 class VarianceSums:
     """Adds up `Variances` over tokens.
 
-    All layers of a token come together, so its own variance is complete at once and
-    sums are enough.
+    A batch holds all layers of a token, so sums over tokens are enough.
     """
 
     def __init__(
         self, sae: SAE[Any], reference_batch_tokens: int | None = None
     ) -> None:
-        """Start at no token.
+        """Start without tokens.
 
         Args:
             sae: The SAE that will be analysed.
-            reference_batch_tokens: The paper's code takes its estimates from batches of
-                this many tokens and averages them; tokens after the last whole batch
-                are left out of its estimates, if there was one. None: one estimate from
-                all tokens.
-
-        Raises:
-            ValueError: If a batch would have no token.
+            reference_batch_tokens: The reference estimates are means over batches of
+                this many tokens, as in the paper's code, without an incomplete last
+                batch unless it is the only one. None: one estimate from all tokens.
         """
-        if reference_batch_tokens is not None and reference_batch_tokens < 1:
-            raise ValueError(
-                "`reference_batch_tokens` must be at least 1, or None for one batch of "
-                f"all tokens; got {reference_batch_tokens}."
-            )
         self._hook_names = hook_names_of(sae)
         n_layers = len(self._hook_names)
         self._exact = _ExactSums.zeros(n_layers, sae.cfg.d_sae, sums_device(sae))
@@ -134,9 +133,8 @@ class VarianceSums:
         """Add a batch of tokens."""
         start, n_tokens = 0, len(batch.x)
         while start < n_tokens:
-            n_until_point = (
-                2 ** self._exact.n_tokens.bit_length() - self._exact.n_tokens
-            )
+            seen = self._exact.n_tokens
+            n_until_point = 2 ** seen.bit_length() - seen
             n = min(n_until_point, self._reference.n_tokens_left, n_tokens - start)
             part = batch.active.of_tokens(start, start + n)
             self._exact.add(part)
@@ -185,12 +183,10 @@ def variances(
     reference_batch_tokens: int | None = None,
     **options: Unpack[PassOptions],
 ) -> Variances:
-    """How much of the variance over layers is within a token and within a latent.
+    """The variance over layers within a token, within a latent and in total.
 
     Args:
-        sae, model, tokens: As in `analyze`.
         reference_batch_tokens: See `VarianceSums`.
-        options: See `PassOptions`.
     """
     sums = VarianceSums(sae, reference_batch_tokens)
     return analyze(sae, model, tokens, sums, **options)[0]
@@ -198,10 +194,7 @@ def variances(
 
 @dataclass
 class _ExactSums:
-    """What the exact decomposition needs of the tokens.
-
-    Layers are counted from the middle of the axis, so that little cancels.
-    """
+    """Sums over tokens for the exact decomposition."""
 
     n_tokens: int
     totals: Float[Tensor, "layer d_sae"]
@@ -209,7 +202,8 @@ class _ExactSums:
     spread: Float[Tensor, " d_sae"]
     """Each token's activation times its variance over layers."""
     square: Float[Tensor, " d_sae"]
-    """Each token's activation times the square of its mean layer."""
+    """Each token's activation times the square of its mean layer, which is relative to
+    the middle layer to limit cancellation."""
 
     @classmethod
     def zeros(cls, n_layers: int, d_sae: int, device: torch.device) -> "_ExactSums":
@@ -229,34 +223,26 @@ class _ExactSums:
         return (len(self.totals) - 1) / 2
 
     def by_latent(self) -> tuple[Tensor, ...]:
-        """Totals, mean layers and variances of each latent."""
+        """Total, mean layer and variances of each latent, as in `Variances`."""
         total = self.totals.sum(0)
-        layers = torch.arange(len(self.totals)).to(self.totals).unsqueeze(1)
-        mean = (self.totals * (layers - self._middle)).sum(0) / total
-        deviation = (layers - self._middle - mean).square()
-        between = (self.square / total - mean.square()).clamp(min=0)
-        return (
-            total,
-            mean + self._middle,
-            (self.totals * deviation).sum(0) / total,
-            self.spread / total,
-            between,
-        )
+        probs = self.totals / total
+        mean = layer_mean(probs)
+        between = self.square / total - (mean - self._middle).square()
+        within = self.spread / total
+        return total, mean, layer_variance(probs), within, between.clamp(min=0)
 
     def aggregate(self) -> list[float]:
-        """The columns `EXACT`."""
+        """The columns of `history` before the ratios."""
         total, _, var_layer, within, _ = self.by_latent()
         weight = total / total.sum()
-        var_l = variance_over_layers(self.totals.sum(1) / total.sum())
-        # Latents that are never active have no variance, and no weight.
-        given_latent, given_both = (
-            weight * v.nan_to_num() for v in (var_layer, within)
-        )
-        return torch.stack([var_l, given_latent.sum(), given_both.sum()]).tolist()
+        var_l = layer_variance(self.totals.sum(1) / total.sum())
+        # The variances are NaN for latents that are never active, whose weight is 0.
+        means = [(weight * v.nan_to_num()).sum() for v in (var_layer, within)]
+        return torch.stack([var_l, *means]).tolist()
 
 
 class _ReferenceSums:
-    """What the estimator of the paper's code needs of the tokens.
+    """Sums over tokens for the estimates of the paper's code.
 
     References:
         `mlsae/analysis/variances.py` of github.com/tim-lawson/mlsae.
@@ -290,28 +276,21 @@ class _ReferenceSums:
 
     def _estimate(self) -> Float[Tensor, "5"]:
         probs = self._probs / self._n_tokens
-        var_l = variance_over_layers(probs.mean(1))
-        exp_var_l_f = variance_over_layers(probs).mean()
+        var_l = _reference_variance(probs.mean(1))
+        exp_var_l_f = _reference_variance(probs).mean()
         exp_var_l_tf = self._within.mean() / self._n_tokens
         ratios = exp_var_l_f / var_l, exp_var_l_tf / exp_var_l_f
         return torch.stack([var_l, exp_var_l_f, exp_var_l_tf, *ratios]).cpu()
 
     def aggregate(self) -> list[float]:
-        """The columns `REFERENCE` and `REFERENCE_RATIOS`."""
+        """The columns of `history` that begin with `reference_`."""
         if self._n_batches:
             return (self._estimates / self._n_batches).tolist()
         return self._estimate().tolist()
 
 
-def variance_over_layers(
+def _reference_variance(
     weights: Float[Tensor, "layer ..."],
 ) -> Float[Tensor, "..."]:
-    """`sum_l l^2 w_l - (sum_l l w_l)^2`: the variance if the weights sum to 1.
-
-    Example:
-        >>> variance_over_layers(torch.tensor([0.5, 0.0, 0.5]))
-        tensor(1.)
-    """
-    layers = torch.arange(len(weights)).to(weights)
-    layers = layers.view(-1, *[1] * (weights.ndim - 1))
-    return (layers.square() * weights).sum(0) - (layers * weights).sum(0).square()
+    """`sum_l l^2 w_l - (sum_l l w_l)^2`, whatever the sum of the weights."""
+    return layer_mean(weights * layer_index(weights)) - layer_mean(weights).square()

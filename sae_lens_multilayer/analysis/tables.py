@@ -1,0 +1,49 @@
+"""Tables of results, with a column for each layer, and moments over layers."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from sae_lens_multilayer.hooks import layer_labels
+
+
+def make_table(
+    columns: Mapping[str, Shaped[Tensor, " row"]], index: pd.Index | str | None = None
+) -> pd.DataFrame:
+    """A table of these columns, with an index or the name of the index 0, 1, ...."""
+    arrays = {name: column.numpy() for name, column in columns.items()}
+    if isinstance(index, pd.Index):
+        return pd.DataFrame(arrays, index=index)
+    return pd.DataFrame(arrays).rename_axis(index)
+
+
+def by_layer(
+    prefix: str, hook_names: Sequence[str], values: Shaped[Tensor, "layer row"]
+) -> dict[str, Shaped[Tensor, " row"]]:
+    """Columns `{prefix}_{layer}` for `make_table`."""
+    labels = layer_labels(hook_names)
+    return {f"{prefix}_{k}": v for k, v in zip(labels, values, strict=True)}
+
+
+def layer_index(probs: Tensor) -> Float[Tensor, "layer ..."]:
+    """0, 1, ... along the layer axis, in a shape that broadcasts with `probs`."""
+    index = torch.arange(len(probs)).to(probs)
+    return index.view(-1, *[1] * (probs.ndim - 1))
+
+
+def layer_mean(probs: Float[Tensor, "layer ..."]) -> Float[Tensor, "..."]:
+    """Mean of the layer index under a distribution over layers."""
+    return (probs * layer_index(probs)).sum(0)
+
+
+def layer_variance(probs: Float[Tensor, "layer ..."]) -> Float[Tensor, "..."]:
+    """Variance of the layer index under a distribution over layers.
+
+    Example:
+        >>> layer_variance(torch.tensor([0.5, 0.0, 0.5]))
+        tensor(1.)
+    """
+    return (probs * (layer_index(probs) - layer_mean(probs)).square()).sum(0)
