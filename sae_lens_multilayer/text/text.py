@@ -52,6 +52,7 @@ class Text:
             for field in fields(cls)
         }
         given["dataset_path"] = dataset_path
+        given["seqpos_slice"] = tuple(given["seqpos_slice"])  # JSON has no tuples
         return cls(**given)
 
     @classmethod
@@ -74,11 +75,9 @@ class Text:
         for name in ("dataset_path", "context_size"):
             if name not in settings:
                 raise ValueError(f"The SAE's metadata has no `{name}`: give --{name}.")
-        return cls(**settings)
-
-    def __post_init__(self) -> None:
         # JSON has no tuples.
-        object.__setattr__(self, "seqpos_slice", tuple(self.seqpos_slice))
+        settings["seqpos_slice"] = tuple(settings.get("seqpos_slice", (None,)))
+        return cls(**settings)
 
     def load_dataset(self, dataset: HfDataset | None = None) -> HfDataset | str:
         """The dataset to read, with rows that fit the context size.
