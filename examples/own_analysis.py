@@ -1,23 +1,23 @@
 """Add an analysis of your own: how many active latents do two layers share at a token?
 
-Everything about the analysis is in this file: its result, its accumulator, its picture
-and its row in the table of analyses. Run it as the command line, which has it now:
+Everything about the analysis is in this file: its result with its picture and its
+numbers, its accumulator, and its row in the table of analyses. Run it as the command
+line, which has the analysis then:
 
     python examples/own_analysis.py analyze output --dataset_path held-out.jsonl \
         --analyses shared_latents
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.analysis import ANALYSES, Analysis, Result, TokenBatch
+from sae_lens_multilayer.pictures.description import Axis, Heatmap, Panel, Picture
 
 
 @dataclass
@@ -25,11 +25,6 @@ class SharedLatents(Result):
     """Pairs of token and latent that are active at both of two layers."""
 
     n_shared: Float[Tensor, "layer layer"]
-
-    @property
-    def next_layer_jaccard(self) -> float:
-        """Mean of `jaccard` over neighbouring layers."""
-        return self.jaccard.diagonal(1).mean().item()
 
     @property
     def jaccard(self) -> Float[Tensor, "layer layer"]:
@@ -40,6 +35,17 @@ class SharedLatents(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """`jaccard` as a square table."""
         return pd.DataFrame(self.jaccard.numpy())
+
+    def numbers(self) -> dict[str, float]:
+        """The mean over neighbouring layers, which a sweep reports for each point."""
+        return {"next_layer_jaccard": self.jaccard.diagonal(1).mean().item()}
+
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        """A heatmap of every two layers."""
+        layers = Axis("layer", [str(layer) for layer in range(len(self.n_shared))])
+        heatmap = Heatmap(self.jaccard.numpy(), "Jaccard index")
+        panel = Panel(layers, layers, heatmap=heatmap)
+        return {"": Picture("Active latents that two layers share", [panel])}
 
 
 class SharedLatentCounts:
@@ -60,23 +66,7 @@ class SharedLatentCounts:
         return SharedLatents(self._n_shared)
 
 
-def draw(result: SharedLatents, token_texts: Sequence[str]) -> dict[str, Figure]:
-    """A heatmap of the Jaccard index of every two layers."""
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(result.jaccard.numpy(), origin="lower", vmin=0, vmax=1)
-    axes.set(xlabel="layer", ylabel="layer", title="shared active latents")
-    figure.colorbar(image, label="Jaccard index")
-    return {"": figure}
-
-
-SHARED_LATENTS = Analysis(
-    accumulator=lambda suite: SharedLatentCounts(),
-    numbers=lambda result: {
-        "next_layer_jaccard": result.jaccard.diagonal(1).mean().item()
-    },
-    draw=draw,
-)
+SHARED_LATENTS = Analysis(accumulator=lambda suite: SharedLatentCounts())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Results on disk: tensors in safetensors, everything else in the record."""
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_multilayer.files import complete_or_absent, read_tensors
+from sae_lens_multilayer.pictures.description import Picture
 from sae_lens_multilayer.record import Record
 
 TENSORS_FILE = "tensors.safetensors"
@@ -18,39 +19,55 @@ T_RESULT = TypeVar("T_RESULT", bound="Result")
 
 
 class Result(ABC):
-    """What a dataclass of tensors and plain values needs to be a result."""
+    """A dataclass of tensors and plain values, with its table and its pictures."""
 
     @abstractmethod
     def to_dataframe(self) -> pd.DataFrame:
         """The result as a table."""
 
-    def save(self, path: str | Path) -> None:
-        """Write the result to a new folder, which is complete or not there.
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        """Pictures of the result, by the end of their file names ("" for a single one).
 
-        Raises:
-            FileExistsError: If something is at `path` already.
+        Args:
+            context: Such as `text_of`, which returns the text of a token id; a result
+                ignores what it does not use.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        tensors = {
-            name: value.detach().cpu().contiguous().clone()
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-        settings = {
-            name: value for name, value in values.items() if name not in tensors
-        }
+        return {}
+
+    def numbers(self) -> dict[str, float]:
+        """Numbers that a sweep reports for each of its points."""
+        return {}
+
+    def save(self, path: str | Path, tokenizer: Any = None) -> None:
+        """Write the result to a new folder, which is complete or absent.
+
+        Args:
+            path: The new folder; FileExistsError if it exists.
+            tokenizer: Used by results that store the text of tokens.
+        """
+        tensors = {n: t.contiguous() for n, t in self._tensors_on_cpu().items()}
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        settings = {n: getattr(self, n) for n in names if n not in tensors}
         with complete_or_absent(path) as folder:
             save_file(tensors, folder / TENSORS_FILE)
             Record(type(self).__name__, settings).write(folder)
 
+    def on_cpu(self: T_RESULT) -> T_RESULT:
+        """A copy with its own tensors on the CPU."""
+        return replace(self, **self._tensors_on_cpu())  # type: ignore[type-var]
+
+    def _tensors_on_cpu(self) -> dict[str, Tensor]:
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in names}
+        return {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
     @classmethod
     def load(cls: type[T_RESULT], path: str | Path) -> T_RESULT:
-        """Read a result that `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is of another kind, or damaged.
-        """
+        """Read a result that `save` wrote; ValueError if it is of another class."""
         settings = Record.read(path, cls.__name__).settings
         try:
             return cls(**settings, **read_tensors(Path(path) / TENSORS_FILE))

@@ -27,12 +27,12 @@ from sae_lens_multilayer.analysis import (
     redundancy,
     residual_stream,
     token_classes,
+    token_similarity,
     variances,
 )
 from sae_lens_multilayer.analysis.transfer import COMPARED
 from sae_lens_multilayer.pictures import (
     Picture,
-    describe,
     describe_costs,
     describe_sweep,
     draw,
@@ -40,7 +40,13 @@ from sae_lens_multilayer.pictures import (
     pictures_of,
     save_figure,
 )
-from sae_lens_multilayer.pictures.description import Axis, Heatmap, Panel, Series
+from sae_lens_multilayer.pictures.description import (
+    Axis,
+    Heatmap,
+    Panel,
+    Series,
+    picture_of,
+)
 
 
 @pytest.fixture
@@ -198,7 +204,7 @@ def test_panels_of_a_row_with_the_same_series_share_a_legend():
 
 
 def described(result, **context) -> Picture:
-    picture = describe(result, **context)
+    picture = picture_of(result, **context)
     check_both_show(picture)
     return picture
 
@@ -224,12 +230,12 @@ def test_latents_are_sorted_by_mean_layer():
     chosen = described(dists, latents=torch.tensor([0, 2]))
     assert values_of(chosen).tolist() == [[0.25, 1], [0.75, 0]]
     with pytest.raises(ValueError, match="a latent that was active; there is none"):
-        describe(LayerDistributions(HOOK_NAMES, 9, 0 * counts, 0 * counts.double()))
+        picture_of(LayerDistributions(HOOK_NAMES, 9, 0 * counts, 0 * counts.double()))
 
 
 def test_of_many_latents_some_are_drawn():
     counts = torch.ones(2, 5000, dtype=torch.long)
-    picture = describe(LayerDistributions(HOOK_NAMES, 9, counts, counts.double()))
+    picture = picture_of(LayerDistributions(HOOK_NAMES, 9, counts, counts.double()))
     assert values_of(picture).shape == (2, 4096)
     assert picture.panels[0].x.label.startswith("5,000 active latents")
     assert "4,096 of them" in picture.caption
@@ -238,11 +244,11 @@ def test_of_many_latents_some_are_drawn():
 def test_one_latent_on_a_prompt(model, tokens):
     acts = prompt_acts(random_sae(), model, tokens[:1])
     latent = int(acts.latents[0])
-    texts = [f"${i}\n" for i in range(N_CTX)]
-    picture = described(acts, latent=latent, token_texts=texts)
+    picture = described(acts, latent=latent, text_of="${}\n".format)
     assert values_of(picture) == pytest.approx(acts.of_latent(latent).numpy())
     ticks = [label.get_text() for label in draw(picture).axes[0].get_xticklabels()]
-    assert ticks == [rf"\${i}\n" for i in range(N_CTX)]
+    assert ticks == [rf"\${i}\n" for i in acts.token_ids.tolist()]
+    assert draw(acts).get_suptitle().startswith("Latent ")
 
 
 def test_variances_by_tokens_seen(model, tokens):
@@ -310,10 +316,9 @@ def classes(model, tokens):
 @pytest.mark.parametrize("kind", ["position", "frequency", "token"])
 def test_token_classes(classes, kind):
     latent = int(classes.latents)
-    picture = described(
-        classes, latent=latent, kind=kind, text_of="<w{}>".format, n_most=3
-    )
-    table = getattr(classes, f"by_{kind}")(latent)
+    pictures = classes.pictures(text_of="<w{}>".format, n_most=3)
+    picture = described(pictures[f"{latent}_{kind}"])
+    table = classes.by(kind, latent)
     table = table.head(3) if kind == "token" else table
     shown = values_of(picture)
     (dots,) = series_of(picture.panels[0]).values()
@@ -329,14 +334,18 @@ def test_token_classes(classes, kind):
 
 def test_a_result_of_many_pictures_gives_each_a_name(classes):
     latent = int(classes.latents)
-    pictures = pictures_of("classes", classes, str)
+    pictures = pictures_of({"classes": classes, "other": classes}, text_of=str)
     kinds = ("position", "frequency", "token")
-    assert list(pictures) == [f"classes_{latent}_{kind}" for kind in kinds]
+    assert list(pictures)[:3] == [f"classes_{latent}_{kind}" for kind in kinds]
+    assert len(pictures) == 6
 
 
-def test_a_result_without_a_picture_is_refused_by_its_class():
-    with pytest.raises(TypeError, match=r"a list; .*LayerDistributions"):
-        describe([])
+def test_one_picture_is_drawn(classes):
+    with pytest.raises(ValueError, match=r"a TokenClasses has 3: \[.*_position"):
+        draw(classes)
+    similarity = token_similarity(torch.eye(2), torch.eye(2), 1)
+    with pytest.raises(ValueError, match=r"a TokenSimilarity has 0"):
+        draw_interactive(similarity)
 
 
 @pytest.mark.parametrize("n_layers", [2, 30])
@@ -364,7 +373,7 @@ def test_comparison():
 
 
 def test_fvu_by_layer(model, tokens):
-    metrics = evaluate(random_sae(), model, tokens).reconstruction
+    metrics = evaluate(random_sae(), model, tokens)
     (panel,) = described(metrics).panels
     assert series_of(panel)["around the mean vector (fvu)"] == metrics.fvu.tolist()
 

@@ -1,9 +1,9 @@
 """Analyses of a multi-layer SAE across layers.
 
 Each analysis is a function of an SAE, its model and tokens (or a store) that returns a
-result, which becomes a table (`to_dataframe`), a folder (`save`, `load`) or a picture
-(`sae_lens_multilayer.pictures`). `analyze` runs several in one pass over the tokens;
-`Suite` runs those of the table `ANALYSES` by name.
+result, which becomes a table (`to_dataframe`), a folder (`save`, `load`) or pictures
+(`pictures`). `analyze` runs several in one pass over the tokens; `Suite` runs those of
+the table `ANALYSES` by name.
 """
 
 from sae_lens_multilayer.analysis.distributions import (
@@ -14,10 +14,7 @@ from sae_lens_multilayer.analysis.distributions import (
     prompt_acts,
 )
 from sae_lens_multilayer.analysis.examples import Examples
-from sae_lens_multilayer.analysis.first_position import (
-    first_position_ratio,
-    first_position_warning,
-)
+from sae_lens_multilayer.analysis.first_position import first_position_warning
 from sae_lens_multilayer.analysis.geometry import (
     DecoderSimilarity,
     TokenSimilarity,
@@ -46,15 +43,9 @@ from sae_lens_multilayer.analysis.max_activating import (
     max_activating_examples,
 )
 from sae_lens_multilayer.analysis.near_duplicates import Redundancy, redundancy
-from sae_lens_multilayer.analysis.residual import (
-    LayerMeans,
-    ResidualStream,
-    ResidualSums,
-    residual_stream,
-)
+from sae_lens_multilayer.analysis.residual import ResidualStream, residual_stream
 from sae_lens_multilayer.analysis.stream import (
     Accumulator,
-    PassOptions,
     TokenBatch,
     TokenStream,
     analyze,
@@ -62,7 +53,6 @@ from sae_lens_multilayer.analysis.stream import (
 from sae_lens_multilayer.analysis.suite import (
     ANALYSES,
     Analysis,
-    Need,
     Suite,
     load_results,
     save_results,
@@ -87,13 +77,9 @@ __all__ = [
     "ExampleCollector",
     "Examples",
     "LayerDistributions",
-    "LayerMeans",
-    "Need",
-    "PassOptions",
     "PromptActs",
     "Redundancy",
     "ResidualStream",
-    "ResidualSums",
     "Result",
     "Suite",
     "TokenBatch",
@@ -108,7 +94,6 @@ __all__ = [
     "analyze",
     "compare_with_single_layers",
     "decoder_similarity",
-    "first_position_ratio",
     "first_position_warning",
     "layer_distributions",
     "load_results",

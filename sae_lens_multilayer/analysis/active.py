@@ -38,7 +38,7 @@ class TokenLatents:
     total: Float[Tensor, " pair"]
     """Sum of the activations over layers."""
     mean_layer: Float[Tensor, " pair"]
-    """`E[L | j, t]`, from layer 0, the first on the layer axis."""
+    """`E[L | j, t]`, an index into the layer axis."""
     spread: Float[Tensor, " pair"]
     """`total * Var(L | j, t)`."""
     pair: Int[Tensor, " act"]
@@ -47,10 +47,7 @@ class TokenLatents:
 
 @dataclass
 class ActiveLatents:
-    """Activations above 0, ordered by token.
-
-    Sparse: nothing of shape [token, layer, d_sae] is held.
-    """
+    """Activations above 0, ordered by token; never a tensor [token, layer, d_sae]."""
 
     n_tokens: int
     n_layers: int
@@ -90,15 +87,15 @@ class ActiveLatents:
         if start == 0 and stop >= self.n_tokens:
             return self
         bounds = torch.tensor([start, stop], device=self.token.device)
-        first, last = torch.searchsorted(self.token, bounds).tolist()
+        some = slice(*torch.searchsorted(self.token, bounds).tolist())
         return ActiveLatents(
             min(stop, self.n_tokens) - start,
             self.n_layers,
             self.d_sae,
-            self.token[first:last] - start,
-            self.layer[first:last],
-            self.latent[first:last],
-            self.value[first:last],
+            self.token[some] - start,
+            self.layer[some],
+            self.latent[some],
+            self.value[some],
         )
 
 
@@ -116,7 +113,7 @@ def active_latents(
     device = sums_device(sae)
     row, latent, value = (t.to(device) for t in (acts.row, acts.latent, acts.value))
     n_tokens, n_layers = x.shape[:2]
-    layer = row % n_layers
+    token, layer = row // n_layers, row % n_layers
     bad = ~(value.isfinite() & (value > 0))
     if bool(bad.any()):
         raise ValueError(
@@ -125,12 +122,7 @@ def active_latents(
             "the model's vectors there, and that the SAE's activation function is not "
             "negative."
         )
+    d_sae: int = sae.cfg.d_sae
     return ActiveLatents(
-        n_tokens,
-        n_layers,
-        sae.cfg.d_sae,
-        row // n_layers,
-        layer,
-        latent,
-        value.double(),
+        n_tokens, n_layers, d_sae, token, layer, latent, value.double()
     )

@@ -1,5 +1,6 @@
 """The distribution over layers of each latent, over all tokens or at each of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,19 +9,36 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from sae_lens_multilayer.analysis.active import sums_device
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.analysis.stream import (
+    PassOptions,
+    TokenBatch,
+    TokenStream,
+    analyze,
+)
 from sae_lens_multilayer.analysis.tables import (
     by_layer,
     layer_mean,
     layer_variance,
     make_table,
 )
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder
+from sae_lens_multilayer.pictures.description import (
+    Axis,
+    Heatmap,
+    Panel,
+    Picture,
+    layer_axis,
+    token_axis,
+)
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
+
+_MOST_LATENTS = 4_096
+"""Latents in one heatmap; a screen has no more pixels."""
 
 
 @dataclass
@@ -64,25 +82,17 @@ class LayerDistributions(Result):
         return self.totals.sum(0) / self.counts.sum(0)
 
     def active_latents(self) -> Int[Tensor, " latent"]:
-        """Latents that are active at any token, by mean layer, then by index.
-
-        Example:
-            >>> counts = torch.tensor([[0, 0, 2], [1, 0, 0]])
-            >>> dists = LayerDistributions(["a", "b"], 2, counts, counts.double())
-            >>> dists.active_latents()
-            tensor([2, 0])
-        """
+        """Latents that are active at any token, by mean layer, then by index."""
         order = self.mean_layer.sort(stable=True).indices
         return order[self.counts.sum(0)[order] > 0]
 
     def most_active(self, n_latents: int) -> Int[Tensor, " latent"]:
-        """Latents with the largest sums of activations, the largest first.
-
-        Fewer than `n_latents` if fewer are active.
-        """
+        """Latents with the largest sums of activations, the largest first; inactive
+        ones are left out."""
         n_active = int((self.counts.sum(0) > 0).sum())
         return self.totals.sum(0).topk(min(n_latents, n_active)).indices
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent; a column `p_{layer}` for each layer."""
         columns = {
@@ -96,42 +106,51 @@ class LayerDistributions(Result):
         columns |= by_layer("p", self.hook_names, self.probs)
         return make_table(columns, "latent")
 
+    @override
+    def pictures(
+        self, latents: Int[Tensor, " latent"] | None = None, **context: Any
+    ) -> dict[str, Picture]:
+        """`P(layer | latent)` of `latents` in this order; None: all active, by mean
+        layer."""
+        chosen = self.active_latents() if latents is None else latents
+        if not len(chosen):
+            raise ValueError("There must be a latent that was active; there is none.")
+        which = "latents" if latents is not None else "active latents, by mean layer"
+        label, caption = f"{len(chosen):,} {which}", ""
+        if len(chosen) > _MOST_LATENTS:
+            drawn = torch.linspace(0, len(chosen) - 1, _MOST_LATENTS).long()
+            chosen = chosen[drawn]
+            caption = f"{_MOST_LATENTS:,} of them, evenly spaced, are drawn."
+        names = [str(latent) for latent in chosen.tolist()]
+        # Most latents are spread over many layers, and a few are active at one.
+        probs = Heatmap(self.probs[:, chosen].numpy(), "P(layer | latent)", power=0.5)
+        x, y = Axis(label, names, most_names=0), layer_axis(self.hook_names)
+        title = f"Layers of each latent over {self.n_tokens:,} tokens"
+        return {"": Picture(title, [Panel(x, y, heatmap=probs)], caption)}
+
 
 class DistributionSums:
     """Adds up `LayerDistributions` over tokens."""
 
     def __init__(self, sae: SAE[Any]) -> None:
-        """Start without tokens."""
-        self._hook_names = hook_names_of(sae)
-        shape = len(self._hook_names), sae.cfg.d_sae
-        self.n_tokens = 0
-        device = sums_device(sae)
-        self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._totals = torch.zeros(shape, dtype=torch.float64, device=device)
+        names = hook_names_of(sae)
+        counts = torch.zeros(len(names), sae.cfg.d_sae, dtype=torch.int64)
+        counts = counts.to(sums_device(sae))
+        self._sums = LayerDistributions(names, 0, counts, counts.double())
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens."""
-        active = batch.active
-        self.n_tokens += active.n_tokens
+        active, sums = batch.active, self._sums
+        sums.n_tokens += active.n_tokens
         ones = torch.ones_like(active.cell)
-        self._counts.view(-1).index_add_(0, active.cell, ones)
-        self._totals.view(-1).index_add_(0, active.cell, active.value)
+        sums.counts.view(-1).index_add_(0, active.cell, ones)
+        sums.totals.view(-1).index_add_(0, active.cell, active.value)
 
     def compute(self) -> LayerDistributions:
-        """The distributions over all tokens so far."""
-        return LayerDistributions(
-            self._hook_names,
-            self.n_tokens,
-            self._counts.cpu().clone(),
-            self._totals.cpu().clone(),
-        )
+        return self._sums.on_cpu()
 
 
 def layer_distributions(
-    sae: SAE[Any],
-    model: Any,
-    tokens: Tokens,
-    **options: Unpack[PassOptions],
+    sae: SAE[Any], model: Any, tokens: Tokens, **options: Unpack[PassOptions]
 ) -> LayerDistributions:
     """The distribution over layers of each latent, over all tokens.
 
@@ -160,6 +179,7 @@ class PromptActs(Result):
         acts[self.layers[chosen], self.positions[chosen]] = self.acts[chosen]
         return acts
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each activation; `prob` is `P(l | j, t)`."""
         table = make_table(
@@ -174,51 +194,36 @@ class PromptActs(Result):
         totals = table.groupby(["position", "latent"])["act"].transform("sum")
         return table.assign(prob=table["act"] / totals)
 
-
-class PromptCollector:
-    """Keeps the activations of one prompt."""
-
-    def __init__(self, sae: SAE[Any]) -> None:
-        """Start without a prompt."""
-        self._hook_names = hook_names_of(sae)
-        self._batch: TokenBatch | None = None
-
-    def update(self, batch: TokenBatch) -> None:
-        """Store the prompt.
-
-        Raises:
-            ValueError: If there is more than one.
-        """
-        if len(batch.prompts) > 1 or self._batch is not None:
-            raise ValueError("`tokens` must be one prompt; got more than one.")
-        self._batch = batch
-
-    def compute(self) -> PromptActs:
-        """The activations of the prompt."""
-        assert self._batch is not None
-        active = self._batch.active
-        return PromptActs(
-            self._hook_names,
-            self._batch.prompts[0],
-            self._batch.position[active.token.cpu()],
-            active.layer.cpu(),
-            active.latent.cpu(),
-            active.value.cpu(),
+    @override
+    def pictures(
+        self,
+        latent: int | None = None,
+        text_of: Callable[[int], str] = "[{}]".format,
+        **context: Any,
+    ) -> dict[str, Picture]:
+        """One latent at each layer and token; None: the one with the largest sum."""
+        if latent is None:
+            latent = int(self.latents.bincount(self.acts).argmax())
+        values = self.of_latent(latent).numpy()
+        panel = Panel(
+            token_axis("token", self.token_ids.tolist(), text_of, len(self.token_ids)),
+            layer_axis(self.hook_names),
+            heatmap=Heatmap(values, "activation", top=None, colours="magma_r"),
         )
+        return {"": Picture(f"Latent {latent}", [panel])}
 
 
 def prompt_acts(
-    sae: SAE[Any],
-    model: Any,
-    tokens: Int[Tensor, "prompt pos"],
-    exclude_tokens: tuple[int, ...] = (),
+    sae: SAE[Any], model: Any, tokens: Tokens, **options: Unpack[PassOptions]
 ) -> PromptActs:
-    """The distribution over layers of each latent at each token of one prompt.
-
-    Args:
-        sae, model: As in `analyze`.
-        tokens: One prompt.
-        exclude_tokens: Token ids whose positions are excluded.
-    """
-    collector = PromptCollector(sae)
-    return analyze(sae, model, tokens, collector, exclude_tokens=exclude_tokens)[0]
+    """The distribution over layers of each latent at each token of one prompt."""
+    encoder = LayerEncoder(sae, hook_names_of(sae))
+    names = encoder.hook_names
+    batches = iter(TokenStream(model, names, tokens, encoder=encoder, **options))
+    first = next(batches)
+    if len(first.prompts) > 1 or next(batches, None) is not None:
+        raise ValueError("`tokens` must be one prompt; got more than one.")
+    active = first.active
+    position = first.position[active.token.cpu()]
+    acts = (t.cpu() for t in (active.layer, active.latent, active.value))
+    return PromptActs(names, first.prompts[0], position, *acts)

@@ -1,7 +1,8 @@
 """The tokens at which each latent is most active at each layer, with their contexts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,12 @@ class Examples(Result):
         chosen = self.latents == latent
         if layer is not None:
             chosen &= self.layers == layer
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        rows: dict[str, Any] = {
-            n: v[chosen] for n, v in values.items() if isinstance(v, Tensor)
-        }
-        return replace(self, **rows)
+        return self._rows(chosen)
 
     @override
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
-        """One row for each example, as in the file that `save` writes.
-
-        Args:
-            tokenizer: Adds the text of the tokens.
-        """
-        tables = list(self._tables(tokenizer))
-        return pa.concat_tables(tables).to_pandas()
+        """One row for each example, as in the file that `save` writes."""
+        return self._to_arrow(_text_of(tokenizer)).to_pandas()
 
     @override
     def save(self, path: str | Path, tokenizer: Any = None) -> None:
@@ -81,47 +73,32 @@ class Examples(Result):
         Contexts end at the ends of the prompt; `context_index` is the example's index.
 
         Args:
-            path: A new folder.
+            path: The new folder; FileExistsError if it exists.
             tokenizer: Adds the text of the tokens (`token`, `context_tokens`).
-
-        Raises:
-            FileExistsError: If `path` exists already.
         """
-        settings = {
-            "hook_names": self.hook_names,
-            "n_tokens": self.n_tokens,
-            "n_before": self.n_before,
-            "width": self.context_ids.shape[1],
-        }
+        names = ("hook_names", "n_tokens", "n_before")
+        settings = {name: getattr(self, name) for name in names}
+        settings["width"] = self.context_ids.shape[1]
+        text_of = _text_of(tokenizer)
+        schema = self._rows(slice(0))._to_arrow(text_of).schema
         with complete_or_absent(path) as folder:
-            tables = self._tables(tokenizer)
-            first = next(tables)
-            with pq.ParquetWriter(folder / EXAMPLES_FILE, first.schema) as writer:
-                writer.write_table(first)
-                for table in tables:
-                    writer.write_table(table)
+            with pq.ParquetWriter(folder / EXAMPLES_FILE, schema) as writer:
+                for start in range(0, len(self.latents), _ROWS_PER_GROUP):
+                    rows = self._rows(slice(start, start + _ROWS_PER_GROUP))
+                    writer.write_table(rows._to_arrow(text_of))
             Record(type(self).__name__, settings).write(folder)
 
     @override
     @classmethod
     def load(cls, path: str | Path, latents: Sequence[int] | None = None) -> "Examples":
-        """Read examples that `save` wrote.
-
-        Args:
-            path: Their folder.
-            latents: Read the examples of these latents only; None: of all.
-
-        Raises:
-            FileNotFoundError: If there are none.
-            ValueError: If the folder holds another result, or is damaged.
-        """
+        """Read examples that `save` wrote, of all latents or of some."""
         settings = Record.read(path, cls.__name__).settings
         file = Path(path) / EXAMPLES_FILE
         filters = None if latents is None else [("latent", "in", list(latents))]
         try:
             table = pq.read_table(file, filters=filters)
             width = settings.pop("width")
-            tensors: dict[str, Any] = _from_table(table, settings["n_before"], width)
+            tensors: dict[str, Any] = _from_arrow(table, settings["n_before"], width)
             return cls(**settings, **tensors)
         # Arrow raises OSError for a page that cannot be decompressed.
         except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
@@ -129,70 +106,63 @@ class Examples(Result):
                 f"{path} must hold examples as their `save` wrote them; {error!r}."
             ) from error
 
-    def _tables(self, tokenizer: Any) -> Iterator[pa.Table]:
-        text = None if tokenizer is None else _Text(tokenizer)
-        for start in range(0, max(1, len(self.latents)), _ROWS_PER_GROUP):
-            yield self._table(slice(start, start + _ROWS_PER_GROUP), text)
+    def _rows(self, chosen: Tensor | slice) -> "Examples":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {n: v for n, v in values.items() if isinstance(v, Tensor)}
+        rows: dict[str, Any] = {n: v[chosen] for n, v in tensors.items()}
+        return replace(self, **rows)
 
-    def _table(self, rows: slice, text: "_Text | None") -> pa.Table:
-        ids, positions = self.context_ids[rows], self.positions[rows]
-        inside = ids != OUTSIDE
+    def _to_arrow(self, text_of: Callable[[int], str] | None) -> pa.Table:
+        inside = self.context_ids != OUTSIDE
         ends = torch.cat([torch.zeros(1).long(), inside.sum(1).cumsum(0)]).int()
-        own = ids[:, self.n_before]
+        own, context_ids = self.context_ids[:, self.n_before], self.context_ids[inside]
         columns = {
-            "latent": self.latents[rows].int(),
-            "layer": self.layers[rows].int(),
-            "rank": self.ranks[rows].int(),
-            "act": self.acts[rows],
-            "prompt": self.prompts[rows],
-            "position": positions.int(),
+            "latent": self.latents.int(),
+            "layer": self.layers.int(),
+            "rank": self.ranks.int(),
+            "act": self.acts,
+            "prompt": self.prompts,
+            "position": self.positions.int(),
             "token_id": own.int(),
-            "context_index": positions.clamp(max=self.n_before).int(),
+            "context_index": self.positions.clamp(max=self.n_before).int(),
         }
         arrays = {name: pa.array(tensor.numpy()) for name, tensor in columns.items()}
         lists = {
-            "context_token_ids": pa.array(ids[inside].int().numpy()),
-            "context_acts": pa.array(self.context_acts[rows][inside].numpy()),
+            "context_token_ids": pa.array(context_ids.int().numpy()),
+            "context_acts": pa.array(self.context_acts[inside].numpy()),
         }
-        if text is not None:
-            arrays["token"] = text.of(own)
-            lists["context_tokens"] = text.of(ids[inside])
+        if text_of is not None:
+            arrays["token"] = pa.array(map(text_of, own.tolist()), pa.string())
+            texts = pa.array(map(text_of, context_ids.tolist()), pa.string())
+            lists["context_tokens"] = texts
         for name, values in lists.items():
             arrays[name] = pa.ListArray.from_arrays(pa.array(ends.numpy()), values)
         return pa.table(arrays)
 
 
-class _Text:
-    """Texts of token ids, each decoded once."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def of(self, ids: Int[Tensor, " token"]) -> pa.Array:
-        for token_id in ids.unique().tolist():
-            if token_id not in self._known:
-                self._known[token_id] = self._tokenizer.decode([token_id])
-        return pa.array([self._known[i] for i in ids.tolist()], pa.string())
+def _text_of(tokenizer: Any) -> Callable[[int], str] | None:
+    """The text of a token id, decoded once; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return cache(lambda token_id: tokenizer.decode([token_id]))
 
 
-def _from_table(table: pa.Table, n_before: int, width: int) -> dict[str, Tensor]:
+def _from_arrow(table: pa.Table, n_before: int, width: int) -> dict[str, Tensor]:
     def tensor(values: pa.Array) -> Tensor:
         return torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())
 
     def column(name: str) -> pa.Array:
         return table[name].combine_chunks()
 
-    lengths = tensor(column("context_token_ids").value_lengths()).long()
-    row = torch.arange(len(lengths)).repeat_interleave(lengths)
     # A context begins in the padded row so that the example is at index `n_before`.
-    start = n_before - tensor(column("context_index")).long()
-    before = lengths.cumsum(0) - lengths
-    index = torch.arange(len(row)) - before[row] + start[row]
-    context_ids = torch.full((len(lengths), width), OUTSIDE, dtype=torch.int32)
-    context_ids[row, index] = tensor(column("context_token_ids").flatten()).int()
-    context_acts = torch.zeros(len(lengths), width)
-    context_acts[row, index] = tensor(column("context_acts").flatten()).float()
+    start = n_before - tensor(column("context_index")).unsqueeze(1)
+    length = tensor(column("context_token_ids").value_lengths()).unsqueeze(1)
+    index = torch.arange(width)
+    inside = (index >= start) & (index < start + length)
+    context_ids = torch.full(inside.shape, OUTSIDE, dtype=torch.int32)
+    context_ids[inside] = tensor(column("context_token_ids").flatten()).int()
+    context_acts = torch.zeros(inside.shape)
+    context_acts[inside] = tensor(column("context_acts").flatten()).float()
     plain = ["latent", "layer", "rank", "prompt", "position"]
     return {
         **{f"{name}s": tensor(column(name)).long() for name in plain},

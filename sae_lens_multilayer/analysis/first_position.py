@@ -19,10 +19,7 @@ def first_position_ratio(
     """Ratio of the mean norm at first positions to that at others, the largest layer's.
 
     Models attend to the first position when there is nothing to attend to; its vectors
-    can be hundreds of times as long as others.
-
-    Args:
-        tokens: Prompts of two or more positions.
+    can be hundreds of times as long as others. Prompts have two or more positions.
     """
     sums = torch.zeros(2, len(hook_names), dtype=torch.float64)
     for batch in TokenStream(model, hook_names, tokens, batch_size_prompts=1):
@@ -40,12 +37,7 @@ def first_position_warning(
 ) -> str | None:
     """A sentence for the user if the first position dominates averages over tokens.
 
-    Args:
-        tokens: A few prompts.
-        exclude_positions: Positions that are excluded already.
-
-    Returns:
-        None if its vectors are less than 4 times as long as others, or are excluded.
+    None if its vectors are less than 4 times as long as others, or are excluded.
     """
     n_pos = tokens.shape[1]
     if n_pos < 2 or {0, -n_pos}.intersection(exclude_positions):

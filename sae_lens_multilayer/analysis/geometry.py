@@ -4,14 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import override
 
 from sae_lens_multilayer.analysis.tables import make_table
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, histogram
 from sae_lens_multilayer.results import Result
 
 _ELEMENTS = 2**24
@@ -32,10 +35,27 @@ class DecoderSimilarity(Result):
         """Mean of `max_cos_sim` over latents."""
         return self.max_cos_sim.double().mean().item()
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent."""
         columns = {"max_cos_sim": self.max_cos_sim, "nearest": self.nearest}
         return make_table(columns, "latent")
+
+    @override
+    def numbers(self) -> dict[str, float]:
+        return {"mean_max_cos_sim": self.mean}
+
+    @override
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        values = self.max_cos_sim.float().numpy()
+        edges = np.arange(np.floor(values.min() * 100), 101) / 100
+        panel = Panel(
+            Axis("cosine similarity with the nearest other latent"),
+            Axis("latents"),
+            [histogram("", values, edges)],
+            vertical_line=(self.mean, f"mean: {self.mean:.3f}"),
+        )
+        return {"": Picture(f"Decoder of {len(values):,} latents", [panel])}
 
 
 @dataclass
@@ -47,6 +67,7 @@ class TokenSimilarity(Result):
     token_ids: Int[Tensor, "d_sae n_top"]
     """The ids of these tokens."""
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent and rank."""
         d_sae, n_top = self.cos_sim.shape
@@ -66,22 +87,15 @@ def decoder_similarity(W_dec: Float[Tensor, "d_sae d_in"]) -> DecoderSimilarity:
 
     Only some rows of the matrix of similarities are in memory at a time.
 
-    Raises:
-        ValueError: If a row is 0 or not finite.
-
     References:
         Sharkey et al. (2022); Lawson et al. (2025), arXiv:2409.04185. The paper's code
         takes the maximum over i < j only.
     """
-    values: list[Tensor] = []
-    nearest: list[Tensor] = []
+    best: list[Any] = []
     for start, similarity in cos_sim_chunks(W_dec):
-        rows = torch.arange(len(similarity), device=similarity.device)
-        similarity[rows, rows + start] = -torch.inf
-        best = similarity.max(1)
-        values.append(best.values.cpu())
-        nearest.append(best.indices.cpu())
-    return DecoderSimilarity(torch.cat(values), torch.cat(nearest))
+        similarity.diagonal(start).fill_(-torch.inf)
+        best.append(similarity.max(1))
+    return DecoderSimilarity(*_values_and_indices(best))
 
 
 @torch.no_grad()
@@ -97,9 +111,6 @@ def token_similarity(
         W_tokens: See `token_embeddings` and `token_unembeddings`. A vector of 0 has
             similarity 0.
         n_top: Tokens to keep for each latent, at most d_vocab.
-
-    Raises:
-        ValueError: If the widths differ, or a decoder row is 0 or not finite.
     """
     if W_dec.shape[1] != W_tokens.shape[1]:
         raise ValueError(
@@ -108,10 +119,7 @@ def token_similarity(
         )
     W_tokens = W_tokens.to(W_dec.device)
     best = [s.topk(n_top) for _, s in cos_sim_chunks(W_dec, W_tokens)]
-    return TokenSimilarity(
-        torch.cat([b.values.cpu() for b in best]),
-        torch.cat([b.indices.cpu() for b in best]),
-    )
+    return TokenSimilarity(*_values_and_indices(best))
 
 
 def cos_sim_chunks(
@@ -129,8 +137,7 @@ def cos_sim_chunks(
         ValueError: If a row is 0 or not finite.
     """
     unit = _unit(rows)
-    bad = int((~unit.isfinite().all(1)).sum())
-    if bad:
+    if bad := int((~unit.isfinite().all(1)).sum()):
         raise ValueError(
             "Decoder rows must be finite and not 0; "
             f"{bad} of {len(rows)} decoder rows are not."
@@ -146,6 +153,10 @@ def cos_sim_chunks(
 def _unit(vectors: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
     wide = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
     return wide / wide.norm(dim=1, keepdim=True)
+
+
+def _values_and_indices(best: list[Any]) -> list[Tensor]:
+    return [torch.cat([chunk[i].cpu() for chunk in best]) for i in range(2)]
 
 
 def token_embeddings(model: Any) -> Float[Tensor, "d_vocab d_model"]:

@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from sae_lens_multilayer.analysis.active import sums_device
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.analysis.tables import by_layer, make_table
+from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, histogram
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
@@ -20,10 +22,9 @@ from sae_lens_multilayer.text.prompts import Tokens
 
 @dataclass
 class ActiveLayers(Result):
-    """Number of layers at which each latent is active.
+    """Number of layers at which each latent is active: above `threshold`.
 
-    A latent is active if its activation is above `threshold`, in the SAE's units: those
-    of standardised vectors if it standardises them.
+    Activations are of standardised vectors if the SAE standardises them.
     """
 
     hook_names: list[str]
@@ -47,14 +48,10 @@ class ActiveLayers(Result):
         return (self.per_token * n_layers).sum(0) / self.n_active_tokens.double()
 
     def overall(self, min_share: float = 0.0) -> Int[Tensor, " d_sae"]:
-        """Number of layers at which a latent is active at any token.
-
-        Args:
-            min_share: Fraction of the latent's counts over all layers, in [0, 1), that
-                a layer must exceed.
-        """
+        """Number of layers with more than `min_share` of the latent's counts."""
         return (self.counts > min_share * self.counts.sum(0)).sum(0)
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent; a column `count_{layer}` for each layer."""
         columns = {
@@ -65,45 +62,52 @@ class ActiveLayers(Result):
         columns |= by_layer("count", self.hook_names, self.counts)
         return make_table(columns, "latent")
 
+    @override
+    def numbers(self) -> dict[str, float]:
+        return {"active_layers_per_token": self.mean_per_token.nanmean().item()}
+
+    @override
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        n_layers = len(self.hook_names)
+        was_active = self.n_active_tokens > 0
+        edges = np.arange(n_layers + 1) + 0.5
+        values = {
+            "at one token (mean over its tokens)": self.mean_per_token,
+            "over all tokens (layers with over 1% of its counts)": self.overall(0.01),
+        }
+        ticks = range(1, n_layers + 1, -(-n_layers // 12))
+        panel = Panel(
+            Axis(f"layers at which a latent is active, of {n_layers}", ticks=ticks),
+            Axis("latents"),
+            [histogram(n, v[was_active].numpy(), edges) for n, v in values.items()],
+        )
+        caption = (
+            f"{int(was_active.sum()):,} latents active above {self.threshold:g} on "
+            f"{self.n_tokens:,} tokens."
+        )
+        return {"": Picture("At how many layers a latent is active", [panel], caption)}
+
 
 class ActiveLayerCounts:
-    """Adds up `ActiveLayers` over tokens."""
+    """Adds up `ActiveLayers` over tokens; `threshold` is at least 0."""
 
     def __init__(self, sae: SAE[Any], threshold: float = 0.0) -> None:
-        """Start without tokens.
-
-        Args:
-            threshold: Activation above which a latent is active, at least 0.
-        """
-        self._hook_names = hook_names_of(sae)
-        self._threshold = float(threshold)
-        self._n_tokens = 0
-        zeros = torch.zeros(
-            2 * len(self._hook_names), sae.cfg.d_sae, dtype=torch.int64
-        ).to(sums_device(sae))
-        self._counts, self._per_token = zeros.chunk(2)
+        names, device = hook_names_of(sae), sums_device(sae)
+        zeros = torch.zeros(2 * len(names), sae.cfg.d_sae, dtype=torch.int64)
+        counts, per_token = zeros.to(device).chunk(2)
+        self._sums = ActiveLayers(names, 0, float(threshold), counts, per_token)
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens."""
-        active, pairs = batch.active, batch.active.by_token
-        above = (active.value > self._threshold).long()
-        self._n_tokens += active.n_tokens
-        self._counts.view(-1).index_add_(0, active.cell, above)
+        active, pairs, sums = batch.active, batch.active.by_token, self._sums
+        above = (active.value > sums.threshold).long()
+        sums.n_tokens += active.n_tokens
+        sums.counts.view(-1).index_add_(0, active.cell, above)
         n_layers = torch.zeros_like(pairs.token).index_add_(0, pairs.pair, above)
-        any_layer = n_layers > 0
-        cell = (n_layers - 1) * active.d_sae + pairs.latent
-        ones = torch.ones_like(cell[any_layer])
-        self._per_token.view(-1).index_add_(0, cell[any_layer], ones)
+        cell = ((n_layers - 1) * active.d_sae + pairs.latent)[n_layers > 0]
+        sums.per_token.view(-1).index_add_(0, cell, torch.ones_like(cell))
 
     def compute(self) -> ActiveLayers:
-        """The counts over all tokens so far."""
-        return ActiveLayers(
-            self._hook_names,
-            self._n_tokens,
-            self._threshold,
-            self._counts.cpu().clone(),
-            self._per_token.cpu().clone(),
-        )
+        return self._sums.on_cpu()
 
 
 def active_layers(
@@ -114,10 +118,6 @@ def active_layers(
     threshold: float = 0.0,
     **options: Unpack[PassOptions],
 ) -> ActiveLayers:
-    """Number of layers at which each latent is active, per token and overall.
-
-    Args:
-        threshold: Activation above which a latent is active, at least 0.
-    """
+    """Number of layers at which each latent is active, per token and overall."""
     counts = ActiveLayerCounts(sae, threshold)
     return analyze(sae, model, tokens, counts, **options)[0]

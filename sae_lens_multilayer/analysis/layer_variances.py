@@ -9,21 +9,22 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from sae_lens_multilayer.analysis.active import ActiveLatents, sums_device
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
 from sae_lens_multilayer.analysis.tables import (
-    layer_index,
     layer_mean,
     layer_variance,
     make_table,
+    raw_layer_variance,
 )
+from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, Series
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
 
-_COLUMNS = [
+_COLUMNS = (
     "n_tokens",
     "var_l",
     "exp_var_l_j",
@@ -33,7 +34,7 @@ _COLUMNS = [
     "reference_exp_var_l_tf",
     "reference_rel_var_f",
     "reference_rel_var_t",
-]
+)
 
 
 @dataclass
@@ -93,86 +94,168 @@ class Variances(Result):
         """The last row of `history`: all tokens."""
         return self.history.iloc[-1]
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent; `token_ratio` is `within_token / var_layer`."""
-        columns = {
-            "total": self.total_acts,
-            "mean_layer": self.mean_layer,
-            "var_layer": self.var_layer,
-            "within_token": self.within_token,
-            "between_tokens": self.between_tokens,
-            "token_ratio": self.within_token / self.var_layer,
-        }
+        names = ("mean_layer", "var_layer", "within_token", "between_tokens")
+        columns = {"total": self.total_acts, **{n: getattr(self, n) for n in names}}
+        columns["token_ratio"] = self.within_token / self.var_layer
         return make_table(columns, "latent")
+
+    @override
+    def numbers(self) -> dict[str, float]:
+        return dict(self.summary[["latent_ratio", "token_ratio"]])
+
+    @override
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        history, summary = self.history, self.summary
+
+        def line(column: str, label: str, colour: int, style: int = 0) -> Series:
+            x, y = history.n_tokens.to_numpy(), history[column].to_numpy()
+            return Series(label, x, y, colour=colour, style=style)
+
+        parts = [
+            line("var_l", "Var(L): all", 0),
+            line("exp_var_l_j", "E[Var(L | J)]: of a latent", 1),
+            line("exp_var_l_jt", "E[Var(L | J, T)]: of a latent at a token", 2),
+        ]
+        ratios = [
+            line("latent_ratio", "of a latent / all", 0),
+            line("token_ratio", "at a token / of a latent", 1),
+            line("reference_rel_var_f", "of a latent / all (paper)", 0, 1),
+            line("reference_rel_var_t", "at a token / of a latent (paper)", 1, 1),
+        ]
+        caption = (
+            f"Of the variance over layers of all activation, {summary.latent_ratio:.1%}"
+            f" is within latents; of that, {summary.token_ratio:.1%} is within single "
+            "tokens. The paper's code estimates these ratios differently."
+        )
+        tokens = Axis("tokens seen", log=True)
+        panels = [
+            Panel(tokens, Axis("variance (layers squared)", include_zero=True), parts),
+            Panel(tokens, Axis("ratio of variances", include_zero=True), ratios),
+        ]
+        title = "Variance of the layer of an activation"
+        return {"": Picture(title, panels, caption)}
 
 
 class VarianceSums:
-    """Adds up `Variances` over tokens.
+    """Adds up `Variances` over tokens; a batch holds all layers of a token.
 
-    A batch holds all layers of a token, so sums over tokens are enough.
+    Args:
+        reference_batch_tokens: The reference estimates are means over batches of this
+            many tokens, as in the paper's code, without an incomplete last batch unless
+            it is the only one. None: one estimate from all tokens.
     """
 
     def __init__(
         self, sae: SAE[Any], reference_batch_tokens: int | None = None
     ) -> None:
-        """Start without tokens.
-
-        Args:
-            sae: The SAE that will be analysed.
-            reference_batch_tokens: The reference estimates are means over batches of
-                this many tokens, as in the paper's code, without an incomplete last
-                batch unless it is the only one. None: one estimate from all tokens.
-        """
         self._hook_names = hook_names_of(sae)
         n_layers = len(self._hook_names)
-        self._exact = _ExactSums.zeros(n_layers, sae.cfg.d_sae, sums_device(sae))
-        self._reference = _ReferenceSums(self._exact, reference_batch_tokens)
+        self._middle = (n_layers - 1) / 2
+        self._n_tokens = 0
+        sums = torch.zeros(n_layers + 2, sae.cfg.d_sae, dtype=torch.float64)
+        sums = sums.to(sums_device(sae))
+        # Of activations; of each token's activation times its variance over layers; and
+        # times the square of its mean layer, which is relative to the middle layer to
+        # limit cancellation.
+        self._totals, self._spread, self._square = sums[:-2], sums[-2], sums[-1]
+        self._reference = _ReferenceSums(self._totals, reference_batch_tokens)
         self._points: list[list[float]] = []
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens."""
         start, n_tokens = 0, len(batch.x)
         while start < n_tokens:
-            seen = self._exact.n_tokens
-            n_until_point = 2 ** seen.bit_length() - seen
+            n_until_point = 2 ** self._n_tokens.bit_length() - self._n_tokens
             n = min(n_until_point, self._reference.n_tokens_left, n_tokens - start)
-            part = batch.active.of_tokens(start, start + n)
-            self._exact.add(part)
-            self._reference.add(part)
+            self._add(batch.active.of_tokens(start, start + n))
             if n == n_until_point:
                 self._points.append(self._point())
             start += n
 
-    def _point(self) -> list[float]:
-        exact, reference = self._exact.aggregate(), self._reference.aggregate()
-        return [float(self._exact.n_tokens), *exact, *reference]
-
     def compute(self) -> Variances:
-        """The variances over all tokens so far.
-
-        Raises:
-            ValueError: If no latent was active at any of them.
-        """
-        if not self._exact.totals.any():
+        if not self._totals.any():
             raise ValueError(
-                f"No latent was active at any of the {self._exact.n_tokens} tokens, so "
+                f"No latent was active at any of the {self._n_tokens} tokens, so "
                 "there is no variance over layers. Check the SAE, or give other tokens."
             )
-        total, mean_layer, var_layer, within, between = (
-            tensor.cpu() for tensor in self._exact.by_latent()
-        )
         points = list(self._points)
-        if not points or points[-1][0] != self._exact.n_tokens:
+        if not points or points[-1][0] != self._n_tokens:
             points.append(self._point())
+        by_latent = (tensor.cpu() for tensor in self._by_latent())
         return Variances(
-            self._hook_names,
-            total,
-            mean_layer,
-            var_layer,
-            within,
-            between,
-            torch.tensor(points, dtype=torch.float64),
+            self._hook_names, *by_latent, torch.tensor(points, dtype=torch.float64)
         )
+
+    def _add(self, active: ActiveLatents) -> None:
+        pairs = active.by_token
+        mean = pairs.mean_layer - self._middle
+        self._n_tokens += active.n_tokens
+        self._totals.view(-1).index_add_(0, active.cell, active.value)
+        self._spread.index_add_(0, pairs.latent, pairs.spread)
+        self._square.index_add_(0, pairs.latent, pairs.total * mean.square())
+        self._reference.add(active)
+
+    def _by_latent(self) -> tuple[Tensor, ...]:
+        """Total, mean layer and variances of each latent, as in `Variances`."""
+        total = self._totals.sum(0)
+        probs = self._totals / total
+        mean = layer_mean(probs)
+        between = self._square / total - (mean - self._middle).square()
+        within = self._spread / total
+        return total, mean, layer_variance(probs), within, between.clamp(min=0)
+
+    def _point(self) -> list[float]:
+        """The values of `_COLUMNS`."""
+        total, _, var_layer, within, _ = self._by_latent()
+        weight = total / total.sum()
+        var_l = layer_variance(self._totals.sum(1) / total.sum())
+        # The variances are NaN for latents that are never active, whose weight is 0.
+        means = [(weight * v.nan_to_num()).sum() for v in (var_layer, within)]
+        exact: list[float] = torch.stack([var_l, *means]).tolist()
+        return [float(self._n_tokens), *exact, *self._reference.mean()]
+
+
+class _ReferenceSums:
+    """Sums over tokens for the estimates of the paper's code.
+
+    References:
+        `mlsae/analysis/variances.py` of github.com/tim-lawson/mlsae.
+    """
+
+    def __init__(self, like: Tensor, batch_tokens: int | None) -> None:
+        self._batch_tokens = batch_tokens or sys.maxsize
+        self._probs, self._within = torch.zeros_like(like), torch.zeros_like(like[0])
+        self._estimates = torch.zeros(5, dtype=torch.float64)
+        self.n_tokens_left, self._n_batches = self._batch_tokens, 0
+
+    def add(self, active: ActiveLatents) -> None:
+        pairs = active.by_token
+        probs = active.value / pairs.total[pairs.pair]
+        self._probs.view(-1).index_add_(0, active.cell, probs)
+        self._within.index_add_(0, pairs.latent, pairs.spread / pairs.total)
+        self.n_tokens_left -= active.n_tokens
+        if self.n_tokens_left == 0:
+            self._estimates += self._estimate()
+            self._n_batches += 1
+            self.n_tokens_left = self._batch_tokens
+            self._probs.zero_()
+            self._within.zero_()
+
+    def _estimate(self) -> Float[Tensor, "5"]:
+        n_tokens = self._batch_tokens - self.n_tokens_left
+        probs = self._probs / n_tokens
+        var_l = raw_layer_variance(probs.mean(1))
+        exp_var_l_f = raw_layer_variance(probs).mean()
+        exp_var_l_tf = self._within.mean() / n_tokens
+        ratios = exp_var_l_f / var_l, exp_var_l_tf / exp_var_l_f
+        return torch.stack([var_l, exp_var_l_f, exp_var_l_tf, *ratios]).cpu()
+
+    def mean(self) -> list[float]:
+        """The columns of `history` that begin with `reference_`."""
+        n = self._n_batches
+        return (self._estimates / n if n else self._estimate()).tolist()
 
 
 def variances(
@@ -185,112 +268,7 @@ def variances(
 ) -> Variances:
     """The variance over layers within a token, within a latent and in total.
 
-    Args:
-        reference_batch_tokens: See `VarianceSums`.
+    `reference_batch_tokens` is as in `VarianceSums`.
     """
     sums = VarianceSums(sae, reference_batch_tokens)
     return analyze(sae, model, tokens, sums, **options)[0]
-
-
-@dataclass
-class _ExactSums:
-    """Sums over tokens for the exact decomposition."""
-
-    n_tokens: int
-    totals: Float[Tensor, "layer d_sae"]
-    """Activations."""
-    spread: Float[Tensor, " d_sae"]
-    """Each token's activation times its variance over layers."""
-    square: Float[Tensor, " d_sae"]
-    """Each token's activation times the square of its mean layer, which is relative to
-    the middle layer to limit cancellation."""
-
-    @classmethod
-    def zeros(cls, n_layers: int, d_sae: int, device: torch.device) -> "_ExactSums":
-        zeros = torch.zeros(n_layers + 2, d_sae, dtype=torch.float64, device=device)
-        return cls(0, zeros[:-2], zeros[-2], zeros[-1])
-
-    def add(self, active: ActiveLatents) -> None:
-        pairs = active.by_token
-        mean = pairs.mean_layer - self._middle
-        self.n_tokens += active.n_tokens
-        self.totals.view(-1).index_add_(0, active.cell, active.value)
-        self.spread.index_add_(0, pairs.latent, pairs.spread)
-        self.square.index_add_(0, pairs.latent, pairs.total * mean.square())
-
-    @property
-    def _middle(self) -> float:
-        return (len(self.totals) - 1) / 2
-
-    def by_latent(self) -> tuple[Tensor, ...]:
-        """Total, mean layer and variances of each latent, as in `Variances`."""
-        total = self.totals.sum(0)
-        probs = self.totals / total
-        mean = layer_mean(probs)
-        between = self.square / total - (mean - self._middle).square()
-        within = self.spread / total
-        return total, mean, layer_variance(probs), within, between.clamp(min=0)
-
-    def aggregate(self) -> list[float]:
-        """The columns of `history` before the ratios."""
-        total, _, var_layer, within, _ = self.by_latent()
-        weight = total / total.sum()
-        var_l = layer_variance(self.totals.sum(1) / total.sum())
-        # The variances are NaN for latents that are never active, whose weight is 0.
-        means = [(weight * v.nan_to_num()).sum() for v in (var_layer, within)]
-        return torch.stack([var_l, *means]).tolist()
-
-
-class _ReferenceSums:
-    """Sums over tokens for the estimates of the paper's code.
-
-    References:
-        `mlsae/analysis/variances.py` of github.com/tim-lawson/mlsae.
-    """
-
-    def __init__(self, like: _ExactSums, batch_tokens: int | None) -> None:
-        self._batch_tokens = batch_tokens
-        self._probs = torch.zeros_like(like.totals)
-        self._within = torch.zeros_like(like.spread)
-        self._n_tokens = 0
-        self._estimates = torch.zeros(5, dtype=torch.float64)
-        self._n_batches = 0
-
-    @property
-    def n_tokens_left(self) -> int:
-        """Tokens until the batch is full."""
-        return (self._batch_tokens or sys.maxsize) - self._n_tokens
-
-    def add(self, active: ActiveLatents) -> None:
-        pairs = active.by_token
-        probs = active.value / pairs.total[pairs.pair]
-        self._probs.view(-1).index_add_(0, active.cell, probs)
-        self._within.index_add_(0, pairs.latent, pairs.spread / pairs.total)
-        self._n_tokens += active.n_tokens
-        if self._n_tokens == self._batch_tokens:
-            self._estimates += self._estimate()
-            self._n_batches += 1
-            self._n_tokens = 0
-            self._probs.zero_()
-            self._within.zero_()
-
-    def _estimate(self) -> Float[Tensor, "5"]:
-        probs = self._probs / self._n_tokens
-        var_l = _reference_variance(probs.mean(1))
-        exp_var_l_f = _reference_variance(probs).mean()
-        exp_var_l_tf = self._within.mean() / self._n_tokens
-        ratios = exp_var_l_f / var_l, exp_var_l_tf / exp_var_l_f
-        return torch.stack([var_l, exp_var_l_f, exp_var_l_tf, *ratios]).cpu()
-
-    def aggregate(self) -> list[float]:
-        """The columns of `history` that begin with `reference_`."""
-        if self._n_batches:
-            return (self._estimates / self._n_batches).tolist()
-        return self._estimate().tolist()
-
-
-def _reference_variance(
-    weights: Float[Tensor, "layer ..."],
-) -> Float[Tensor, "..."]:
-    """`sum_l l^2 w_l - (sum_l l w_l)^2`, whatever the sum of the weights."""
-    return layer_mean(weights * layer_index(weights)) - layer_mean(weights).square()

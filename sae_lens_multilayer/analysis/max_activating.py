@@ -1,8 +1,7 @@
 """Finds the tokens at which each latent is most active at each layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +16,10 @@ from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
 
 _FEWEST_ROWS = 2**12
-"""Smallest capacity of a table."""
+"""Smallest capacity of the table of examples."""
 
 
-@dataclass
-class _Rows:
+class _Rows(NamedTuple):
     """Examples, one per row; each is at the same index of its context."""
 
     cell: Int[Tensor, " row"]
@@ -33,65 +31,18 @@ class _Rows:
     context_acts: Float[Tensor, "row width"]
 
     @classmethod
-    def empty(cls, n_rows: int, width: int) -> "_Rows":
-        whole = (torch.empty(n_rows, dtype=torch.int64) for _ in range(3))
-        cell, prompt, position = whole
-        return cls(
-            cell,
-            torch.empty(n_rows, dtype=torch.float64),
-            prompt,
-            position,
-            torch.empty(n_rows, width, dtype=torch.int32),
-            torch.empty(n_rows, width),
-        )
-
-    def __len__(self) -> int:
-        return len(self.cell)
-
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def empty(cls, n: int, width: int) -> "_Rows":
+        cell, prompt, position = (torch.empty(n, dtype=torch.int64) for _ in range(3))
+        ids = torch.empty(n, width, dtype=torch.int32)
+        act = torch.empty(n, dtype=torch.float64)
+        return cls(cell, act, prompt, position, ids, torch.empty(n, width))
 
     def take(self, rows: Tensor | slice) -> "_Rows":
-        return _Rows(*(tensor[rows] for tensor in self.tensors()))
+        return _Rows(*(tensor[rows] for tensor in self))
 
     def write(self, start: int, rows: "_Rows") -> None:
-        for own, new in zip(self.tensors(), rows.tensors(), strict=True):
-            own[start : start + len(rows)] = new
-
-
-class _Table:
-    """Rows of which only the largest of each cell are kept once the capacity is used.
-
-    The tensors are allocated as a whole: many small ones would fragment the memory.
-    """
-
-    def __init__(self, n_examples: int, width: int) -> None:
-        self._n_examples, self._width = n_examples, width
-        self._room, self._n = _Rows.empty(_FEWEST_ROWS, width), 0
-
-    def rows(self) -> _Rows:
-        return self._room.take(slice(self._n))
-
-    def has_room(self, n_more: int) -> bool:
-        return self._n + n_more <= len(self._room)
-
-    def add(self, rows: _Rows) -> None:
-        """Append rows; of equal ones, the first are kept."""
-        if not self.has_room(len(rows)):
-            # Twice the rows, so that pruning stays rare.
-            room = _Rows.empty(2 * (self._n + len(rows)), self._width)
-            room.write(0, self.rows())
-            self._room = room
-        self._room.write(self._n, rows)
-        self._n += len(rows)
-
-    def prune(self) -> _Rows:
-        """Keep the largest of each cell, sorted by cell and size, and return them."""
-        rows = self.rows()
-        kept = rows.take(_largest(rows.cell, rows.act, self._n_examples))
-        self._room.write(0, kept)
-        self._n = len(kept)
-        return kept
+        for own, new in zip(self, rows, strict=True):
+            own[start : start + len(new)] = new
 
 
 class ExampleCollector:
@@ -99,6 +50,11 @@ class ExampleCollector:
 
     Memory: `n_examples` rows of `32 + 8 * width` bytes for each latent and layer that
     was active, as many rows that are not compared yet, and a copy while they are.
+
+    Args:
+        n_examples: Examples to keep for each latent and layer.
+        n_before, n_after: Tokens of the context before and after the example.
+        latents: Keep examples of these latents only; None: of all.
     """
 
     def __init__(
@@ -110,37 +66,21 @@ class ExampleCollector:
         n_after: int = 5,
         latents: Sequence[int] | None = None,
     ) -> None:
-        """Start without tokens.
-
-        Args:
-            sae: The SAE that will be analysed.
-            n_examples: Examples to keep for each latent and layer.
-            n_before: Tokens of the context before the example.
-            n_after: Tokens of the context after the example.
-            latents: Keep examples of these latents only; None: of all.
-
-        Raises:
-            ValueError: If a number is out of range, or a latent unknown.
-        """
         if n_examples < 1:
             raise ValueError(f"`n_examples` must be at least 1; got {n_examples}.")
-        self._hook_names = hook_names_of(sae)
-        self._d_sae = sae.cfg.d_sae
+        self._hook_names, self._d_sae = hook_names_of(sae), sae.cfg.d_sae
         self._n_examples, self._n_before, self._n_after = n_examples, n_before, n_after
-        n_cells = len(self._hook_names) * self._d_sae
         # An activation must be larger than this to become an example.
         floor = torch.zeros(len(self._hook_names), self._d_sae, dtype=torch.float64)
         if latents is not None:
             check_latents(latents, self._d_sae)
-            wanted = torch.zeros(self._d_sae, dtype=torch.bool)
-            wanted[list(latents)] = True
-            floor[:, ~wanted] = torch.inf
-        self._floor = floor.to(sums_device(sae)).view(n_cells)
-        self._table = _Table(n_examples, n_before + 1 + n_after)
-        self.n_tokens = 0
+            floor.fill_(torch.inf)[:, list(latents)] = 0
+        self._floor = floor.to(sums_device(sae)).flatten()
+        # The tensors are allocated as a whole: many small ones would fragment memory.
+        self._table = _Rows.empty(_FEWEST_ROWS, n_before + 1 + n_after)
+        self._n_rows = self.n_tokens = 0
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens; the prompts must come in order."""
         active = batch.active
         self.n_tokens += active.n_tokens
         # Sorted by cell, then by token.
@@ -161,9 +101,7 @@ class ExampleCollector:
             self._context_ids(batch.prompts, prompt[found], position[found]),
             self._context_acts(cell, value, prompt, position, found),
         )
-        if not self._table.has_room(len(rows)):
-            self._prune()
-        self._table.add(rows)
+        self._add(rows)
 
     def _context_ids(
         self, prompts: Tensor, prompt: Tensor, position: Tensor
@@ -198,9 +136,29 @@ class ExampleCollector:
             acts[rows[same], column] = value[other[same]].float()
         return acts
 
+    def _add(self, rows: _Rows) -> None:
+        """Append rows; if there is no space, keep the largest of each cell first."""
+        n = len(rows.cell)
+        if self._n_rows + n > len(self._table.cell):
+            kept = self._prune()
+            if self._n_rows + n > len(self._table.cell):
+                # Twice the rows, so that pruning stays rare.
+                width = kept.context_ids.shape[1]
+                self._table = _Rows.empty(2 * (self._n_rows + n), width)
+                self._table.write(0, kept)
+        self._table.write(self._n_rows, rows)
+        self._n_rows += n
+
     def _prune(self) -> _Rows:
-        """Keep the examples so far, and raise the floor of cells with all examples."""
-        kept = self._table.prune()
+        """Keep the largest of each cell, and raise the floor of cells with all.
+
+        Returns:
+            The examples so far, sorted by cell and size; of equal ones, the first.
+        """
+        rows = self._table.take(slice(self._n_rows))
+        kept = rows.take(_largest(rows.cell, rows.act, self._n_examples))
+        self._table.write(0, kept)
+        self._n_rows = len(kept.cell)
         cells, counts = kept.cell.unique_consecutive(return_counts=True)
         full = counts == self._n_examples
         smallest = kept.act[counts.cumsum(0) - 1]
@@ -209,13 +167,8 @@ class ExampleCollector:
         return kept
 
     def compute(self) -> Examples:
-        """The examples of all tokens so far.
-
-        Raises:
-            ValueError: If no latent is active at any of them.
-        """
         rows = self._prune()
-        if not len(rows):
+        if not self._n_rows:
             raise ValueError(
                 f"None of the latents is active at any of the {self.n_tokens} tokens. "
                 "Choose other latents, or give more tokens."
@@ -223,7 +176,6 @@ class ExampleCollector:
         rank = _rank(rows.cell)
         latent, layer = rows.cell % self._d_sae, rows.cell // self._d_sae
         order = (latent * len(self._hook_names) + layer).sort(stable=True).indices
-        rows = rows.take(order)
         return Examples(
             self._hook_names,
             self.n_tokens,
@@ -231,11 +183,7 @@ class ExampleCollector:
             latent[order],
             layer[order],
             rank[order],
-            rows.act,
-            rows.prompt,
-            rows.position,
-            rows.context_ids,
-            rows.context_acts,
+            *rows.take(order)[1:],
         )
 
 
@@ -252,8 +200,7 @@ def max_activating_examples(
 ) -> Examples:
     """The largest activations of each latent at each layer, with their contexts.
 
-    Args:
-        n_examples, n_before, n_after, latents: See `ExampleCollector`.
+    `n_examples`, `n_before`, `n_after` and `latents` are as in `ExampleCollector`.
     """
     collector = ExampleCollector(
         sae, n_examples, n_before=n_before, n_after=n_after, latents=latents

@@ -1,15 +1,19 @@
 """Finds latents with nearly the same direction, and compares their layers."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.geometry import cos_sim_chunks
 from sae_lens_multilayer.analysis.tables import make_table
+from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, histogram
 from sae_lens_multilayer.results import Result
 
 _MOST_PAIRS = 10_000_000
@@ -39,25 +43,21 @@ class Redundancy(Result):
     """Overlaps of random pairs of different active latents."""
 
     @property
-    def n_disjoint(self) -> int:
-        """Number of disjoint pairs."""
-        return int((self.overlap <= self.max_overlap).sum())
+    def is_disjoint(self) -> Bool[Tensor, " pair"]:
+        """Whether each pair is disjoint."""
+        return self.overlap <= self.max_overlap
 
     @property
     def disjoint_fraction(self) -> float:
         """Fraction of the pairs that are disjoint; NaN if there are no pairs."""
-        return (self.overlap <= self.max_overlap).double().mean().item()
+        return self.is_disjoint.double().mean().item()
 
     @property
     def null_disjoint_fraction(self) -> float:
         """Fraction of the random pairs that are disjoint."""
         return (self.null_overlap <= self.max_overlap).double().mean().item()
 
-    @property
-    def n_latents_repeated(self) -> int:
-        """Number of latents in a disjoint pair."""
-        return self.pairs[self.overlap <= self.max_overlap].unique().numel()
-
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each pair, the most similar first."""
         table = make_table(
@@ -66,10 +66,35 @@ class Redundancy(Result):
                 "other": self.pairs[:, 1],
                 "cos_sim": self.cos_sim,
                 "overlap": self.overlap,
-                "disjoint": self.overlap <= self.max_overlap,
+                "disjoint": self.is_disjoint,
             }
         )
         return table.sort_values("cos_sim", ascending=False, kind="stable")
+
+    @override
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        n_null = f"{len(self.null_overlap):,} random pairs"
+        edges = np.linspace(0, 1, 41)
+        series = [
+            histogram(f"{pairs}: {disjoint:.1%} disjoint", overlap.numpy(), edges, True)
+            for pairs, disjoint, overlap in [
+                ("near-duplicates", self.disjoint_fraction, self.overlap),
+                (n_null, self.null_disjoint_fraction, self.null_overlap),
+            ]
+            if len(overlap)
+        ]
+        panel = Panel(
+            Axis("overlap of their distributions over layers (1: the same layers)"),
+            Axis("fraction of pairs"),
+            series,
+            vertical_line=(self.max_overlap, f"disjoint: at most {self.max_overlap:g}"),
+        )
+        caption = (
+            f"{len(self.pairs):,} near-duplicates (cosine similarity "
+            f"≥ {self.min_cos_sim:g}) among {self.n_active:,} active latents."
+        )
+        title = "Is a direction learnt again for other layers?"
+        return {"": Picture(title, [panel], caption)}
 
 
 @torch.no_grad()
@@ -91,10 +116,6 @@ def redundancy(
         max_overlap: Overlap up to which a pair is disjoint, in [0, 1].
         n_null: Number of random pairs.
         seed: For drawing the random pairs.
-
-    Raises:
-        ValueError: If the sizes differ, fewer than two latents are active, or there are
-            more pairs than fit in memory.
     """
     n_latents = distributions.counts.shape[1]
     if len(W_dec) != n_latents:
@@ -110,31 +131,22 @@ def redundancy(
         )
     found, cos_sim = _near_pairs(W_dec[active.to(W_dec.device)], min_cos_sim)
     null = _random_pairs(len(active), n_null, seed)
-    probs = distributions.probs.T
-    return Redundancy(
-        float(min_cos_sim),
-        float(max_overlap),
-        len(active),
-        active[found],
-        cos_sim,
-        _overlap(probs, active[found]),
-        _overlap(probs, active[null]),
-    )
+    probs, n = distributions.probs.T, len(active)
+    overlaps = (_overlap(probs, active[pairs]) for pairs in (found, null))
+    return Redundancy(min_cos_sim, max_overlap, n, active[found], cos_sim, *overlaps)
 
 
 def _near_pairs(
     W_dec: Float[Tensor, "d_sae d_in"], min_cos_sim: float
 ) -> tuple[Int[Tensor, "pair 2"], Float[Tensor, " pair"]]:
-    pairs = [torch.empty(0, 2, dtype=torch.int64)]
-    values = [torch.empty(0, dtype=torch.promote_types(W_dec.dtype, torch.float32))]
-    n_pairs = 0
+    pairs: list[Tensor] = []
+    values: list[Tensor] = []
     for start, similarity in cos_sim_chunks(W_dec):
         found = (similarity >= min_cos_sim).triu(start + 1).nonzero()
         values.append(similarity[found[:, 0], found[:, 1]].cpu())
         found[:, 0] += start
         pairs.append(found.cpu())
-        n_pairs += len(found)
-        if n_pairs > _MOST_PAIRS:
+        if sum(map(len, pairs)) > _MOST_PAIRS:
             raise ValueError(
                 f"More than {_MOST_PAIRS:,} pairs have a cosine similarity of at least "
                 f"`min_cos_sim` = {min_cos_sim}; increase it."
@@ -158,4 +170,4 @@ def _overlap(
         for some in pairs.split(_PAIRS_AT_A_TIME)
     ]
     # Rounding can exceed 1.
-    return torch.cat(parts).clamp(max=1) if parts else probs.new_empty(0)
+    return torch.cat(parts).clamp(max=1)

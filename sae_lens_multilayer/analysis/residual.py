@@ -1,23 +1,26 @@
 """Cosine similarities between layers of the residual stream, and norms by layer."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
-from sae_lens_multilayer.analysis.stream import (
-    PassOptions,
-    TokenBatch,
-    TokenStream,
-)
+from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
 from sae_lens_multilayer.analysis.tables import make_table
-from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.pictures.description import (
+    Heatmap,
+    Panel,
+    Picture,
+    Series,
+    by_layer,
+    layer_axis,
+)
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.text.prompts import Tokens
 from sae_lens_multilayer.topk.tile import sum_dtype
@@ -32,7 +35,8 @@ class ResidualStream(Result):
 
     Cosine similarities are between vectors minus their layer's mean vector over all
     tokens, as in the paper; 0 if a difference is 0. Norms are without this subtraction.
-    All in raw space, or after the lens if `has_lens`.
+    All in raw space, or after the lens if `has_lens`. Variances are over tokens, with
+    n - 1.
     """
 
     hook_names: list[str]
@@ -42,12 +46,11 @@ class ResidualStream(Result):
     cos_sim: Float[Tensor, "layer layer"]
     """Mean over tokens."""
     cos_sim_var: Float[Tensor, "layer layer"]
-    """Variance over tokens, with n - 1."""
     norm: Float[Tensor, " layer"]
     """Mean over tokens of the L2 norm."""
     norm_var: Float[Tensor, " layer"]
-    """Variance over tokens, with n - 1."""
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each layer: norm and similarity with the next layer.
 
@@ -67,36 +70,43 @@ class ResidualStream(Result):
             table[f"{name}_sem"] = table[f"{name}_std"] / self.n_tokens**0.5
         return table
 
-    def pairs_to_dataframe(self) -> pd.DataFrame:
-        """`cos_sim` as a square table."""
-        labels = layer_labels(self.hook_names)
-        return pd.DataFrame(self.cos_sim.numpy(), index=labels, columns=labels)
+    @override
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        norms = by_layer(self.hook_names, "L2 norm", {"mean": self.norm.numpy()})
+        mean, std = replace(norms.series[0], colour=0), self.norm_var.sqrt()
+        low, high = (self.norm - std).clamp(min=0).numpy(), (self.norm + std).numpy()
+        band = Series("± standard deviation", mean.x, low, "band", high, colour=0)
+        norms.series = [band, mean]
+        layers = layer_axis(self.hook_names)
+        cos_sim = Heatmap(self.cos_sim.numpy(), "mean cosine similarity (centred)")
+        space = " after the lens" if self.has_lens else ""
+        picture = Picture(
+            f"Residual stream{space}, {self.n_tokens:,} tokens",
+            [Panel(layers, layers, heatmap=cos_sim), norms],
+            "Similarity of the centred vectors of any two layers, and norms by layer.",
+        )
+        return {"": picture}
 
 
 class LayerMeans:
     """Adds up the mean vector of each layer, after the lens if there is one."""
 
     def __init__(self, lens: LayerLens | None = None) -> None:
-        """Start without tokens."""
         self._lens = lens
-        self._n_tokens = 0
-        self._sum: Tensor | None = None
+        self._n_tokens, self._sum = 0, torch.zeros(())
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens."""
         for x in _pieces(batch.x, self._lens):
-            total = x.sum(0, dtype=sum_dtype(x.device)).cpu().double()
-            self._sum = total if self._sum is None else self._sum + total
+            total = x.sum(0, dtype=sum_dtype(x.device))
+            self._sum = self._sum + total.cpu().double()
             self._n_tokens += len(x)
 
     def compute(self) -> Float[Tensor, "layer d_in"]:
-        """The means over all tokens so far."""
-        assert self._sum is not None
         return self._sum / self._n_tokens
 
 
 class ResidualSums:
-    """Adds up `ResidualStream` over tokens, given the mean vectors."""
+    """Adds up `ResidualStream` over tokens, given `LayerMeans` with the same lens."""
 
     def __init__(
         self,
@@ -104,12 +114,6 @@ class ResidualSums:
         means: Float[Tensor, "layer d_in"],
         lens: LayerLens | None = None,
     ) -> None:
-        """Start without tokens.
-
-        Args:
-            hook_names: The hooks, in the order of the layer axis.
-            means: From `LayerMeans` with the same lens.
-        """
         self._hook_names, self._means, self._lens = list(hook_names), means, lens
         n = len(means)
         self._n_tokens = 0
@@ -117,7 +121,6 @@ class ResidualSums:
         self._norm = torch.zeros(2, n, dtype=torch.float64)
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens."""
         for x in _pieces(batch.x, self._lens):
             norm = x.norm(dim=-1).cpu().double()
             centred = x - self._means.to(x.device, x.dtype)
@@ -128,25 +131,15 @@ class ResidualSums:
             self._cos += torch.stack([cos.sum(0), cos.square().sum(0)])
 
     def compute(self) -> ResidualStream:
-        """The similarities and norms over all tokens so far.
-
-        Raises:
-            ValueError: If a vector was not finite, or there were fewer than two.
-        """
         if self._n_tokens < 2:
             raise ValueError(f"Give at least two tokens; got {self._n_tokens}.")
-        finite = self._norm.isfinite().all(0)
-        if not finite.all():
+        if not (finite := self._norm.isfinite().all(0)).all():
             bad = (~finite).nonzero().flatten().tolist()
             names = [self._hook_names[layer] for layer in bad]
             raise ValueError(f"Vectors must be finite; they are not at {names}.")
-        return ResidualStream(
-            self._hook_names,
-            self._n_tokens,
-            self._lens is not None,
-            *_mean_and_variance(self._cos, self._n_tokens),
-            *_mean_and_variance(self._norm, self._n_tokens),
-        )
+        cos, norm = (_mean_and_var(s, self._n_tokens) for s in (self._cos, self._norm))
+        has_lens = self._lens is not None
+        return ResidualStream(self._hook_names, self._n_tokens, has_lens, *cos, *norm)
 
 
 def residual_stream(
@@ -163,14 +156,7 @@ def residual_stream(
 
     Args:
         model: A model without SAEs attached; no SAE is needed.
-        hook_names: The hooks to compare, as `sae.cfg.metadata.hook_names`.
-        tokens: Prompts, or a store that provides them.
         lens: A tuned lens of the same hooks, applied to the vectors first.
-        options: See `PassOptions`.
-
-    Raises:
-        ValueError: As `analyze`, or if the lens has other hooks, a vector is not finite
-            or there is only one token.
 
     References:
         Lawson et al. (2025), arXiv:2409.04185, section 4.
@@ -197,9 +183,7 @@ def _pieces(
         yield piece
 
 
-def _mean_and_variance(
-    sums: Float[Tensor, "2 layer ..."], n: int
-) -> tuple[Float[Tensor, "layer ..."], Float[Tensor, "layer ..."]]:
+def _mean_and_var(sums: Float[Tensor, "2 layer ..."], n: int) -> tuple[Tensor, Tensor]:
     mean = sums[0] / n
     variance = (sums[1] - sums[0].square() / n) / (n - 1)
     return mean, variance.clamp(min=0)

@@ -61,38 +61,34 @@ class Accumulator(Protocol[T_co]):
     """An analysis that processes the tokens batch by batch."""
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens."""
-        ...
+        """Add a batch of tokens; batches come in the order of the prompts."""
 
     def compute(self) -> T_co:
         """The result of all tokens so far."""
-        ...
 
 
 class PassOptions(TypedDict, total=False):
-    """The tokens of a pass; a setting for all analyses of tokens is added here.
-
-    Attributes:
-        n_prompts: Prompts to take from a store, fewer with a warning if its dataset
-            ends; None: one model batch of it.
-        batch_size_prompts: Prompts in a forward pass, 8 by default; does not affect
-            results.
-        exclude_tokens: Token ids whose positions are excluded; None: those that the
-            store excludes, or none if `tokens` is a tensor.
-        exclude_positions: Positions in a prompt that are excluded; negative ones count
-            from its end. Vectors at position 0 are often many times longer.
-    """
+    """The tokens of a pass; a setting for all analyses of tokens is added here."""
 
     n_prompts: int | None
+    """Prompts to take from a store, fewer with a warning if its dataset ends; None: one
+    model batch of it."""
     batch_size_prompts: int
+    """Prompts in a forward pass, 8 by default; does not affect results."""
     exclude_tokens: Sequence[int] | None
+    """Token ids whose positions are excluded; None: those that the store excludes."""
     exclude_positions: Sequence[int]
+    """Positions in a prompt that are excluded, often 0; negative: from the end."""
 
 
 class TokenStream:
     """Iterates over batches of prompts with the model's vectors.
 
-    Iterating again yields the same prompts if `repeatable`.
+    Args:
+        encoder: Encodes the vectors, for analyses of activations.
+        sae: An SAE of the vectors' width; None: the encoder's, if there is one.
+        repeatable: Keep the token ids of a store in memory; iterating again yields the
+            same prompts.
     """
 
     def __init__(
@@ -104,22 +100,8 @@ class TokenStream:
         encoder: LayerEncoder | None = None,
         sae: SAE[Any] | None = None,
         repeatable: bool = False,
-        n_prompts: int | None = None,
-        batch_size_prompts: int = 8,
-        exclude_tokens: Sequence[int] | None = None,
-        exclude_positions: Sequence[int] = (),
+        **options: Unpack[PassOptions],
     ) -> None:
-        """Check the model, the hooks and the tokens.
-
-        Args:
-            encoder: Encodes the vectors, for analyses of what it makes of them.
-            sae: An SAE whose vectors are wanted; None: the encoder's, if there is one.
-            repeatable: Keep the token ids of a store in memory.
-
-        Raises:
-            ValueError: If the model lacks a hook, has another width than the SAE or has
-                SAEs attached, or a prompt is invalid.
-        """
         sae = encoder.saes[0] if encoder is not None else sae
         self._d_in: int | None = None if sae is None else sae.cfg.d_in
         model = as_model(model)
@@ -134,14 +116,7 @@ class TokenStream:
         self._model, self._encoder = model, encoder
         self._heads = [head_index] * len(self.hook_names)
         self._batches = PromptBatches(
-            model,
-            model_name,
-            tokens,
-            n_prompts,
-            batch_size_prompts,
-            exclude_tokens,
-            exclude_positions,
-            repeatable,
+            model, model_name, tokens, repeatable=repeatable, **options
         )
 
     @torch.no_grad()
@@ -166,11 +141,7 @@ class TokenStream:
 
     @torch.no_grad()
     def run(self, *accumulators: Accumulator[Any]) -> list[Any]:
-        """Iterate once and return the result of each accumulator.
-
-        Raises:
-            ValueError: If all tokens are excluded.
-        """
+        """Iterate once and return the result of each accumulator."""
         n_tokens = 0
         for batch in self:
             n_tokens += len(batch.x)
@@ -201,7 +172,6 @@ def analyze(
         tokens: Prompts with their special tokens, `Prompts` with the positions that
             count, or a store to take them from.
         accumulators: The analyses, such as `DistributionSums(sae)`.
-        options: See `PassOptions`.
 
     Returns:
         The result of each accumulator, in order.

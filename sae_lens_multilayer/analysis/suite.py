@@ -14,7 +14,6 @@ from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import check_latents
 from sae_lens_multilayer.analysis.distributions import DistributionSums
-from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.geometry import (
     decoder_similarity,
     token_embeddings,
@@ -29,12 +28,12 @@ from sae_lens_multilayer.analysis.near_duplicates import redundancy
 from sae_lens_multilayer.analysis.residual import residual_stream
 from sae_lens_multilayer.analysis.stream import Accumulator, PassOptions, analyze
 from sae_lens_multilayer.analysis.transfer import (
+    DRAWN,
     Comparison,
     single_layers_of,
     transfer_matrix,
 )
 from sae_lens_multilayer.evaluation.evaluation import evaluate
-from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.files import check_free
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.models.kinds import as_model
@@ -51,11 +50,11 @@ class Suite:
     """Analyses of one SAE on the same tokens; rows of `ANALYSES` read its attributes.
 
     Attributes:
-        sae, model, tokens: As in `analyze`.
         latents: Latents for `token_classes`; None: the most active ones.
         n_examples: Examples to keep for each latent and layer.
-        single_layers: Single-layer SAEs, in the order of the SAE's hooks.
-        options: For every pass over the tokens.
+        single_layers: SAEs of one of the SAE's hooks each; given in any order, stored
+            in that of the hooks.
+        options: `PassOptions` of every pass.
     """
 
     def __init__(
@@ -69,16 +68,6 @@ class Suite:
         single_layers: Sequence[SAE[Any]] = (),
         **options: Unpack[PassOptions],
     ) -> None:
-        """Check and store what will be analysed.
-
-        Args:
-            sae, model, tokens, latents, n_examples: See the attributes.
-            single_layers: SAEs of one of the SAE's hooks each, in any order.
-            options: See `PassOptions`.
-
-        Raises:
-            ValueError: If a latent is unknown, or as `single_layers_of`.
-        """
         if latents is not None:
             check_latents(latents, sae.cfg.d_sae)
         self.sae, self.model, self.tokens = sae, model, tokens
@@ -110,17 +99,13 @@ class Suite:
 
         Returns:
             The results by name, in the order of `ANALYSES`.
-
-        Raises:
-            ValueError: If an analysis is not available, or as the analyses.
         """
-        available = self.available()
-        chosen = available if names is None else list(names)
-        if missing := [name for name in chosen if name not in available]:
-            needs = ", ".join(
-                f"{name!r} needs {self.missing(name)}" for name in missing
+        chosen = self.available() if names is None else list(names)
+        missing = {name: self.missing(name) for name in chosen}
+        if needs := [f"{n!r} needs {need}" for n, need in missing.items() if need]:
+            raise ValueError(
+                f"Not available: {', '.join(needs)}. Available: {self.available()}."
             )
-            raise ValueError(f"Not available: {needs}. Available: {available}.")
         used = {name for user in chosen for name in ANALYSES[user].uses}
         results = dict(known)
 
@@ -128,24 +113,22 @@ class Suite:
             if name not in results:
                 run = ANALYSES[name].run
                 if run is None:
-                    results.update(self._pass({name, *chosen, *used}, results))
+                    results.update(self._pass({name, *chosen, *used} - {*results}))
                 else:
                     results[name] = run(self, result_of)
             return results[name]
 
         return {name: result_of(name) for name in ANALYSES if name in chosen}
 
-    def _pass(self, names: set[str], known: Mapping[str, Result]) -> dict[str, Result]:
+    def _pass(self, names: set[str]) -> dict[str, Result]:
         """Results of the analyses with an accumulator, from one pass."""
-        accumulators = {
+        sums = {
             name: row.accumulator(self)
             for name, row in ANALYSES.items()
-            if row.accumulator is not None and name in names - known.keys()
+            if row.accumulator is not None and name in names
         }
-        found = analyze(
-            self.sae, self.model, self.tokens, *accumulators.values(), **self.options
-        )
-        return dict(zip(accumulators, found, strict=True))
+        call: Any = (self.sae, self.model, self.tokens, *sums.values())
+        return dict(zip(sums, analyze(*call, **self.options), strict=True))
 
 
 ResultOf = Callable[[str], Any]
@@ -178,7 +161,7 @@ NO_SINGLE_LAYER_LENS = Need(
 
 @dataclass(frozen=True)
 class Analysis:
-    """A row of `ANALYSES`: how an analysis runs, what it needs, what it reports.
+    """A row of `ANALYSES`: how an analysis runs and what it needs.
 
     Either `run` or `accumulator` is given. A setting for every analysis is an
     attribute of `Suite`, or an entry of `PassOptions` if it changes the tokens or their
@@ -193,17 +176,8 @@ class Analysis:
     """The analysis is available if all are met."""
     uses: tuple[str, ...] = ()
     """Analyses with an accumulator whose result `run` may read."""
-    numbers: Callable[[Any], dict[str, float]] | None = None
-    """Numbers of the result that a sweep reports for each point."""
     table: Callable[[Any], pd.DataFrame] | None = None
     """Table of the result that the command `analyze` prints."""
-    draw: Callable[[Any, Sequence[str]], dict[str, Any]] | None = None
-    """Draws the result, given the text of each token of the vocabulary: matplotlib
-    figures by the end of their file name. None: what `pictures` has for its class."""
-
-
-def _evaluation(suite: Suite, _: ResultOf) -> SpliceMetrics:
-    return evaluate(suite.sae, suite.model, suite.tokens, **suite.options)
 
 
 def _single_layer_comparison(suite: Suite, result_of: ResultOf) -> Comparison:
@@ -226,45 +200,32 @@ def _residual_stream(suite: Suite, after_lens: bool) -> Result:
 
 
 def _transfer_matrix(suite: Suite, _: ResultOf) -> Result:
-    return transfer_matrix(
-        suite.single_layers,
-        suite.model,
-        suite.tokens,
-        multi_layer=suite.sae,
-        **suite.options,
-    )
+    call: Any = (suite.single_layers, suite.model, suite.tokens)
+    return transfer_matrix(*call, multi_layer=suite.sae, **suite.options)
 
 
 ANALYSES: dict[str, Analysis] = {
-    "evaluation": Analysis(_evaluation, needs=(WHOLE_VECTORS,)),
+    "evaluation": Analysis(
+        lambda s, _: evaluate(s.sae, s.model, s.tokens, **s.options),
+        needs=(WHOLE_VECTORS,),
+    ),
     "single_layer_comparison": Analysis(
         _single_layer_comparison,
         needs=(WHOLE_VECTORS, SINGLE_LAYERS),
-        table=lambda result: result.to_dataframe()[["fvu", "delta_ce", "kl_div"]],
+        table=lambda result: result.to_dataframe()[list(DRAWN)],
     ),
     "layer_distributions": Analysis(accumulator=lambda s: DistributionSums(s.sae)),
-    "variances": Analysis(
-        accumulator=lambda suite: VarianceSums(suite.sae),
-        numbers=lambda result: dict(result.summary[["latent_ratio", "token_ratio"]]),
-    ),
-    "active_layers": Analysis(
-        accumulator=lambda suite: ActiveLayerCounts(suite.sae),
-        numbers=lambda result: {
-            "active_layers_per_token": result.mean_per_token.nanmean().item()
-        },
-    ),
+    "variances": Analysis(accumulator=lambda s: VarianceSums(s.sae)),
+    "active_layers": Analysis(accumulator=lambda s: ActiveLayerCounts(s.sae)),
     "max_activating_examples": Analysis(
-        accumulator=lambda suite: ExampleCollector(suite.sae, suite.n_examples)
+        accumulator=lambda s: ExampleCollector(s.sae, s.n_examples)
     ),
     "token_classes": Analysis(_token_classes, uses=("layer_distributions",)),
     "residual_stream": Analysis(lambda s, _: _residual_stream(s, after_lens=False)),
     "residual_stream_after_lens": Analysis(
-        lambda suite, _: _residual_stream(suite, after_lens=True), needs=(LENS,)
+        lambda s, _: _residual_stream(s, after_lens=True), needs=(LENS,)
     ),
-    "decoder_similarity": Analysis(
-        lambda suite, _: decoder_similarity(suite.sae.W_dec),
-        numbers=lambda result: {"mean_max_cos_sim": result.mean},
-    ),
+    "decoder_similarity": Analysis(lambda s, _: decoder_similarity(s.sae.W_dec)),
     "token_embeddings": Analysis(
         lambda s, _: token_similarity(s.sae.W_dec, token_embeddings(s.model)),
         needs=(RESIDUAL_WIDTH,),
@@ -293,32 +254,20 @@ outside of the package adds its row before it calls `Suite` or the command line:
 def save_results(
     results: Mapping[str, Result], folder: str | Path, tokenizer: Any = None
 ) -> None:
-    """Write each result to a folder of its name.
+    """Write each result to a folder of its name; nothing if one of them exists.
 
     Args:
         folder: The folder that holds these folders.
         tokenizer: Adds the text of the tokens to examples.
-
-    Raises:
-        FileExistsError: If one of these folders exists already; nothing is written.
     """
     for name in results:
         check_free(Path(folder) / name)
     for name, result in results.items():
-        path = Path(folder) / name
-        if isinstance(result, Examples):
-            result.save(path, tokenizer=tokenizer)
-        else:
-            result.save(path)
+        result.save(Path(folder) / name, tokenizer=tokenizer)
 
 
 def load_results(folder: str | Path) -> dict[str, Result]:
-    """Read what `save_results` wrote, by name.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If a result is damaged, or its class is not imported.
-    """
+    """Read what `save_results` wrote, by name."""
     kinds = {cls.__name__: cls for cls in Result.__subclasses__()}
     found: dict[str, Result] = {}
     for path in sorted(Path(folder).iterdir()):

@@ -1,4 +1,4 @@
-"""Tables of results, with a column for each layer, and moments over layers."""
+"""Tables of results, and moments over layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,15 +28,9 @@ def by_layer(
     return {f"{prefix}_{k}": v for k, v in zip(labels, values, strict=True)}
 
 
-def layer_index(probs: Tensor) -> Float[Tensor, "layer ..."]:
-    """0, 1, ... along the layer axis, in a shape that broadcasts with `probs`."""
-    index = torch.arange(len(probs)).to(probs)
-    return index.view(-1, *[1] * (probs.ndim - 1))
-
-
 def layer_mean(probs: Float[Tensor, "layer ..."]) -> Float[Tensor, "..."]:
     """Mean of the layer index under a distribution over layers."""
-    return (probs * layer_index(probs)).sum(0)
+    return (probs * _index(probs)).sum(0)
 
 
 def layer_variance(probs: Float[Tensor, "layer ..."]) -> Float[Tensor, "..."]:
@@ -46,4 +40,15 @@ def layer_variance(probs: Float[Tensor, "layer ..."]) -> Float[Tensor, "..."]:
         >>> layer_variance(torch.tensor([0.5, 0.0, 0.5]))
         tensor(1.)
     """
-    return (probs * (layer_index(probs) - layer_mean(probs)).square()).sum(0)
+    return (probs * (_index(probs) - layer_mean(probs)).square()).sum(0)
+
+
+def raw_layer_variance(weights: Float[Tensor, "layer ..."]) -> Float[Tensor, "..."]:
+    """`sum_l l^2 w_l - (sum_l l w_l)^2`, whatever the sum of the weights."""
+    return layer_mean(weights * _index(weights)) - layer_mean(weights).square()
+
+
+def _index(probs: Tensor) -> Tensor:
+    """0, 1, ... along the layer axis, in a shape that broadcasts with `probs`."""
+    index = torch.arange(len(probs)).to(probs)
+    return index.view(-1, *[1] * (probs.ndim - 1))

@@ -9,21 +9,23 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
-from sae_lens_multilayer.analysis.stream import (
-    PassOptions,
-    TokenBatch,
-    TokenStream,
-)
-from sae_lens_multilayer.evaluation.encoder import (
-    LayerEncoder,
-    ReconstructionSums,
-)
+from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder, ReconstructionSums
 from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.carrier import lens_of
+from sae_lens_multilayer.pictures.description import (
+    FVU_LABEL,
+    Axis,
+    Heatmap,
+    Panel,
+    Picture,
+    by_layer,
+    layer_axis,
+)
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of, view
 from sae_lens_multilayer.text.prompts import Tokens, take_prompts
@@ -39,6 +41,8 @@ COMPARED = (
     "ce_loss_score",
 )
 """Columns of `SpliceMetrics.to_dataframe` that are compared."""
+DRAWN = {"fvu": FVU_LABEL, "delta_ce": "ΔCE (nats)", "kl_div": "KL divergence (nats)"}
+"""Those that are drawn and printed, and their labels."""
 
 
 @dataclass
@@ -55,16 +59,31 @@ class TransferMatrix(Result):
     multi_layer_fvu: Float[Tensor, " layer"] | None = None
     """FVU of the multi-layer SAE, if there is one."""
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each SAE and one column for each layer; "multi_layer" last."""
-        rows = [self.fvu.numpy()]
-        names = layer_labels(self.trained_on)
-        if self.multi_layer_fvu is not None:
-            rows.append(self.multi_layer_fvu.unsqueeze(0).numpy())
-            names = [*names, "multi_layer"]
+        index = pd.Index(layer_labels(self.trained_on), name="trained_on")
         columns = layer_labels(self.hook_names)
-        table = pd.concat([pd.DataFrame(r, columns=pd.Index(columns)) for r in rows])
-        return table.set_axis(names, axis="index").rename_axis("trained_on")
+        table = pd.DataFrame(self.fvu.numpy(), index=index, columns=pd.Index(columns))
+        if self.multi_layer_fvu is not None:
+            table.loc["multi_layer"] = self.multi_layer_fvu.numpy()
+        return table
+
+    @override
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        table = self.to_dataframe()
+        names = [str(name).removeprefix("layer_") for name in table.index]
+        rows = [name.replace("_", "-") for name in names]
+        printed = table.shape[1] <= 16
+        panel = Panel(
+            layer_axis(self.hook_names, "evaluated on layer"),
+            Axis("trained on layer", rows, most_names=len(rows)),
+            heatmap=Heatmap(
+                table.to_numpy(), FVU_LABEL, colours="viridis_r", print_values=printed
+            ),
+        )
+        title = f"Transfer between layers, {self.n_tokens:,} tokens"
+        return {"": Picture(title, [panel], "Values above 1 have the colour of 1.")}
 
 
 @dataclass
@@ -85,34 +104,47 @@ class Comparison(Result):
         columns = list(COMPARED)
         return cls(names, *(torch.tensor(t[columns].to_numpy()) for t in tables))
 
+    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each hook; each metric for `multi_layer` and `single_layer`."""
         both = torch.stack([self.multi_layer, self.single_layer], dim=2)
+        names = ("multi_layer", "single_layer")
         return pd.DataFrame(
             both.flatten(1).numpy(),
             index=pd.Index(self.hook_names, name="hook_name"),
-            columns=pd.MultiIndex.from_product(
-                [COMPARED, ("multi_layer", "single_layer")]
-            ),
+            columns=pd.MultiIndex.from_product([COMPARED, names]),
         )
+
+    @override
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        table = self.to_dataframe()
+        panels: list[Panel] = []
+        means: list[str] = []
+        for metric, label in DRAWN.items():
+            one, each = (
+                table[metric, which].to_numpy()
+                for which in ("multi_layer", "single_layer")
+            )
+            series = {"one SAE": one, "one SAE for each layer": each}
+            panels.append(by_layer(self.hook_names, label, series))
+            means.append(f"{label} {one.mean():.4g} and {each.mean():.4g}")
+        caption = f"Means of one SAE and one for each layer: {'; '.join(means)}."
+        return {"": Picture("One SAE beside single-layer SAEs", panels, caption)}
 
 
 class TransferSums:
-    """Adds up the metrics of several SAEs at the same hooks."""
+    """Adds up the metrics of several SAEs at the hooks of the stream."""
 
     def __init__(self, encoders: Sequence[LayerEncoder]) -> None:
-        """Start with no token; the encoders' hooks are those of the stream."""
         self._sums = [ReconstructionSums(encoder) for encoder in encoders]
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens."""
         counted = torch.ones(len(batch.x), dtype=torch.bool, device=batch.x.device)
         for sums in self._sums:
             for layer in range(batch.x.shape[1]):
                 sums.reconstruct(layer, batch.x[:, layer], counted)
 
     def compute(self) -> list[LayerMetrics]:
-        """The metrics of each SAE."""
         return [sums.compute() for sums in self._sums]
 
 
@@ -129,16 +161,10 @@ def transfer_matrix(
     Args:
         saes: SAEs of one hook each, from a run with `layers=[3]` or ordinary SAELens
             SAEs, without a lens.
-        model, tokens: As in `analyze`.
         multi_layer: A multi-layer SAE to measure on the same tokens; the layers are its
             hooks. None: the layers are the hooks of `saes`.
-        options: See `PassOptions`.
-
-    Raises:
-        ValueError: If an SAE has no hook or several, two have the same one, one has a
-            lens, the SAEs differ in width, or as `analyze`.
     """
-    saes = [_of_one_hook(sae) for sae in saes]
+    saes = _of_one_hook(saes, *([] if multi_layer is None else [multi_layer]))
     trained_on = LayerEncoder(saes).hook_names
     names = trained_on if multi_layer is None else hook_names_of(multi_layer)
     encoders = [LayerEncoder(sae, names) for sae in saes]
@@ -149,16 +175,12 @@ def transfer_matrix(
             "Single-layer SAEs must have no lens, as its translator is for one layer "
             "only; train them without."
         )
-    _check_widths([encoder.saes[0] for encoder in encoders])
     stream = TokenStream(model, names, tokens, sae=saes[0], **options)
     metrics: list[LayerMetrics] = stream.run(TransferSums(encoders))[0]
-    return TransferMatrix(
-        names,
-        trained_on,
-        metrics[0].n_tokens,
-        torch.stack([m.fvu for m in metrics[: len(saes)]]),
-        None if multi_layer is None else metrics[-1].fvu,
-    )
+    fvu = torch.stack([m.fvu for m in metrics[: len(saes)]])
+    multi_layer_fvu = None if multi_layer is None else metrics[-1].fvu
+    n_tokens = metrics[0].n_tokens
+    return TransferMatrix(names, trained_on, n_tokens, fvu, multi_layer_fvu)
 
 
 def compare_with_single_layers(
@@ -176,59 +198,39 @@ def compare_with_single_layers(
     Args:
         multi_layer: A multi-layer SAE, ours or stock.
         saes: SAEs of one of its hooks each, in any order; these hooks are compared.
-        model, tokens, n_prompts, batch_size_prompts: As in `evaluate`.
         options: `exclude_tokens` and `exclude_positions` of `evaluate`.
-
-    Raises:
-        ValueError: If a hook is not the multi-layer SAE's, or as `evaluate`.
     """
     saes = single_layers_of(multi_layer, saes)
-    model_name = str(multi_layer.cfg.metadata.model_name)
-    prompts = take_prompts(
-        model, model_name, tokens, n_prompts, batch_size_prompts, **options
-    )
+    name, n = str(multi_layer.cfg.metadata.model_name), batch_size_prompts
+    prompts = take_prompts(model, name, tokens, n_prompts, n, **options)
     multi, single = (
-        evaluate(
-            sae, model, prompts, batch_size_prompts=batch_size_prompts
-        ).to_dataframe()
+        evaluate(sae, model, prompts, batch_size_prompts=n).to_dataframe()
         for sae in (multi_layer, saes)
     )
     return Comparison.of_tables(multi, single)
 
 
 def single_layers_of(multi_layer: SAE[Any], saes: Sequence[SAE[Any]]) -> list[SAE[Any]]:
-    """SAEs of one hook each, in the order of the layers of a multi-layer SAE.
-
-    Raises:
-        ValueError: If one has no hook or several, two have the same one, or one has
-            another hook or width than the multi-layer SAE.
-    """
+    """SAEs of one hook each, in the order of the layers of a multi-layer SAE."""
     if not saes:
         return []
     names = hook_names_of(multi_layer)
-    saes = [_of_one_hook(sae) for sae in saes]
+    saes = _of_one_hook(saes, multi_layer)
     by_hook = dict(zip(LayerEncoder(saes).hook_names, saes, strict=True))
     if other := [name for name in by_hook if name not in names]:
         raise ValueError(
             f"Hooks of single-layer SAEs must be among {names}, the multi-layer SAE's; "
             f"got {other}."
         )
-    _check_widths([multi_layer, *saes])
     return [by_hook[name] for name in names if name in by_hook]
 
 
-def _of_one_hook(sae: SAE[Any]) -> SAE[Any]:
-    names = sae.cfg.metadata.hook_names
-    if not names:
-        return sae
-    if len(names) > 1:
-        raise ValueError(
-            f"A single-layer SAE must have one hook; got one with {list(names)}."
-        )
-    return view(sae, names[0])
-
-
-def _check_widths(saes: Sequence[SAE[Any]]) -> None:
-    widths = {sae.cfg.d_in for sae in saes}
+def _of_one_hook(saes: Sequence[SAE[Any]], *more: SAE[Any]) -> list[SAE[Any]]:
+    """SAEs in their form of one hook, after a check of the widths, with `more`."""
+    hooks = [sae.cfg.metadata.hook_names for sae in saes]
+    if several := [names for names in hooks if names and len(names) > 1]:
+        raise ValueError(f"A single-layer SAE must have one hook; got {several[0]}.")
+    widths = {sae.cfg.d_in for sae in (*saes, *more)}
     if len(widths) > 1:
         raise ValueError(f"The SAEs must have the same `d_in`; got {sorted(widths)}.")
+    return [view(s, n[0]) if n else s for s, n in zip(saes, hooks, strict=True)]

@@ -69,9 +69,8 @@ def analyze(arguments: list[str]) -> None:
     with complete_or_absent(output) as folder:
         save_results(results, folder, inputs.model.tokenizer)
         write_record(folder, inputs, options)
-        for name, result in results.items():
-            for file_name, picture in pictures_of(name, result, inputs.text_of).items():
-                save_figure(draw(picture), folder / f"{file_name}.png")
+        for name, picture in pictures_of(results, text_of=inputs.text_of).items():
+            save_figure(draw(picture), folder / f"{name}.png")
     for name, result in results.items():
         if table := ANALYSES[name].table:
             print(table(result).to_string(float_format="{:.4f}".format))

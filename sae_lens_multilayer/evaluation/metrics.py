@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pandas as pd
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_multilayer.hooks import layer_labels
+from sae_lens_multilayer.pictures.description import FVU_LABEL, Picture, by_layer
 from sae_lens_multilayer.ranks import Ranks
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.topk.tile import LayerMoments
@@ -181,6 +183,16 @@ class LayerMetrics:
             {name: getattr(self, name).numpy() for name in columns},
             index=pd.Index(self.hook_names, name="hook_name"),
         )
+
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        """As in `Result`."""
+        series = {
+            "around the mean vector (fvu)": self.fvu.numpy(),
+            "about one mean (fvu_scalar)": self.fvu_scalar.numpy(),
+        }
+        panel = by_layer(self.hook_names, FVU_LABEL, series)
+        title = f"Reconstruction on {self.n_tokens:,} held-out tokens"
+        return {"": Picture(title, [panel])}
 
     def mean(self) -> pd.Series:
         """The mean over layers of every column."""

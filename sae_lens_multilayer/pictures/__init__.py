@@ -1,18 +1,16 @@
 """Pictures of results, the HTML report and its browser of latents.
 
-Each kind of result is described once (`describe`), in plain values. `draw` renders a
-description with matplotlib, `draw_interactive` with plotly.
+Each class of result describes its pictures (`Result.pictures`) in plain values. `draw`
+renders a description with matplotlib, `draw_interactive` with plotly.
 """
 
-from sae_lens_multilayer.pictures.description import Picture
+from sae_lens_multilayer.pictures.description import Picture, pictures_of
 from sae_lens_multilayer.pictures.render_matplotlib import draw, save_figure
 from sae_lens_multilayer.pictures.render_plotly import draw_interactive
-from sae_lens_multilayer.pictures.results import describe, pictures_of
 from sae_lens_multilayer.pictures.sweeps import describe_costs, describe_sweep
 
 __all__ = [
     "Picture",
-    "describe",
     "describe_costs",
     "describe_sweep",
     "draw",

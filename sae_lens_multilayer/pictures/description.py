@@ -1,13 +1,15 @@
 """What a picture shows, in plain values without a drawing library."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Shaped
 
 from sae_lens_multilayer.hooks import layer_labels
+
+FVU_LABEL = "fraction of variance unexplained"
 
 Values: TypeAlias = Sequence[float] | Sequence[int] | np.ndarray
 
@@ -26,6 +28,11 @@ class Axis:
     """Numbers to print; None: chosen by the renderer."""
     log: bool = False
     include_zero: bool = False
+
+    def printed(self) -> range:
+        """Indices of the names to print."""
+        n = len(self.names or ()) if self.most_names else 0
+        return range(0, n, max(1, -(-n // (self.most_names or 1))))
 
 
 @dataclass
@@ -57,13 +64,17 @@ class Heatmap:
     label: str
     """Meaning of the colours, with the unit."""
     top: float | None = 1.0
-    """Value from which on the last colour is used; None: the largest value. The first
-    colour is 0."""
+    """Value of the last colour; None: the largest value. The first colour is 0."""
     colours: str = "viridis"
     """A colour map that matplotlib and plotly both have."""
     power: float = 1.0
     """Colours follow `value ** power`: below 1, small values are easier to see."""
     print_values: bool = False
+
+    @property
+    def highest(self) -> float:
+        """Value of the last colour."""
+        return float(np.nanmax(self.values)) if self.top is None else self.top
 
 
 @dataclass
@@ -77,6 +88,13 @@ class Panel:
     vertical_line: tuple[float, str] | None = None
     """Its x, and its entry in the legend."""
 
+    def coloured_series(self) -> list[tuple[Series, int]]:
+        """Each series with the index of its colour."""
+        return [
+            (series, i if series.colour is None else series.colour)
+            for i, series in enumerate(self.series)
+        ]
+
 
 @dataclass
 class Picture:
@@ -89,19 +107,58 @@ class Picture:
     """Panels in a row; 0: all in one row."""
 
 
+def picture_of(result: Any, **context: Any) -> Picture:
+    """A picture itself, or the only picture of a result.
+
+    Raises:
+        ValueError: If the result has no picture or several.
+    """
+    if isinstance(result, Picture):
+        return result
+    pictures: dict[str, Picture] = result.pictures(**context)
+    if len(pictures) != 1:
+        raise ValueError(
+            f"Give one picture to draw; a {type(result).__name__} has "
+            f"{len(pictures)}: {list(pictures)}. `result.pictures()[name]` is one."
+        )
+    return next(iter(pictures.values()))
+
+
+def pictures_of(results: Mapping[str, Any], **context: Any) -> dict[str, Picture]:
+    """All pictures of some results, by the names of the results and their own."""
+    return {
+        f"{name}_{end}" if end else name: picture
+        for name, result in results.items()
+        for end, picture in result.pictures(**context).items()
+    }
+
+
+def layer_axis(hook_names: Sequence[str], label: str = "layer") -> Axis:
+    """An axis with the layers of an SAE."""
+    return Axis(label, short_labels(hook_names))
+
+
+def token_axis(
+    label: str, ids: Sequence[int], text_of: Callable[[int], str], most_names: int
+) -> Axis:
+    """An axis with the texts of tokens, without line breaks."""
+    return Axis(label, [repr(text_of(i))[1:-1] for i in ids], most_names)
+
+
 def short_labels(hook_names: Sequence[str]) -> list[str]:
     """Layer numbers, or hook names if numbers are ambiguous."""
     return [label.removeprefix("layer_") for label in layer_labels(hook_names)]
 
 
-def by_layer(hook_names: Sequence[str], label: str, series: dict[str, Values]) -> Panel:
+def by_layer(
+    hook_names: Sequence[str], label: str, series: Mapping[str, Values]
+) -> Panel:
     """A line for each of some series with one value per layer."""
     lines = [
         Series(name, range(len(hook_names)), values, style=style)
         for style, (name, values) in enumerate(series.items())
     ]
-    layers = Axis("layer", short_labels(hook_names))
-    return Panel(layers, Axis(label, include_zero=True), lines)
+    return Panel(layer_axis(hook_names), Axis(label, include_zero=True), lines)
 
 
 def histogram(

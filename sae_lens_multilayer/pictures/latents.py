@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
@@ -24,41 +23,33 @@ def latents_data(
 ) -> dict[str, Any]:
     """Statistics, largest activations and nearest unembeddings of latents.
 
-    Args:
-        results: Results of the suite by name. Without the layer distributions and the
-            examples there are no latents; without `token_unembeddings` none are near.
-        n_latents: Latents to include: those with the largest sums of activations.
-        more: Latents to include in any case.
-        text_of: The text of a token id.
+    There are no latents without the layer distributions and the examples in `results`.
+    The other arguments are as in `ReportContent`.
     """
-    distributions = results.get("layer_distributions")
+    dists = results.get("layer_distributions")
     examples = results.get("max_activating_examples")
     nearest = results.get("token_unembeddings")
-    found: dict[str, Any] = {"layers": [], "texts": {}, "latents": []}
-    if isinstance(distributions, LayerDistributions) and isinstance(examples, Examples):
-        found["layers"] = short_labels(distributions.hook_names)
-        chosen = dict.fromkeys([*distributions.most_active(n_latents).tolist(), *more])
-        latents = _statistics(distributions, list(chosen))
-        rows = _rows_by_latent(examples)
-        for latent in latents:
-            top = _top(examples, rows.get(latent["id"], []))
-            latent["examples"] = [_example(examples, row) for row in top]
-            latent["nearest"] = (
-                nearest.token_ids[latent["id"]].tolist()
-                if isinstance(nearest, TokenSimilarity)
-                else []
-            )
-        found["latents"] = latents
-        found["texts"] = {i: text_of(i) for i in sorted(_token_ids(latents))}
-    return found
+    if not (isinstance(dists, LayerDistributions) and isinstance(examples, Examples)):
+        return {"layers": [], "texts": {}, "latents": []}
+    chosen = dict.fromkeys([*dists.most_active(n_latents).tolist(), *more])
+    latents = _statistics(dists, list(chosen))
+    rows = _rows_by_latent(examples)
+    ids: set[int] = set()
+    for latent in latents:
+        top = _top(examples, rows.get(latent["id"], []))
+        latent["examples"] = [_example(examples, row) for row in top]
+        latent["nearest"] = []
+        if isinstance(nearest, TokenSimilarity):
+            latent["nearest"] = nearest.token_ids[latent["id"]].tolist()
+        ids.update(latent["nearest"], *(e["ids"] for e in latent["examples"]))
+    texts = {i: text_of(i) for i in sorted(ids)}
+    layers = short_labels(dists.hook_names)
+    return {"layers": layers, "texts": texts, "latents": latents}
 
 
-def _statistics(
-    distributions: LayerDistributions, latents: list[int]
-) -> list[dict[str, Any]]:
-    counts, totals = distributions.counts.sum(0), distributions.totals.sum(0)
-    probs, mean = distributions.probs, distributions.mean_layer
-    std = distributions.std_layer
+def _statistics(dists: LayerDistributions, latents: list[int]) -> list[dict[str, Any]]:
+    counts, totals = dists.counts.sum(0), dists.totals.sum(0)
+    probs, mean, std = dists.probs, dists.mean_layer, dists.std_layer
     return [
         {
             "id": latent,
@@ -72,12 +63,6 @@ def _statistics(
     ]
 
 
-def _token_ids(latents: list[dict[str, Any]]) -> set[int]:
-    nearest = {i for latent in latents for i in latent["nearest"]}
-    examples = (example for latent in latents for example in latent["examples"])
-    return nearest.union(*(example["ids"] for example in examples))
-
-
 def _rows_by_latent(examples: Examples) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = {}
     for row, latent in enumerate(examples.latents.tolist()):
@@ -87,9 +72,8 @@ def _rows_by_latent(examples: Examples) -> dict[int, list[int]]:
 
 def _top(examples: Examples, rows: list[int]) -> list[int]:
     """The rows with the largest activations, each token once."""
-    by_size = sorted(rows, key=lambda row: -examples.acts[row].item())
     by_token: dict[tuple[int, int], int] = {}
-    for row in by_size:
+    for row in sorted(rows, key=lambda row: -examples.acts[row].item()):
         token = int(examples.prompts[row]), int(examples.positions[row])
         by_token.setdefault(token, row)
     return list(by_token.values())[:_N_EXAMPLES]
@@ -109,6 +93,6 @@ def _example(examples: Examples, row: int) -> dict[str, Any]:
     }
 
 
-def _short(value: Tensor) -> float:
+def _short(value: torch.Tensor) -> float:
     """A number with the four digits that are shown; 0 for NaN."""
     return float(f"{torch.nan_to_num(value).item():.4g}")

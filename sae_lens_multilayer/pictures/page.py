@@ -10,11 +10,15 @@ from typing import Any
 import pandas as pd
 
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
-from sae_lens_multilayer.analysis.transfer import Comparison
-from sae_lens_multilayer.pictures.description import Picture, short_labels
+from sae_lens_multilayer.analysis.transfer import DRAWN, Comparison
+from sae_lens_multilayer.pictures.description import (
+    Picture,
+    picture_of,
+    pictures_of,
+    short_labels,
+)
 from sae_lens_multilayer.pictures.latents import latents_data
 from sae_lens_multilayer.pictures.render_plotly import draw_interactive
-from sae_lens_multilayer.pictures.results import describe, pictures_of
 from sae_lens_multilayer.results import Result
 
 _COLUMNS = {
@@ -85,9 +89,9 @@ def report_html(content: ReportContent) -> str:
 def _pictures(content: ReportContent) -> dict[str, Picture]:
     pictures: dict[str, Picture] = {}
     for name, result in content.results.items():
-        pictures |= pictures_of(name, result, content.text_of)
+        pictures |= pictures_of({name: result}, text_of=content.text_of)
         if name == "layer_distributions" and content.prompt is not None:
-            picture = describe(content.prompt)
+            picture = picture_of(content.prompt)
             picture.title = f"{picture.title} of one prompt"
             pictures["one_prompt"] = picture
     return pictures
@@ -117,7 +121,7 @@ def _comparison(result: Result) -> str:
     names = {"multi_layer": "this SAE", "single_layer": "single layer"}
     columns = {
         f"{metric}/{which}": f"{_COLUMNS[metric]}, {name}"
-        for metric in ("fvu", "delta_ce", "kl_div")
+        for metric in DRAWN
         for which, name in names.items()
     }
     return (

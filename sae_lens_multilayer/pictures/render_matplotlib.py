@@ -13,8 +13,8 @@ from sae_lens_multilayer.pictures.description import (
     Panel,
     Picture,
     Series,
+    picture_of,
 )
-from sae_lens_multilayer.pictures.results import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +26,11 @@ _LINE_HEIGHT = 0.2
 
 
 def draw(result: Any, **context: Any) -> "Figure":
-    """Draw a result as a matplotlib figure.
+    """Draw a `Picture`, or a result with one picture, as a matplotlib figure.
 
-    Args:
-        result: A result, or a `Picture`.
-        context: As in `describe`.
+    `context` is as in `Result.pictures`.
     """
-    picture = result if isinstance(result, Picture) else describe(result, **context)
+    picture = picture_of(result, **context)
     figure, grid = _layout(picture)
     for axes, panel in zip(grid.flat, picture.panels, strict=True):
         _draw_panel(figure, axes, panel)
@@ -89,8 +87,8 @@ def _draw_panel(figure: "Figure", axes: "Axes", panel: Panel) -> None:
         axes.grid(alpha=0.3)
     else:
         _draw_heatmap(figure, axes, panel.heatmap)
-    for number, series in enumerate(panel.series):
-        _draw_series(axes, series, number if series.colour is None else series.colour)
+    for series, colour in panel.coloured_series():
+        _draw_series(axes, series, colour)
     if panel.vertical_line is not None:
         x, label = panel.vertical_line
         axes.axvline(x, color="black", linestyle="--", linewidth=1, label=_plain(label))
@@ -101,8 +99,7 @@ def _draw_panel(figure: "Figure", axes: "Axes", panel: Panel) -> None:
 def _draw_heatmap(figure: "Figure", axes: "Axes", heatmap: Heatmap) -> None:
     from matplotlib.colors import PowerNorm
 
-    values = heatmap.values
-    top = np.nanmax(values) if heatmap.top is None else heatmap.top
+    values, top = heatmap.values, heatmap.highest
     image = axes.imshow(
         values,
         norm=PowerNorm(heatmap.power, vmin=0, vmax=top),
@@ -157,33 +154,19 @@ def _mark_axis(axes: "Axes", which: str, axis: Axis) -> None:
     if axis.include_zero and axes.dataLim.y0 >= 0:
         axes.set_ylim(bottom=0)
     if axis.names is not None:
-        every = -(-len(axis.names) // axis.most_names) if axis.most_names else 0
-        names = axis.names[::every] if every else []
-        vertical = which == "x" and _is_vertical(axis)
+        indices = axis.printed()
+        names = [_plain(axis.names[i]) for i in indices]
+        # Names that are too long to print side by side.
+        vertical = which == "x" and max(map(len, names), default=0) * len(names) > 48
         style: dict[str, Any] = {"rotation": 90, "fontsize": 7} if vertical else {}
-        places = range(0, len(axis.names), every) if every else []
-        drawn.set_ticks(places, [_plain(name) for name in names], **style)
+        drawn.set_ticks(indices, names, **style)
     elif axis.ticks is not None:
         drawn.set_ticks(axis.ticks, [f"{tick:g}" for tick in axis.ticks])
         axes.minorticks_off()
 
 
-def _is_vertical(axis: Axis) -> bool:
-    """Whether the names of an x axis are too long to print side by side."""
-    if not axis.names or not axis.most_names:
-        return False
-    longest = max(map(len, axis.names))
-    return longest * min(len(axis.names), axis.most_names) > 48
-
-
 def _add_legend(axes: "Axes", labels: Sequence[str], width: float) -> None:
-    """Add a legend above the axes, where it covers nothing.
-
-    Args:
-        axes: Axes with labelled artists.
-        labels: Their labels.
-        width: Of the axes and their margins, in inches.
-    """
+    """Add a legend above the axes, which are `width` inches wide with margins."""
     n_columns = int(15 * width / (max(map(len, labels)) + 8))
     axes.legend(
         fontsize=8,

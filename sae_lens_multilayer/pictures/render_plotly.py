@@ -1,7 +1,8 @@
 """Draws pictures with plotly, which is imported when something is drawn."""
 
 import html
-from collections import Counter
+from collections import defaultdict
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,10 +11,9 @@ from sae_lens_multilayer.pictures.description import (
     Axis,
     Heatmap,
     Panel,
-    Picture,
     Series,
+    picture_of,
 )
-from sae_lens_multilayer.pictures.results import describe
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -23,14 +23,11 @@ _DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def draw_interactive(result: Any, **context: Any) -> "list[Figure]":
-    """Draw a result as plotly figures, one for each panel.
+    """Draw a `Picture`, or a result with one, as plotly figures, one for each panel.
 
-    Args:
-        result: A result, or a `Picture`.
-        context: As in `describe`.
+    `context` is as in `Result.pictures`.
     """
-    picture = result if isinstance(result, Picture) else describe(result, **context)
-    return [_figure(panel) for panel in picture.panels]
+    return [_figure(panel) for panel in picture_of(result, **context).panels]
 
 
 def _figure(panel: Panel) -> "Figure":
@@ -39,8 +36,7 @@ def _figure(panel: Panel) -> "Figure":
     figure = go.Figure()
     if panel.heatmap is not None:
         figure.add_trace(_heatmap(panel, panel.heatmap))
-    for index, series in enumerate(panel.series):
-        colour = index if series.colour is None else series.colour
+    for series, colour in panel.coloured_series():
         figure.add_trace(_trace(series, colour, panel.x))
     if panel.vertical_line is not None:
         x, label = panel.vertical_line
@@ -79,7 +75,7 @@ def _heatmap(panel: Panel, heatmap: Heatmap) -> Any:
         x=_names(panel.x),
         y=_names(panel.y),
         zmin=0,
-        zmax=np.nanmax(heatmap.values) if heatmap.top is None else heatmap.top,
+        zmax=heatmap.highest,
         colorscale=list(zip(shares ** (1 / heatmap.power), colours, strict=True)),
         colorbar={"title": {"text": z, "side": "right"}, "thickness": 14},
         texttemplate="%{z:.2f}" if heatmap.print_values else None,
@@ -117,10 +113,8 @@ def _trace(series: Series, colour: int, axis: Axis) -> dict[str, Any]:
         case "bars":
             trace |= {"width": series.width, "opacity": 0.6, "marker": line}
             if series.texts:
-                trace |= {
-                    "text": [*map(_text, series.texts)],
-                    "textposition": "outside",
-                }
+                texts = [*map(_text, series.texts)]
+                trace |= {"text": texts, "textposition": "outside"}
     return trace
 
 
@@ -149,12 +143,8 @@ def _names(axis: Axis) -> list[str] | None:
     """Names of an axis; plotly merges equal ones, so repeats get invisible spaces."""
     if axis.names is None:
         return None
-    seen: Counter[str] = Counter()
-    names: list[str] = []
-    for name in axis.names:
-        names.append(_text(name) + "\u200b" * seen[name])
-        seen[name] += 1
-    return names
+    seen: defaultdict[str, count[int]] = defaultdict(count)
+    return [_text(name) + "\u200b" * next(seen[name]) for name in axis.names]
 
 
 def _text(text: str) -> str:

@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, Series
+from sae_lens_multilayer.pictures.description import (
+    FVU_LABEL,
+    Axis,
+    Panel,
+    Picture,
+    Series,
+)
 
 METRICS = {
-    "fvu": "fraction of variance unexplained",
+    "fvu": FVU_LABEL,
     "delta_ce": "ΔCE (nats)",
     "token_ratio": "variance over layers:\nat a token / of a latent",
 }
@@ -56,11 +62,8 @@ def describe_sweep(table: pd.DataFrame, varied: Sequence[str]) -> Picture:
 
 
 def describe_costs(costs: pd.DataFrame) -> Picture:
-    """Training time and peak memory of one SAE beside single-layer ones.
-
-    Args:
-        costs: As `SingleLayerRuns.costs`.
-    """
+    """Training time and peak memory of one SAE beside single-layer ones, as in
+    `SingleLayerRuns.costs`."""
     labels = {
         "training_seconds": "training time (s)\n(single layers: the sum)",
         "training_peak_memory_mib": "peak memory (MiB)\n(single layers: the highest)",

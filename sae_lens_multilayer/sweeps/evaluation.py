@@ -42,7 +42,7 @@ class SweepEvaluation:
         "decoder_similarity",
     )
     """Keys of `analysis.ANALYSES`; the results are saved with each point, and the table
-    has the `numbers` of these analyses."""
+    has their `Result.numbers`."""
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "SweepEvaluation":
@@ -98,7 +98,6 @@ def measure(
 def summary(metrics: SpliceMetrics, results: dict[str, Result]) -> dict[str, float]:
     """Means of the metrics over layers, and the numbers of the analyses."""
     values = {str(name): float(value) for name, value in metrics.mean().items()}
-    for name, result in results.items():
-        if numbers := ANALYSES[name].numbers:
-            values |= numbers(result)
+    for result in results.values():
+        values |= result.numbers()
     return values

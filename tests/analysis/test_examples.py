@@ -106,7 +106,7 @@ def test_few_rows_are_held():
     for i in range(100):
         part = acts[i % 4] + i  # each batch has larger ones than all before
         collector.update(batch_of(part, torch.ones(1, 1000).long(), i))
-    assert len(collector._table._room) == max_activating._FEWEST_ROWS
+    assert len(collector._table.cell) == max_activating._FEWEST_ROWS
     found = collector.compute()
     assert len(found.latents) == 5 * 6
     assert (found.acts > 99).all()
@@ -187,5 +187,5 @@ def test_a_damaged_file_is_an_error(tmp_path):
         with pytest.raises(ValueError, match="must hold examples"):
             Examples.load(tmp_path / "examples")
     (tmp_path / "examples" / "examples.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"examples\.parquet is not there"):
+    with pytest.raises(ValueError, match=r"NotFound.*examples\.parquet"):
         Examples.load(tmp_path / "examples")

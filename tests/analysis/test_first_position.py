@@ -5,7 +5,10 @@ import torch
 from conftest import D_VOCAB, N_CTX
 from saes import HOOK_NAMES
 
-from sae_lens_multilayer.analysis import first_position_ratio, first_position_warning
+from sae_lens_multilayer.analysis.first_position import (
+    first_position_ratio,
+    first_position_warning,
+)
 
 
 @pytest.fixture

@@ -60,15 +60,15 @@ def test_every_class_is_brute_force(seed, size):
         act = acts[..., latent]
         assume(act.any())
         positions = torch.arange(N_POS).expand_as(prompts)
-        check(found.by_position(latent), positions, kept, act)
-        check(found.by_token(latent), prompts, kept, act)
-        assert found.by_token(latent).share.is_monotonic_decreasing
+        check(found.by("position", latent), positions, kept, act)
+        check(found.by("token", latent), prompts, kept, act)
+        assert found.by("token", latent).share.is_monotonic_decreasing
         # As many bins as tokens: a bin for each number of times.
         counts = prompts[kept].bincount(minlength=5)
-        times = found.by_frequency(latent, n_bins=1000)
+        times = found.by("frequency", latent, n_bins=1000)
         times.index = times.index.astype(int)
         check(times, counts[prompts], kept, act)
-        assert found.by_frequency(latent, n_bins=1).share.tolist() == [1]
+        assert found.by("frequency", latent, n_bins=1).share.tolist() == [1]
 
 
 @given(seeds)
@@ -131,7 +131,7 @@ def test_bins_hold_about_as_many_tokens():
     ids = torch.arange(100).repeat_interleave(torch.arange(1, 101))  # id i: i + 1 times
     acts = torch.ones(len(ids), 1, 1)
     found = accumulate(TokenClassSums(sae_of(acts), [0]), [batch_of(acts, ids[None])])
-    table = found.by_frequency(0, n_bins=4)
+    table = found.by("frequency", 0, n_bins=4)
     assert table.n_tokens.sum() == len(ids) == 5050
     assert table.n_tokens.between(1150, 1400).all()
     assert table.index[0] == "1-50"
@@ -139,7 +139,7 @@ def test_bins_hold_about_as_many_tokens():
     # The middle of an id's tokens says which bin it is in, not the first of them.
     ids = torch.tensor([[0, 1, 1, 1]])
     few = accumulate(TokenClassSums(sae_of(acts), [0]), [batch_of(acts[:4], ids)])
-    assert few.by_frequency(0, n_bins=2).n_tokens.to_dict() == {"1": 1, "3": 3}
+    assert few.by("frequency", 0, n_bins=2).n_tokens.to_dict() == {"1": 1, "3": 3}
 
 
 def test_table_and_disk(model, tmp_path):
@@ -161,6 +161,4 @@ def test_unknown_latents_are_errors():
         TokenClassSums(random_sae(), [64])
     found = run(*random_case(0), [3, 1], 2)
     with pytest.raises(ValueError, match=r"among \[3, 1\]; got 2"):
-        found.by_token(2)
-    with pytest.raises(ValueError, match="`n_bins` must be at least 1; got 0"):
-        found.by_frequency(3, n_bins=0)
+        found.by("token", 2)

@@ -42,8 +42,7 @@ def test_finds_all_pairs_and_their_overlaps(seed, min_cos_sim, max_overlap):
     for pair, overlap in zip(pairs, found.overlap.tolist(), strict=True):
         assert overlap == pytest.approx(expected[pair], abs=1e-12)
     disjoint = [pair for pair in pairs if expected[pair] <= max_overlap]
-    assert found.n_disjoint == len(disjoint)
-    assert found.n_latents_repeated == len({i for pair in disjoint for i in pair})
+    assert found.is_disjoint.sum() == len(disjoint)
     assert len(found.null_overlap) == 50
 
 

@@ -1,6 +1,7 @@
 """An analysis in a file outside of the package, with one row in the table."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -9,7 +10,7 @@ from conftest import D_VOCAB, N_CTX, count_calls
 from saes import HOOK_NAMES, random_sae
 
 from examples.own_analysis import SHARED_LATENTS, SharedLatentCounts, SharedLatents
-from sae_lens_multilayer import SweepEvaluation, cli
+from sae_lens_multilayer import SweepEvaluation, cli, evaluate
 from sae_lens_multilayer.analysis import (
     ANALYSES,
     Suite,
@@ -17,7 +18,10 @@ from sae_lens_multilayer.analysis import (
     load_results,
     save_results,
 )
-from sae_lens_multilayer.sweeps.evaluation import HeldOut, measure, summary
+from sae_lens_multilayer.pictures import draw, draw_interactive
+from sae_lens_multilayer.pictures.page import ReportContent, report_html
+from sae_lens_multilayer.sweeps.evaluation import measure, summary
+from sae_lens_multilayer.text.prompts import Prompts
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +68,21 @@ def test_the_command_line_offers_runs_and_draws_it(offline, capsys):
     assert SharedLatents.load("analyses/shared_latents").n_shared.shape == (2, 2)
 
 
+def test_both_renderers_and_the_report_show_it(model, tokens):
+    (found,) = analyze(random_sae(), model, tokens, SharedLatentCounts())
+    title = found.pictures()[""].title
+    assert draw(found).get_suptitle() == title
+    heatmap: Any = draw_interactive(found)[0].data[0]
+    assert heatmap.z == pytest.approx(found.jaccard.numpy())
+    table = evaluate(random_sae(), model, tokens).to_dataframe()
+    page = report_html(ReportContent("", {}, [], table, {"shared": found}, str))
+    assert 'data-figure="shared"' in page
+    assert f"<h3>{title}</h3>" in page
+
+
 def test_a_sweep_reports_its_numbers(model, tokens):
     evaluation = SweepEvaluation(analyses=("shared_latents",))
-    data = HeldOut(tokens, [])
+    data = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
     metrics, results = measure(random_sae(), model, data, evaluation)
     found = summary(metrics, results)["next_layer_jaccard"]
     assert found == results["shared_latents"].to_dataframe().loc[0, 1]
