@@ -1,11 +1,12 @@
 """Results on disk: tensors in safetensors, everything else in the record."""
 
 from abc import ABC, abstractmethod
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,25 +46,23 @@ class Result(ABC):
             path: The new folder; FileExistsError if it exists.
             tokenizer: Used by results that store the text of tokens.
         """
-        tensors = {n: t.contiguous() for n, t in self._tensors_on_cpu().items()}
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
-        settings = {n: getattr(self, n) for n in names if n not in tensors}
+        values = vars(self.on_cpu())
+        tensors = {n: v for n, v in values.items() if isinstance(v, Tensor)}
+        settings = {n: v for n, v in values.items() if n not in tensors}
         with complete_or_absent(path) as folder:
             save_file(tensors, folder / TENSORS_FILE)
             Record(type(self).__name__, settings).write(folder)
 
     def on_cpu(self: T_RESULT) -> T_RESULT:
-        """A copy with its own tensors on the CPU."""
-        return replace(self, **self._tensors_on_cpu())  # type: ignore[type-var]
-
-    def _tensors_on_cpu(self) -> dict[str, Tensor]:
-        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
-        values = {name: getattr(self, name) for name in names}
-        return {
-            name: value.detach().to("cpu", copy=True)
-            for name, value in values.items()
+        """A copy with its own contiguous tensors on the CPU."""
+        copies: Any = {
+            name: value.detach().to(
+                "cpu", copy=True, memory_format=torch.contiguous_format
+            )
+            for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
+        return replace(self, **copies)  # type: ignore[type-var]
 
     @classmethod
     def load(cls: type[T_RESULT], path: str | Path) -> T_RESULT:

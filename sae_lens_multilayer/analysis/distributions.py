@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import sums_device
 from sae_lens_multilayer.analysis.stream import (
     PassOptions,
     TokenBatch,
     TokenStream,
-    analyze,
+    single_analysis,
 )
 from sae_lens_multilayer.analysis.tables import (
     by_layer,
@@ -47,6 +47,9 @@ class LayerDistributions(Result):
 
     Layers are indices into the layer axis, from 0. Probabilities and their moments are
     NaN for a latent that is never active.
+
+    References:
+        Lawson et al. (2025), arXiv:2409.04185, section 4.
     """
 
     hook_names: list[str]
@@ -92,7 +95,6 @@ class LayerDistributions(Result):
         n_active = int((self.counts.sum(0) > 0).sum())
         return self.totals.sum(0).topk(min(n_latents, n_active)).indices
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent; a column `p_{layer}` for each layer."""
         columns = {
@@ -106,7 +108,6 @@ class LayerDistributions(Result):
         columns |= by_layer("p", self.hook_names, self.probs)
         return make_table(columns, "latent")
 
-    @override
     def pictures(
         self, latents: Int[Tensor, " latent"] | None = None, **context: Any
     ) -> dict[str, Picture]:
@@ -149,15 +150,8 @@ class DistributionSums:
         return self._sums.on_cpu()
 
 
-def layer_distributions(
-    sae: SAE[Any], model: Any, tokens: Tokens, **options: Unpack[PassOptions]
-) -> LayerDistributions:
-    """The distribution over layers of each latent, over all tokens.
-
-    References:
-        Lawson et al. (2025), arXiv:2409.04185, section 4.
-    """
-    return analyze(sae, model, tokens, DistributionSums(sae), **options)[0]
+layer_distributions = single_analysis(DistributionSums)
+"""The distribution over layers of each latent, over all tokens."""
 
 
 @dataclass
@@ -179,7 +173,6 @@ class PromptActs(Result):
         acts[self.layers[chosen], self.positions[chosen]] = self.acts[chosen]
         return acts
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each activation; `prob` is `P(l | j, t)`."""
         table = make_table(
@@ -194,7 +187,6 @@ class PromptActs(Result):
         totals = table.groupby(["position", "latent"])["act"].transform("sum")
         return table.assign(prob=table["act"] / totals)
 
-    @override
     def pictures(
         self,
         latent: int | None = None,

@@ -1,7 +1,7 @@
 """The tokens at which each latent is most active at each layer, with their contexts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,6 @@ class Examples(Result):
             chosen &= self.layers == layer
         return self._rows(chosen)
 
-    @override
     def to_dataframe(self, tokenizer: Any = None) -> pd.DataFrame:
         """One row for each example, as in the file that `save` writes."""
         return self._to_arrow(_text_of(tokenizer)).to_pandas()
@@ -107,8 +106,7 @@ class Examples(Result):
             ) from error
 
     def _rows(self, chosen: Tensor | slice) -> "Examples":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {n: v for n, v in values.items() if isinstance(v, Tensor)}
+        tensors = {n: v for n, v in vars(self).items() if isinstance(v, Tensor)}
         rows: dict[str, Any] = {n: v[chosen] for n, v in tensors.items()}
         return replace(self, **rows)
 

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from typing_extensions import override
 
 from sae_lens_multilayer.analysis.tables import make_table
 from sae_lens_multilayer.models.kinds import as_model
@@ -35,17 +34,14 @@ class DecoderSimilarity(Result):
         """Mean of `max_cos_sim` over latents."""
         return self.max_cos_sim.double().mean().item()
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent."""
         columns = {"max_cos_sim": self.max_cos_sim, "nearest": self.nearest}
         return make_table(columns, "latent")
 
-    @override
     def numbers(self) -> dict[str, float]:
         return {"mean_max_cos_sim": self.mean}
 
-    @override
     def pictures(self, **context: Any) -> dict[str, Picture]:
         values = self.max_cos_sim.float().numpy()
         edges = np.arange(np.floor(values.min() * 100), 101) / 100
@@ -67,7 +63,6 @@ class TokenSimilarity(Result):
     token_ids: Int[Tensor, "d_sae n_top"]
     """The ids of these tokens."""
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent and rank."""
         d_sae, n_top = self.cos_sim.shape

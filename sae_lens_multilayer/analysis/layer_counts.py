@@ -9,15 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack, override
 
 from sae_lens_multilayer.analysis.active import sums_device
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.analysis.stream import TokenBatch, single_analysis
 from sae_lens_multilayer.analysis.tables import by_layer, make_table
 from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, histogram
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.text.prompts import Tokens
 
 
 @dataclass
@@ -51,7 +49,6 @@ class ActiveLayers(Result):
         """Number of layers with more than `min_share` of the latent's counts."""
         return (self.counts > min_share * self.counts.sum(0)).sum(0)
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent; a column `count_{layer}` for each layer."""
         columns = {
@@ -62,11 +59,9 @@ class ActiveLayers(Result):
         columns |= by_layer("count", self.hook_names, self.counts)
         return make_table(columns, "latent")
 
-    @override
     def numbers(self) -> dict[str, float]:
         return {"active_layers_per_token": self.mean_per_token.nanmean().item()}
 
-    @override
     def pictures(self, **context: Any) -> dict[str, Picture]:
         n_layers = len(self.hook_names)
         was_active = self.n_active_tokens > 0
@@ -110,14 +105,5 @@ class ActiveLayerCounts:
         return self._sums.on_cpu()
 
 
-def active_layers(
-    sae: SAE[Any],
-    model: Any,
-    tokens: Tokens,
-    *,
-    threshold: float = 0.0,
-    **options: Unpack[PassOptions],
-) -> ActiveLayers:
-    """Number of layers at which each latent is active, per token and overall."""
-    counts = ActiveLayerCounts(sae, threshold)
-    return analyze(sae, model, tokens, counts, **options)[0]
+active_layers = single_analysis(ActiveLayerCounts)
+"""Number of layers at which each latent is active, per token and overall."""

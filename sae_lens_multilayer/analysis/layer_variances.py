@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack, override
 
 from sae_lens_multilayer.analysis.active import ActiveLatents, sums_device
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.analysis.stream import TokenBatch, single_analysis
 from sae_lens_multilayer.analysis.tables import (
     layer_mean,
     layer_variance,
@@ -22,7 +21,6 @@ from sae_lens_multilayer.analysis.tables import (
 from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, Series
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.text.prompts import Tokens
 
 _COLUMNS = (
     "n_tokens",
@@ -94,7 +92,6 @@ class Variances(Result):
         """The last row of `history`: all tokens."""
         return self.history.iloc[-1]
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each latent; `token_ratio` is `within_token / var_layer`."""
         names = ("mean_layer", "var_layer", "within_token", "between_tokens")
@@ -102,11 +99,9 @@ class Variances(Result):
         columns["token_ratio"] = self.within_token / self.var_layer
         return make_table(columns, "latent")
 
-    @override
     def numbers(self) -> dict[str, float]:
         return dict(self.summary[["latent_ratio", "token_ratio"]])
 
-    @override
     def pictures(self, **context: Any) -> dict[str, Picture]:
         history, summary = self.history, self.summary
 
@@ -258,17 +253,5 @@ class _ReferenceSums:
         return (self._estimates / n if n else self._estimate()).tolist()
 
 
-def variances(
-    sae: SAE[Any],
-    model: Any,
-    tokens: Tokens,
-    *,
-    reference_batch_tokens: int | None = None,
-    **options: Unpack[PassOptions],
-) -> Variances:
-    """The variance over layers within a token, within a latent and in total.
-
-    `reference_batch_tokens` is as in `VarianceSums`.
-    """
-    sums = VarianceSums(sae, reference_batch_tokens)
-    return analyze(sae, model, tokens, sums, **options)[0]
+variances = single_analysis(VarianceSums)
+"""The variance over layers within a token, within a latent and in total."""

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack, override
 
 from sae_lens_multilayer.analysis.active import check_latents, sums_device
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.analysis.stream import TokenBatch, single_analysis
 from sae_lens_multilayer.analysis.tables import (
     by_layer,
     layer_mean,
@@ -30,7 +29,6 @@ from sae_lens_multilayer.pictures.description import (
 )
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.text.prompts import Tokens
 
 ClassKind = Literal["position", "frequency", "token"]
 
@@ -102,7 +100,6 @@ class TokenClasses(Result):
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("kind")
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """All latents and kinds: `latent`, `kind`, `class`, then as `by`."""
         parts: list[pd.DataFrame] = []
@@ -114,7 +111,6 @@ class TokenClasses(Result):
                 parts.append(table.astype({"class": str}))
         return pd.concat(parts, ignore_index=True)
 
-    @override
     def pictures(
         self,
         text_of: Callable[[int], str] = "[{}]".format,
@@ -301,12 +297,5 @@ class TokenClassSums:
         )
 
 
-def token_classes(
-    sae: SAE[Any],
-    model: Any,
-    tokens: Tokens,
-    latents: Sequence[int],
-    **options: Unpack[PassOptions],
-) -> TokenClasses:
-    """The distribution over layers of some latents by position, frequency and token."""
-    return analyze(sae, model, tokens, TokenClassSums(sae, latents), **options)[0]
+token_classes = single_analysis(TokenClassSums)
+"""The distribution over layers of some latents by position, frequency and token."""

@@ -7,13 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import check_latents, sums_device
 from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, analyze
+from sae_lens_multilayer.analysis.stream import TokenBatch, single_analysis
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.text.prompts import Tokens
 
 _FEWEST_ROWS = 2**12
 """Smallest capacity of the table of examples."""
@@ -187,25 +185,8 @@ class ExampleCollector:
         )
 
 
-def max_activating_examples(
-    sae: SAE[Any],
-    model: Any,
-    tokens: Tokens,
-    *,
-    n_examples: int = 8,
-    n_before: int = 10,
-    n_after: int = 5,
-    latents: Sequence[int] | None = None,
-    **options: Unpack[PassOptions],
-) -> Examples:
-    """The largest activations of each latent at each layer, with their contexts.
-
-    `n_examples`, `n_before`, `n_after` and `latents` are as in `ExampleCollector`.
-    """
-    collector = ExampleCollector(
-        sae, n_examples, n_before=n_before, n_after=n_after, latents=latents
-    )
-    return analyze(sae, model, tokens, collector, **options)[0]
+max_activating_examples = single_analysis(ExampleCollector)
+"""The largest activations of each latent at each layer, with their contexts."""
 
 
 def _largest(

@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from typing_extensions import override
 
 from sae_lens_multilayer.analysis.distributions import LayerDistributions
 from sae_lens_multilayer.analysis.geometry import cos_sim_chunks
@@ -57,7 +56,6 @@ class Redundancy(Result):
         """Fraction of the random pairs that are disjoint."""
         return (self.null_overlap <= self.max_overlap).double().mean().item()
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each pair, the most similar first."""
         table = make_table(
@@ -71,7 +69,6 @@ class Redundancy(Result):
         )
         return table.sort_values("cos_sim", ascending=False, kind="stable")
 
-    @override
     def pictures(self, **context: Any) -> dict[str, Picture]:
         n_null = f"{len(self.null_overlap):,} random pairs"
         edges = np.linspace(0, 1, 41)

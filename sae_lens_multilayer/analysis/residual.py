@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
 from sae_lens_multilayer.analysis.tables import make_table
@@ -50,7 +50,6 @@ class ResidualStream(Result):
     """Mean over tokens of the L2 norm."""
     norm_var: Float[Tensor, " layer"]
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each layer: norm and similarity with the next layer.
 
@@ -70,7 +69,6 @@ class ResidualStream(Result):
             table[f"{name}_sem"] = table[f"{name}_std"] / self.n_tokens**0.5
         return table
 
-    @override
     def pictures(self, **context: Any) -> dict[str, Picture]:
         norms = by_layer(self.hook_names, "L2 norm", {"mean": self.norm.numpy()})
         mean, std = replace(norms.series[0], colour=0), self.norm_var.sqrt()

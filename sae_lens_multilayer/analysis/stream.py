@@ -1,6 +1,6 @@
 """One pass of a model over tokens for any number of analyses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -24,6 +24,7 @@ _CALLS_FROM_USER = 7
 """`stacklevel` of a warning about the lens, from the caller of one analysis."""
 
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -184,3 +185,19 @@ def analyze(
     encoder = LayerEncoder(sae, hook_names_of(sae))
     stream = TokenStream(model, encoder.hook_names, tokens, encoder=encoder, **options)
     return stream.run(*accumulators)
+
+
+def single_analysis(accumulator: Callable[..., Accumulator[T]]) -> Callable[..., T]:
+    """The function `f(sae, model, tokens, **options)` of one accumulator.
+
+    Its options are those of `accumulator(sae, **options)` and `PassOptions`.
+    """
+
+    def run(sae: SAE[Any], model: Any, tokens: Tokens, *args: Any, **options: Any) -> T:
+        names = [name for name in PassOptions.__annotations__ if name in options]
+        of_pass: Any = {name: options.pop(name) for name in names}
+        sums = accumulator(sae, *args, **options)
+        return analyze(sae, model, tokens, sums, **of_pass)[0]
+
+    run.__doc__ = accumulator.__doc__
+    return run

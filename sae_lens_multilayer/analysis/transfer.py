@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
-from typing_extensions import Unpack, override
+from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder, ReconstructionSums
@@ -59,7 +59,6 @@ class TransferMatrix(Result):
     multi_layer_fvu: Float[Tensor, " layer"] | None = None
     """FVU of the multi-layer SAE, if there is one."""
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each SAE and one column for each layer; "multi_layer" last."""
         index = pd.Index(layer_labels(self.trained_on), name="trained_on")
@@ -69,7 +68,6 @@ class TransferMatrix(Result):
             table.loc["multi_layer"] = self.multi_layer_fvu.numpy()
         return table
 
-    @override
     def pictures(self, **context: Any) -> dict[str, Picture]:
         table = self.to_dataframe()
         names = [str(name).removeprefix("layer_") for name in table.index]
@@ -104,7 +102,6 @@ class Comparison(Result):
         columns = list(COMPARED)
         return cls(names, *(torch.tensor(t[columns].to_numpy()) for t in tables))
 
-    @override
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each hook; each metric for `multi_layer` and `single_layer`."""
         both = torch.stack([self.multi_layer, self.single_layer], dim=2)
@@ -115,7 +112,6 @@ class Comparison(Result):
             columns=pd.MultiIndex.from_product([COMPARED, names]),
         )
 
-    @override
     def pictures(self, **context: Any) -> dict[str, Picture]:
         table = self.to_dataframe()
         panels: list[Panel] = []

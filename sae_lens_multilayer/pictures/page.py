@@ -63,12 +63,16 @@ def report_html(content: ReportContent) -> str:
     from plotly.offline import get_plotlyjs
 
     pictures = _pictures(content)
+    figures = {name: _figures(picture) for name, picture in pictures.items()}
     latents = latents_data(
         content.results, content.n_latents, content.more, content.text_of
     )
     parts = {
         "title": html.escape(content.title),
-        "facts": _facts(content.facts),
+        "facts": "".join(
+            f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+            for name, value in content.facts.items()
+        ),
         "notes": "".join(f"<p>{html.escape(note)}</p>" for note in content.notes),
         "evaluation": _table(content.evaluation, _COLUMNS),
         "comparison": "".join(map(_comparison, content.results.values())),
@@ -76,7 +80,7 @@ def report_html(content: ReportContent) -> str:
         "css": _asset("page.css"),
         "js": _asset("page.js"),
         "plotly": get_plotlyjs(),
-        "figures": _json(_figures(pictures)),
+        "figures": _json(figures),
         "latents": _json(latents),
     }
     # One pass over the template, as a part may contain "@@".
@@ -97,19 +101,9 @@ def _pictures(content: ReportContent) -> dict[str, Picture]:
     return pictures
 
 
-def _figures(pictures: dict[str, Picture]) -> dict[str, list[Any]]:
-    """Data for plotly.js of the panels of each picture."""
-    return {
-        name: [json.loads(str(f.to_json())) for f in draw_interactive(picture)]
-        for name, picture in pictures.items()
-    }
-
-
-def _facts(facts: dict[str, str]) -> str:
-    return "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
-        for name, value in facts.items()
-    )
+def _figures(picture: Picture) -> list[Any]:
+    """Data for plotly.js of each panel."""
+    return [json.loads(str(figure.to_json())) for figure in draw_interactive(picture)]
 
 
 def _comparison(result: Result) -> str:
@@ -117,7 +111,7 @@ def _comparison(result: Result) -> str:
     if not isinstance(result, Comparison):
         return ""
     table = result.to_dataframe()
-    table.columns = [f"{metric}/{which}" for metric, which in table.columns]
+    table.columns = ["/".join(names) for names in table.columns]
     names = {"multi_layer": "this SAE", "single_layer": "single layer"}
     columns = {
         f"{metric}/{which}": f"{_COLUMNS[metric]}, {name}"

@@ -157,7 +157,7 @@ def _mark_axis(axes: "Axes", which: str, axis: Axis) -> None:
         indices = axis.printed()
         names = [_plain(axis.names[i]) for i in indices]
         # Names that are too long to print side by side.
-        vertical = which == "x" and max(map(len, names), default=0) * len(names) > 48
+        vertical = which == "x" and max(map(len, names), default=0) * len(names) > 44
         style: dict[str, Any] = {"rotation": 90, "fontsize": 7} if vertical else {}
         drawn.set_ticks(indices, names, **style)
     elif axis.ticks is not None:

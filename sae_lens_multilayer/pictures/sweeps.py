@@ -78,24 +78,21 @@ def describe_costs(costs: pd.DataFrame) -> Picture:
     return Picture("Cost of training", panels)
 
 
-def _lines(done: pd.DataFrame, column: str, x: str, others: Sequence[str]) -> Panel:
+def _lines(done: Any, column: str, x: str, others: Sequence[str]) -> Panel:
     """One line for each choice of the other settings."""
-    keys, colours, styles = (
-        _keys(done, names) for names in (others, others[:1], others[1:])
-    )
+    keys = [tuple(str(row[name]) for name in others) for _, row in done.iterrows()]
+    colours = list(dict.fromkeys(key[:1] for key in keys))
+    styles = list(dict.fromkeys(key[1:] for key in keys))
     series: list[Series] = []
     for key in dict.fromkeys(keys):
-        first = keys.index(key)
-        line: Any = done[[other == key for other in keys]]
-        line = line.sort_values(x)
-        values = done.iloc[first]
+        line: Any = done[[other == key for other in keys]].sort_values(x)
         series.append(
             Series(
-                ", ".join(_text(name, values[name]) for name in others),
+                ", ".join(_text(name, line[name].iloc[0]) for name in others),
                 line[x].astype(float).to_numpy(),
                 line[column].to_numpy(),
-                colour=list(dict.fromkeys(colours)).index(colours[first]),
-                style=list(dict.fromkeys(styles)).index(styles[first]),
+                colour=colours.index(key[:1]),
+                style=styles.index(key[1:]),
             )
         )
     ticks = sorted(set(done[x].astype(float)))
@@ -108,11 +105,6 @@ def _side_by_side(done: pd.DataFrame, column: str) -> Panel:
     names = [str(name) for name in done.index]
     bars = Series("", range(len(names)), done[column].to_numpy(), kind="bars")
     return Panel(Axis("", names, len(names)), Axis(METRICS[column]), [bars])
-
-
-def _keys(done: pd.DataFrame, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The values of some settings at each point, as text."""
-    return [tuple(str(row[name]) for name in names) for _, row in done.iterrows()]
 
 
 def _is_numeric(values: Any) -> bool:

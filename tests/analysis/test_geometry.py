@@ -109,7 +109,7 @@ def test_disk(tmp_path):
         pd.testing.assert_frame_equal(loaded.to_dataframe(), result.to_dataframe())
         with pytest.raises(FileExistsError):
             result.save(path)
-    with pytest.raises(ValueError, match="'TokenSimilarity'.*'DecoderSimilarity'"):
+    with pytest.raises(ValueError, match=r"'TokenSimilarity'.*'DecoderSimilarity'"):
         TokenSimilarity.load(tmp_path / DecoderSimilarity.__name__)
 
 
