@@ -103,11 +103,7 @@ class ActiveLatents:
 def active_latents(
     encoder: LayerEncoder, x: Float[Tensor, "token layer d_in"]
 ) -> ActiveLatents:
-    """The activations above 0 of raw vectors of all hooks.
-
-    Raises:
-        ValueError: If an activation is negative or not finite.
-    """
+    """The activations above 0 of raw vectors of all hooks."""
     sae = encoder.saes[0]
     acts = encoder.encode(x.to(sae.device))
     device = sums_device(sae)

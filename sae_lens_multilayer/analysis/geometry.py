@@ -120,17 +120,8 @@ def token_similarity(
 def cos_sim_chunks(
     rows: Float[Tensor, "row d"], columns: Float[Tensor, "column d"] | None = None
 ) -> Iterator[tuple[int, Float[Tensor, "chunk column"]]]:
-    """Cosine similarities of all rows with all columns, some rows at a time.
-
-    Args:
-        columns: None: the rows themselves.
-
-    Yields:
-        The index of the chunk's first row, and the similarities of the chunk.
-
-    Raises:
-        ValueError: If a row is 0 or not finite.
-    """
+    """Yield cosine similarities of some rows with all columns (None: the rows), after
+    the index of the first of these rows."""
     unit = _unit(rows)
     if bad := int((~unit.isfinite().all(1)).sum()):
         raise ValueError(

@@ -178,10 +178,9 @@ class VarianceSums:
         points = list(self._points)
         if not points or points[-1][0] != self._n_tokens:
             points.append(self._point())
-        by_latent = (tensor.cpu() for tensor in self._by_latent())
-        return Variances(
-            self._hook_names, *by_latent, torch.tensor(points, dtype=torch.float64)
-        )
+        history = torch.tensor(points, dtype=torch.float64)
+        by_latent = [tensor.cpu() for tensor in self._by_latent()]
+        return Variances(self._hook_names, *by_latent, points=history)
 
     def _add(self, active: ActiveLatents) -> None:
         pairs = active.by_token

@@ -23,7 +23,6 @@ from sae_lens_multilayer.text.prompts import PromptBatches, Tokens
 _CALLS_FROM_USER = 7
 """`stacklevel` of a warning about the lens, from the caller of one analysis."""
 
-
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -66,6 +65,7 @@ class Accumulator(Protocol[T_co]):
 
     def compute(self) -> T_co:
         """The result of all tokens so far."""
+        ...
 
 
 class PassOptions(TypedDict, total=False):
@@ -178,9 +178,8 @@ def analyze(
         The result of each accumulator, in order.
 
     Raises:
-        ValueError: If the SAE's metadata has no hooks, the model lacks one, has another
-            width or has SAEs attached, a prompt is invalid, all tokens are excluded,
-            or an activation is negative or not finite.
+        ValueError: If SAE, model and tokens do not fit, all tokens are excluded, or an
+            activation is negative or not finite.
     """
     encoder = LayerEncoder(sae, hook_names_of(sae))
     stream = TokenStream(model, encoder.hook_names, tokens, encoder=encoder, **options)

@@ -94,11 +94,9 @@ class Suite:
         """Run analyses; those with an accumulator share one pass over the tokens.
 
         Args:
-            names: Keys of `ANALYSES`; None: all that are available.
+            names: Keys of `ANALYSES`, whose order the results have; None: all that are
+                available.
             known: Results by name for the same SAE and tokens, which are reused.
-
-        Returns:
-            The results by name, in the order of `ANALYSES`.
         """
         chosen = self.available() if names is None else list(names)
         missing = {name: self.missing(name) for name in chosen}
@@ -254,12 +252,8 @@ outside of the package adds its row before it calls `Suite` or the command line:
 def save_results(
     results: Mapping[str, Result], folder: str | Path, tokenizer: Any = None
 ) -> None:
-    """Write each result to a folder of its name; nothing if one of them exists.
-
-    Args:
-        folder: The folder that holds these folders.
-        tokenizer: Adds the text of the tokens to examples.
-    """
+    """Write each result to a folder of its name in `folder`, as `Result.save`; nothing
+    if one of them exists."""
     for name in results:
         check_free(Path(folder) / name)
     for name, result in results.items():

@@ -192,7 +192,6 @@ def compare_with_single_layers(
     """The metrics `COMPARED` of `evaluate` for both, on the same tokens.
 
     Args:
-        multi_layer: A multi-layer SAE, ours or stock.
         saes: SAEs of one of its hooks each, in any order; these hooks are compared.
         options: `exclude_tokens` and `exclude_positions` of `evaluate`.
     """
