@@ -1,12 +1,11 @@
 """Results on disk: tensors in safetensors, everything else in the record."""
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,14 +54,12 @@ class Result(ABC):
 
     def on_cpu(self: T_RESULT) -> T_RESULT:
         """A copy with its own contiguous tensors on the CPU."""
-        copies: Any = {
-            name: value.detach().to(
-                "cpu", copy=True, memory_format=torch.contiguous_format
-            )
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **copies)  # type: ignore[type-var]
+        result = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                own = value.detach().to("cpu", copy=True).contiguous()
+                setattr(result, name, own)
+        return result
 
     @classmethod
     def load(cls: type[T_RESULT], path: str | Path) -> T_RESULT:
