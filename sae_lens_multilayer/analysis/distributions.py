@@ -19,7 +19,7 @@ from sae_lens_multilayer.analysis.stream import (
     single_analysis,
 )
 from sae_lens_multilayer.analysis.tables import (
-    by_layer,
+    layer_columns,
     layer_mean,
     layer_variance,
     make_table,
@@ -105,7 +105,7 @@ class LayerDistributions(Result):
             "var_layer": self.var_layer,
             "std_layer": self.std_layer,
         }
-        columns |= by_layer("p", self.hook_names, self.probs)
+        columns |= layer_columns("p", self.hook_names, self.probs)
         return make_table(columns, "latent")
 
     def pictures(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lens_multilayer.analysis.active import sums_device
 from sae_lens_multilayer.analysis.stream import TokenBatch, single_analysis
-from sae_lens_multilayer.analysis.tables import by_layer, make_table
+from sae_lens_multilayer.analysis.tables import layer_columns, make_table
 from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, histogram
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
@@ -56,7 +56,7 @@ class ActiveLayers(Result):
             "mean_per_token": self.mean_per_token,
             "overall": self.overall(),
         }
-        columns |= by_layer("count", self.hook_names, self.counts)
+        columns |= layer_columns("count", self.hook_names, self.counts)
         return make_table(columns, "latent")
 
     def numbers(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_lens_multilayer.analysis.active import check_latents, sums_device
 from sae_lens_multilayer.analysis.stream import TokenBatch, single_analysis
 from sae_lens_multilayer.analysis.tables import (
-    by_layer,
+    layer_columns,
     layer_mean,
     layer_variance,
     make_table,
@@ -73,7 +73,7 @@ class TokenClasses(Result):
             "share": share,
             "mean_layer": layer_mean(probs),
         }
-        columns |= by_layer("p", self.hook_names, probs)
+        columns |= layer_columns("p", self.hook_names, probs)
         table = make_table(columns, index)
         if kind == "token":
             table = table.sort_values("share", ascending=False, kind="stable")

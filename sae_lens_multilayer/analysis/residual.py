@@ -18,8 +18,8 @@ from sae_lens_multilayer.pictures.description import (
     Panel,
     Picture,
     Series,
-    by_layer,
     layer_axis,
+    layer_panel,
 )
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.text.prompts import Tokens
@@ -70,7 +70,7 @@ class ResidualStream(Result):
         return table
 
     def pictures(self, **context: Any) -> dict[str, Picture]:
-        norms = by_layer(self.hook_names, "L2 norm", {"mean": self.norm.numpy()})
+        norms = layer_panel(self.hook_names, "L2 norm", {"mean": self.norm.numpy()})
         mean, std = replace(norms.series[0], colour=0), self.norm_var.sqrt()
         low, high = (self.norm - std).clamp(min=0).numpy(), (self.norm + std).numpy()
         band = Series("± standard deviation", mean.x, low, "band", high, colour=0)

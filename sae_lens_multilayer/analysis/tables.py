@@ -20,7 +20,7 @@ def make_table(
     return pd.DataFrame(arrays).rename_axis(index)
 
 
-def by_layer(
+def layer_columns(
     prefix: str, hook_names: Sequence[str], values: Shaped[Tensor, "layer row"]
 ) -> dict[str, Shaped[Tensor, " row"]]:
     """Columns `{prefix}_{layer}` for `make_table`."""

@@ -23,8 +23,8 @@ from sae_lens_multilayer.pictures.description import (
     Heatmap,
     Panel,
     Picture,
-    by_layer,
     layer_axis,
+    layer_panel,
 )
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of, view
@@ -122,7 +122,7 @@ class Comparison(Result):
                 for which in ("multi_layer", "single_layer")
             )
             series = {"one SAE": one, "one SAE for each layer": each}
-            panels.append(by_layer(self.hook_names, label, series))
+            panels.append(layer_panel(self.hook_names, label, series))
             means.append(f"{label} {one.mean():.4g} and {each.mean():.4g}")
         caption = f"Means of one SAE and one for each layer: {'; '.join(means)}."
         return {"": Picture("One SAE beside single-layer SAEs", panels, caption)}

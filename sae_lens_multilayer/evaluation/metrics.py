@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_multilayer.hooks import layer_labels
-from sae_lens_multilayer.pictures.description import FVU_LABEL, Picture, by_layer
+from sae_lens_multilayer.pictures.description import FVU_LABEL, Picture, layer_panel
 from sae_lens_multilayer.ranks import Ranks
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.topk.tile import LayerMoments
@@ -190,7 +190,7 @@ class LayerMetrics:
             "around the mean vector (fvu)": self.fvu.numpy(),
             "about one mean (fvu_scalar)": self.fvu_scalar.numpy(),
         }
-        panel = by_layer(self.hook_names, FVU_LABEL, series)
+        panel = layer_panel(self.hook_names, FVU_LABEL, series)
         title = f"Reconstruction on {self.n_tokens:,} held-out tokens"
         return {"": Picture(title, [panel])}
 

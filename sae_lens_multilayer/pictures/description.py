@@ -150,7 +150,7 @@ def short_labels(hook_names: Sequence[str]) -> list[str]:
     return [label.removeprefix("layer_") for label in layer_labels(hook_names)]
 
 
-def by_layer(
+def layer_panel(
     hook_names: Sequence[str], label: str, series: Mapping[str, Values]
 ) -> Panel:
     """A line for each of some series with one value per layer."""
