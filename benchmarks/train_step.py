@@ -35,8 +35,8 @@ from sae_lens_multilayer.topk.sparse import (
     encode_topk,
     normalize_decoder,
     project_decoder_gradient,
-    training_step,
 )
+from sae_lens_multilayer.topk.step import training_step
 
 N_VECTORS, D_IN, K, K_AUX, AUX_COEFFICIENT = 2048, 512, 32, 256, 1 / 32
 LEARNING_RATE, ADAM_EPS = 1e-4, 6.25e-10

@@ -24,13 +24,12 @@ from sae_lens_multilayer.topk.select import (
 )
 from sae_lens_multilayer.topk.sparse import (
     TopKActs,
-    TopKStep,
     decode_topk,
     encode_topk,
     normalize_decoder,
     project_decoder_gradient,
-    training_step,
 )
+from sae_lens_multilayer.topk.step import TopKStep, training_step
 
 PAPER = Path(__file__).parent / "data" / "paper"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
