@@ -1,7 +1,7 @@
 """Add an analysis of your own: how many active latents do two layers share at a token?
 
-Everything about the analysis is in this file: its result, its accumulator, its picture
-and its row in the table of analyses. Run it as the command line, which has it now:
+This file contains the result, the accumulator, the plot and the row in the table of
+analyses. Run it like the command line, which then includes the analysis:
 
     python examples/own_analysis.py analyze output --dataset_path held-out.jsonl \
         --analyses shared_latents
@@ -28,7 +28,7 @@ class SharedLatents(Result):
 
     @property
     def next_layer_jaccard(self) -> float:
-        """Mean of `jaccard` over neighbouring layers."""
+        """Mean of `jaccard` over pairs of adjacent layers."""
         return self.jaccard.diagonal(1).mean().item()
 
     @property
@@ -43,7 +43,7 @@ class SharedLatents(Result):
 
 
 class SharedLatentCounts:
-    """Adds up `SharedLatents` over tokens."""
+    """Accumulates `SharedLatents` over tokens."""
 
     def __init__(self) -> None:
         self._n_shared: Any = 0
@@ -61,7 +61,7 @@ class SharedLatentCounts:
 
 
 def draw(result: SharedLatents, token_texts: Sequence[str]) -> dict[str, Figure]:
-    """A heatmap of the Jaccard index of every two layers."""
+    """A heatmap of the Jaccard index of all pairs of layers."""
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(result.jaccard.numpy(), origin="lower", vmin=0, vmax=1)
