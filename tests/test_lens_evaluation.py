@@ -136,7 +136,7 @@ def test_the_error_term_still_undoes_the_splice(tokenizer):
     assert found[["delta_ce", "kl_div"]].abs().to_numpy().max() < 1e-6
 
 
-def test_a_bridge_that_has_other_hook_names_is_measured_alike(table, inputs):
+def test_a_bridge_with_other_hook_names_gives_the_same_metrics(table, inputs):
     bridge: Any = SAETransformerBridge.boot_transformers(FOLDER, device="cpu")
     sae = papers_sae(TL_NAMES)
     found = evaluate(sae, bridge, inputs["tokens"]).to_dataframe()
@@ -154,7 +154,7 @@ def test_a_bridge_that_has_other_hook_names_is_measured_alike(table, inputs):
     assert (spliced - bridge(tokens)).abs().max() > 1
 
 
-def test_a_model_that_the_lens_was_not_made_for_is_named(tokenizer):
+def test_a_lens_of_another_model_is_a_warning_that_names_it(tokenizer):
     model = tiny_model(tokenizer)
     tokens = torch.randint(1, D_VOCAB, (2, N_CTX))
     sae = random_sae()

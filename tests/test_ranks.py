@@ -112,7 +112,7 @@ def prompts(folder: Path, index: int) -> list[tuple[int, ...]]:
 
 class TestUpdate:
     @pytest.mark.parametrize("sae", ["multilayer", "raw", "standard", "topk", "scaled"])
-    def test_two_ranks_with_half_the_batch_each_take_the_update_of_one_process(
+    def test_two_ranks_with_half_the_batch_make_the_update_of_one_process(
         self, ranked, tmp_path, sae
     ):
         expected = steps(ALONE, sae)
@@ -162,7 +162,7 @@ class TestShares:
                 assert rest == whole[skipped:]
 
     @pytest.mark.parametrize("streaming", [False, True])
-    def test_ranks_harvest_other_tokens_and_go_on_into_epochs_of_uneven_lengths(
+    def test_ranks_harvest_different_tokens_over_epochs_of_uneven_lengths(
         self, ranked, tmp_path, streaming
     ):
         n_rows = 25
@@ -201,7 +201,7 @@ class TestRuns:
         assert saved(stopped) == saved(whole)
         assert {"W_enc", "W_dec", "b_dec", "sparsity"} <= saved(whole).keys()
 
-    def test_one_process_is_as_without_torchrun(self, ranked, tmp_path):
+    def test_one_process_equals_a_run_without_torchrun(self, ranked, tmp_path):
         ranked.run("train", tmp_path / "torchrun", count=1)
         ranked.run("train", tmp_path / "alone", count=0)
         assert saved(tmp_path / "torchrun") == saved(tmp_path / "alone")
@@ -220,7 +220,7 @@ class TestRuns:
             (1e30, "FloatingPointError: The loss and its gradient must be finite"),
         ],
     )
-    def test_a_nan_on_one_rank_ends_all_with_a_checkpoint_to_go_on_from(
+    def test_a_nan_on_one_rank_ends_all_ranks_with_a_checkpoint(
         self, ranked, tmp_path, value, message
     ):
         whole, failed = tmp_path / "whole", tmp_path / "failed"
@@ -250,20 +250,18 @@ class TestRuns:
         ranked.run("train", killed, resume_from_checkpoint="latest")
         assert saved(killed) == saved(whole)
 
-    def test_an_error_that_the_others_cannot_know_of_ends_all_without_a_checkpoint(
-        self, ranked, tmp_path
-    ):
+    def test_an_error_on_one_rank_ends_all_without_a_checkpoint(self, ranked, tmp_path):
         said = ranked.fail(tmp_path, break_at=640)
         assert "RuntimeError: no memory on this rank" in said
         assert "Rank 0 of 2 has lost the connection" in said
         assert checkpoints(tmp_path) == []
 
-    def test_ranks_that_do_not_begin_alike_are_refused(self, ranked, tmp_path):
+    def test_ranks_with_different_initial_weights_are_refused(self, ranked, tmp_path):
         said = ranked.fail(tmp_path, differ="weights")
         assert "The SAE must be the same on all ranks; ranks 0 and 1" in said
         assert "['W_dec']" in said
 
-    def test_ranks_with_other_settings_are_refused(self, ranked, tmp_path):
+    def test_ranks_with_different_settings_are_refused(self, ranked, tmp_path):
         said = ranked.fail(tmp_path, differ="settings")
         assert "Settings must be the same on all ranks" in said
         assert "['lr', 'lr_end']" in said
@@ -303,20 +301,20 @@ class TestRuns:
 
 
 class TestRanks:
-    def test_random_numbers_go_on_on_every_rank(self, tmp_path):
+    def test_random_numbers_continue_on_every_rank(self, tmp_path):
         torch.manual_seed(7)
         write_states([b"", state_of_rank({})], tmp_path)
         expected = torch.rand(3)
         load_random_states(tmp_path, Ranks(1, 2))
         assert torch.equal(torch.rand(3), expected)
 
-    def test_bits_tell_exchanged_rows_and_equal_numbers_of_other_bits_apart(self):
+    def test_bit_sums_differ_for_swapped_rows_and_negative_zero(self):
         rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         assert bits_of({"a": rows}) == bits_of({"a": rows.clone()})
         assert bits_of({"a": rows}) != bits_of({"a": rows.flip(0)})
         assert bits_of({"a": torch.tensor(0.0)}) != bits_of({"a": torch.tensor(-0.0)})
 
-    def test_a_rank_has_the_gpu_of_its_number(self, monkeypatch):
+    def test_a_rank_uses_the_gpu_of_its_local_rank(self, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "3")
         assert own_device("cuda") == own_device("cuda:0") == "cuda:3"
         assert own_device("cpu") == "cpu"

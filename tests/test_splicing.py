@@ -415,7 +415,7 @@ class TestWhatIsReplaced:
             alone = evaluate([sae], model, tokens).to_dataframe()
             assert_same(table.iloc[[i]], alone)
 
-    def test_views_give_what_the_whole_gives(self, model, tokens):
+    def test_views_give_the_same_metrics_as_the_multi_layer_sae(self, model, tokens):
         sae = random_sae()
         whole = evaluate(sae, model, tokens).to_dataframe()
         views = evaluate(sae.views(), model, tokens).to_dataframe()

@@ -262,7 +262,7 @@ def test_results_do_not_depend_on_the_micro_batch_size(certified):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_are_added_to_those_there_are():
+def test_gradients_are_added_to_existing_gradients():
     z, weights = make_case()
     leaves = copies(weights)
     options = {"k": 3, "dead_latents": some_dead(101), "k_aux": 4}
@@ -511,7 +511,7 @@ def test_the_kernel_rounds_as_torch_does():
 
 
 @needs_kernel
-def test_the_kernel_takes_no_memory_of_another_kind():
+def test_the_kernel_rejects_other_dtypes_and_strides():
     for h in (torch.randn(4, 6).T, torch.randn(4, 6).double()):
         with pytest.raises(ValueError, match="The kernel needs contiguous"):
             native.largest_positive(h, 2)
@@ -547,7 +547,7 @@ def test_without_a_home_folder_everything_works(monkeypatch, caplog):
 
 @needs_kernel
 @pytest.mark.usefixtures("kernel_anew")
-def test_a_torn_library_is_compiled_anew(monkeypatch, tmp_path):
+def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     assert compiler is not None
@@ -755,7 +755,7 @@ def test_dense_and_sparse_auxiliary_activations_agree(monkeypatch, share):
     assert_parity(z, weights, 1e-10, dead_latents=some_dead(101), k_aux=3)
 
 
-def test_no_more_pre_activations_than_a_block_are_held(monkeypatch):
+def test_at_most_one_block_of_pre_activations_is_held(monkeypatch):
     # The block is the only memory of d_sae columns; it is asked for once.
     monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 0)
     monkeypatch.setattr(select, "_MIN_BLOCK_ROWS", 64)
@@ -782,7 +782,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("certified", [False, True])
 @pytest.mark.parametrize("is_native", ENGINES)
-def test_those_of_dead_latents_fit_into_the_micro_batch_too(
+def test_pre_activations_of_dead_latents_count_towards_the_micro_batch(
     monkeypatch, certified, is_native
 ):
     z, weights = make_case(120, 1, 8, 5000, torch.float32)
@@ -891,7 +891,7 @@ def test_unit_norm_and_projection_are_those_of_the_papers_code():
     )
 
 
-def test_a_decoder_row_of_zeros_stays_so():
+def test_a_decoder_row_of_zeros_stays_zero():
     W_dec = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     normalize_decoder(W_dec)
     torch.testing.assert_close(W_dec, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))

@@ -453,7 +453,7 @@ class TestState:
         ],
         ids=["multilayer", "standard", "jumprelu"],
     )
-    def test_a_loaded_trainer_goes_on_exactly(
+    def test_a_loaded_trainer_continues_exactly(
         self, make_config, tmp_path, sae_config, changes
     ):
         config = make_config(sae=sae_config, training_tokens=640, lr=1e-2, **changes)
@@ -480,7 +480,7 @@ class TestState:
         assert first.n_training_samples == second.n_training_samples == 640
         assert first.get_coefficients() == second.get_coefficients()
 
-    def test_random_numbers_of_an_architecture_go_on(self, make_config, tmp_path):
+    def test_random_numbers_of_an_architecture_continue(self, make_config, tmp_path):
         trainer = make_trainer(make_config())
         take_steps(trainer, 1)
         trainer.save_checkpoint("here", tmp_path)

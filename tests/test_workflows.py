@@ -181,7 +181,7 @@ def remove_part_of(view: Any, latent: int, x: torch.Tensor, hook: Any) -> torch.
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_layers", [1, 2])
-def test_ablating_a_latent_removes_its_part_and_nothing_else(case, n_layers):
+def test_ablating_a_latent_removes_only_its_contribution(case, n_layers):
     views = case.sae.views()[:n_layers]
     latent, _ = steer.strongest_latent(case.model, views[0], case.tokens[:1])
     hooks = [
@@ -216,7 +216,7 @@ def test_an_sae_and_its_views_go_through_an_upload_and_a_download(case, tmp_path
         torch.testing.assert_close(one(x), view(x))
 
 
-def test_what_is_uploaded_is_what_saelens_reads(tmp_path):
+def test_saelens_reads_the_uploaded_files(tmp_path):
     with local_hub(tmp_path):
         share.share(random_sae(), layer=0)
 
