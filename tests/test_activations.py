@@ -1,6 +1,6 @@
 """The store against a plain `run_with_cache` and the definition of an epoch.
 
-Authority: TransformerLens for the vectors (compared exactly), the tokens of the dataset
+Reference: TransformerLens for the vectors (compared exactly), the tokens of the dataset
 for who is served when, SAELens' own store for the meaning of shared fields.
 """
 
@@ -303,7 +303,7 @@ class TestPlace:
     def test_alternating_stores_serve_the_same_as_one(
         self, make_config, model, text_dataset, token_dataset, tmp_path, kind, mixing
     ):
-        """Each batch by another store, which knows only the file of the one before."""
+        """Each batch comes from a new store, loaded from the previous one's state."""
         data = {
             "text": text_dataset.select(range(30)),
             "tokens": token_dataset.select(range(21)),
@@ -570,7 +570,7 @@ class TestDatasets:
 
 
 def write_dataset(dataset: Dataset, path):
-    """Write a dataset in the way that the name of `path` says; a folder for `json`."""
+    """Write a dataset in the format of the suffix of `path`; a folder for `json`."""
     if path.name == "disk":
         dataset.save_to_disk(path)
     elif path.name in ("folder", "json"):

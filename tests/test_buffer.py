@@ -1,4 +1,4 @@
-"""Authority: a queue (no generator) or a bag (generator) of tokens kept in a list."""
+"""Reference: a queue (no generator) or a bag (generator) of tokens kept in a list."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Harvesting a cache of activations, and reading it.
 
-Authority: the live store, bit for bit, in the order of the dataset; a harvest that was
+Reference: the live store, bit for bit, in the order of the dataset; a harvest that was
 not interrupted; the files as they were written.
 """
 
@@ -286,7 +286,7 @@ class TestStore:
     def test_alternating_stores_serve_the_same_as_one(
         self, cache_config, harvest, tmp_path, mixing
     ):
-        """Each batch by another store, which knows only the file of the one before."""
+        """Each batch comes from a new store, loaded from the previous one's state."""
         cache = harvest(cache_config(training_tokens=500))
         cfg = cache_config(
             activations_mixing_fraction=mixing,

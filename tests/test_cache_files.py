@@ -1,6 +1,6 @@
-"""The files of a cache: how they come to be, and what is said when they are not right.
+"""The files of a cache: how they are written, and errors if they are invalid.
 
-Authority: a harvest that was not disturbed, byte for byte.
+Reference: a harvest that was not disturbed, byte for byte.
 """
 
 import errno

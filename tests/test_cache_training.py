@@ -1,6 +1,6 @@
 """Training from a cache.
 
-Authority: the run from the model, bit for bit, where neither mixes; and the run from a
+Reference: the run from the model, bit for bit, where neither mixes; and the run from a
 cache that is not interrupted.
 """
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
 @pytest.fixture
 def train(monkeypatch):
-    """Train where loading a model is an error, and there is no dataset."""
+    """Train without a dataset; loading a model is an error."""
 
     def no_model(cfg):
         raise AssertionError("a run from a cache needs no model")

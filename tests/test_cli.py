@@ -1,4 +1,4 @@
-"""The command line, as a user calls it."""
+"""The command line."""
 
 import json
 import logging
@@ -169,7 +169,7 @@ def test_only_the_first_rank_prints_errors_of_all_ranks(
     def fail(arguments):
         raise error
 
-    # Later tests have the level that they had.
+    # Restores the log level after the test.
     package = logging.getLogger("sae_lens_multilayer")
     monkeypatch.setattr(package, "setLevel", lambda level: None)
     monkeypatch.setitem(cli.COMMANDS, "train", fail)
@@ -191,7 +191,7 @@ def test_help_describes_every_option(command, capsys):
 
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    # What simple-parsing and dataclasses say where nobody has said more.
+    # Help texts that simple-parsing and dataclasses generate by default.
     assert not re.search(r"^  str  |= <factory>", text, re.MULTILINE)
 
 

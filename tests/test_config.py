@@ -1,6 +1,6 @@
-"""What a training run is told.
+"""The config of a training run.
 
-Authorities: the paper's recipe (design, section 3) for the defaults; SAELens'
+References: the paper's recipe (design, section 3) for the defaults; SAELens'
 `LanguageModelSAERunnerConfig` for the meaning of its own fields.
 """
 

@@ -1,4 +1,4 @@
-"""Authority: work whose cost is known."""
+"""The cost of a block of code, compared with work of known cost."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Files and folders. Authority: the file system."""
+"""Files and folders. Reference: the file system."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Authority: tuned-lens' own objects and files, and the numbers of the paper's code.
+"""Reference: tuned-lens' own objects and files, and the numbers of the paper's code.
 
 Fitting is checked against what it promises: KL to the model's output on held-out text.
 """
@@ -642,7 +642,7 @@ def held_out() -> Tensor:
 
 @pytest.fixture(scope="module")
 def text(hf_model) -> Tensor:
-    """What the model itself says: the kind of text that it was trained on."""
+    """Text sampled from the model itself, like its training text."""
     torch.manual_seed(0)
     start = torch.randint(1, 512, (64, 1))
     return hf_model.model.generate(
@@ -673,7 +673,7 @@ def test_kl_falls_at_every_layer_below_the_logit_lens(fitted, hf_model, held_out
     logit_lens = lens_kl(hf_model, held_out)
     tuned = lens_kl(hf_model, held_out, fitted[0])
     assert (tuned < 0.5 * logit_lens).all()
-    # Later layers know more of the output, and the logit lens predicts it worse.
+    # Later layers predict the output better; the logit lens predicts it worse.
     assert (tuned.diff() < 0).all()
 
 
@@ -689,7 +689,7 @@ def test_the_right_alignment_is_the_one_it_was_trained_in(fitted, hf_model, held
             kl_div(logits, unembed(lens.transform(cache[n], n))) for n in names
         ]
     assert torch.tensor(kl["tuned_lens"]).lt(torch.tensor(kl["reference"])).all()
-    # What `lens_kl` says, by another way.
+    # `lens_kl`, computed in another way.
     expected = lens_kl(hf_model, held_out, fitted[0])[1:]
     found = torch.tensor(kl["tuned_lens"][:-1], dtype=float64)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Authority: the lens' own transform and inverse around an SAE without a lens.
+"""Reference: the lens' own transform and inverse around an SAE without a lens.
 
 What happens to the lens on the way is the design's section 5: it travels inside the
 checkpoint, and nothing is left of one that was taken off.

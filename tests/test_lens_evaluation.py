@@ -1,6 +1,6 @@
 """SAEs in the space of a tuned lens, measured in raw space.
 
-Authority: the paper's autoencoder and lens with the exact inverse, computed apart in
+Reference: the paper's autoencoder and lens with the exact inverse, computed apart in
 float64; SAELens' `run_evals` on a view.
 """
 
@@ -177,7 +177,7 @@ def test_a_model_of_another_depth_is_an_error(tokenizer):
     message = "for 2 blocks of width 16; 'custom' has 3 of width 16"
     with pytest.raises(ValueError, match=message):
         evaluate(sae, model, torch.randint(1, D_VOCAB, (2, N_CTX)))
-    # Also behind the lens of another SAE, where neither says for which model it is.
+    # Also with the lens of another SAE, if neither names its model.
     right = random_sae()
     right.lens = random_lens(n_layers=3)
     for saes in ([sae.view(0), right.view(1)], [right.view(0), sae.view(1)]):

@@ -1,6 +1,6 @@
 """Training in the space of a tuned lens: configs, whole runs, checkpoints.
 
-Authority: the same run on vectors that were transformed beforehand; without a lens; and
+Reference: the same run on vectors that were transformed beforehand; without a lens; and
 the definition of the loss.
 """
 

@@ -1,4 +1,4 @@
-"""Authority: the tokens that SAELens' own `ActivationsStore` reads in the end."""
+"""Reference: the tokens that SAELens' own `ActivationsStore` reads in the end."""
 
 import gzip
 import json

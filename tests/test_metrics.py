@@ -1,4 +1,4 @@
-"""Authorities: brute force over whole tensors, SAELens' calculator, the paper's FVU."""
+"""References: brute force over whole tensors, SAELens' calculator, the paper's FVU."""
 
 import json
 from functools import reduce

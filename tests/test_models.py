@@ -1,6 +1,6 @@
 """Every kind of model that a run can be given.
 
-Authorities: Hugging Face's `hidden_states` for the vectors of the model in
+References: Hugging Face's `hidden_states` for the vectors of the model in
 `tests/data/paper/model`, loaded from its folder without the hub; the hooks and
 configurations that the models of TransformerLens, SAELens and Transformers list.
 """

@@ -1,6 +1,6 @@
 """Published checkpoints through SAELens' own loading, without a network.
 
-Authority: the paper's own code, whose configs, tensors and reconstructions are in
+Reference: the paper's own code, whose configs, tensors and reconstructions are in
 tests/data/paper.
 """
 
@@ -278,7 +278,7 @@ def test_a_folder_takes_the_lens_that_is_given(offline_hub, paper_lens_path, tmp
 
     sae = SAE.load_from_disk(tmp_path, converter=converter)
 
-    # The model is not known, and the lens says how many layers it has.
+    # The model is unknown; the lens gives the number of layers.
     assert_reconstructs_with_lens(sae, paper_lens_path, range(5))
 
 

@@ -1,6 +1,6 @@
-"""Several ranks: the update of one process, shares of the data, and their ends.
+"""Several ranks: the update, the shares of the data, resuming, errors.
 
-Authority: one process on the whole batch, for updates; the run that is left alone, bit
+Reference: one process on the whole batch, for updates; the run that is left alone, bit
 for bit, for what is resumed.
 """
 
@@ -35,7 +35,7 @@ SCRIPT = Path(__file__).with_name("ranked_runs.py")
 
 
 class RankedRuns:
-    """Work on ranks by `ranked_runs.py`, one after the other."""
+    """Controls `ranked_runs.py`."""
 
     def __init__(self) -> None:
         root = SCRIPT.parents[1]
@@ -51,7 +51,7 @@ class RankedRuns:
         )
 
     def start(self, task: str, folder: Path, count: int, **settings: Any) -> list[int]:
-        """Start ranks; their processes."""
+        """Start ranks; returns their PIDs."""
         folder.mkdir(exist_ok=True)
         assert self.process.stdin is not None
         line = json.dumps([task, str(folder), count, settings])
@@ -60,16 +60,16 @@ class RankedRuns:
         return self._answer("started")
 
     def wait(self) -> list[int]:
-        """Wait until all have ended; how, as `os.waitpid` says it."""
+        """Wait until all have ended; returns the statuses of `os.waitpid`."""
         return self._answer("ended")
 
     def run(self, task: str, folder: Path, count: int = 2, **settings: Any) -> None:
-        """Let ranks do work that must go well."""
+        """Run a task that must succeed on all ranks."""
         self.start(task, folder, count, **settings)
         assert self.wait() == [0] * max(count, 1), logs(folder)
 
     def fail(self, folder: Path, count: int = 2, **settings: Any) -> str:
-        """Let a run fail on all ranks, by themselves; what they have said."""
+        """Train where all ranks must fail; returns their output."""
         self.start("train", folder, count, **settings)
         assert self.wait() == [256] * count, logs(folder)
         return logs(folder)
@@ -94,7 +94,7 @@ def logs(folder: Path) -> str:
 
 
 def saved(folder: Path) -> dict[str, bytes]:
-    """The bytes of every tensor that a run has ended with."""
+    """The bytes of all tensors in the output of a run."""
     return {
         name: tensor.numpy().tobytes()
         for file in (folder / "output").glob("*.safetensors")
@@ -124,7 +124,7 @@ class TestUpdate:
         if sae in ("multilayer", "raw"):
             norms = expected["W_dec"].norm(dim=1)
             torch.testing.assert_close(norms, torch.ones_like(norms))
-            # Ten steps from 0 cannot come so far: it starts at the geometric median.
+            # Too far from 0 for ten steps: b_dec starts at the geometric median.
             assert expected["b_dec"].norm() > 0.5
         for name, tensor in expected.items():
             assert torch.equal(found[0][name], found[1][name]), name
@@ -180,8 +180,8 @@ class TestShares:
             assert 40 <= len(own) < 44
 
     def test_a_batch_that_does_not_divide_is_refused(self, ranked, tmp_path):
-        said = ranked.fail(tmp_path, train_batch_size_tokens=65)
-        assert "must be a multiple of their number; got 65 and 2" in said
+        output = ranked.fail(tmp_path, train_batch_size_tokens=65)
+        assert "must be a multiple of their number; got 65 and 2" in output
 
 
 class TestRuns:
@@ -193,9 +193,9 @@ class TestRuns:
         assert "output" in os.listdir(whole)
         assert not list(whole.glob("output-*"))
         assert len(checkpoints(whole)) == 2
-        said = ranked.fail(stopped, stop_at=640)
-        assert said.count("InterruptedException\n") == 2
-        assert said.count("The run has ended early; resume from") == 1
+        output = ranked.fail(stopped, stop_at=640)
+        assert output.count("InterruptedException\n") == 2
+        assert output.count("The run has ended early; resume from") == 1
         assert checkpoints(stopped) == ["640"]
         ranked.run("train", stopped, resume_from_checkpoint="latest")
         assert saved(stopped) == saved(whole)
@@ -251,20 +251,20 @@ class TestRuns:
         assert saved(killed) == saved(whole)
 
     def test_an_error_on_one_rank_ends_all_without_a_checkpoint(self, ranked, tmp_path):
-        said = ranked.fail(tmp_path, break_at=640)
-        assert "RuntimeError: no memory on this rank" in said
-        assert "Rank 0 of 2 has lost the connection" in said
+        output = ranked.fail(tmp_path, break_at=640)
+        assert "RuntimeError: no memory on this rank" in output
+        assert "Rank 0 of 2 has lost the connection" in output
         assert checkpoints(tmp_path) == []
 
     def test_ranks_with_different_initial_weights_are_refused(self, ranked, tmp_path):
-        said = ranked.fail(tmp_path, differ="weights")
-        assert "The SAE must be the same on all ranks; ranks 0 and 1" in said
-        assert "['W_dec']" in said
+        output = ranked.fail(tmp_path, differ="weights")
+        assert "The SAE must be the same on all ranks; ranks 0 and 1" in output
+        assert "['W_dec']" in output
 
     def test_ranks_with_different_settings_are_refused(self, ranked, tmp_path):
-        said = ranked.fail(tmp_path, differ="settings")
-        assert "Settings must be the same on all ranks" in said
-        assert "['lr', 'lr_end']" in said
+        output = ranked.fail(tmp_path, differ="settings")
+        assert "Settings must be the same on all ranks" in output
+        assert "['lr', 'lr_end']" in output
 
     def test_the_command_line_trains_on_ranks(self, ranked, tmp_path):
         documents().to_json(tmp_path / "text.jsonl")
@@ -293,9 +293,9 @@ class TestRuns:
 
     def test_another_number_of_ranks_is_refused(self, ranked, tmp_path):
         ranked.fail(tmp_path, stop_at=640)
-        said = ranked.fail(tmp_path, count=1, resume_from_checkpoint="latest")
-        assert "a run of 2 processes" in said
-        assert "torchrun --nproc_per_node 2" in said
+        output = ranked.fail(tmp_path, count=1, resume_from_checkpoint="latest")
+        assert "a run of 2 processes" in output
+        assert "torchrun --nproc_per_node 2" in output
         (checkpoint,) = tmp_path.glob("checkpoints/*/640")
         check_number_of_ranks(checkpoint, Ranks(1, 2))
 

@@ -1,6 +1,6 @@
 """What importing this package does to SAELens, and what it leaves alone.
 
-Authority: SAELens without this package, in processes of their own.
+Reference: SAELens without this package, in processes of their own.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The folder of a run. Authority: its docstrings, and the files SAELens writes."""
+"""The folder of a run. Reference: its docstrings, and the files SAELens writes."""
 
 import os
 from pathlib import Path

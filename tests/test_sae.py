@@ -1,6 +1,6 @@
 """The multi-layer SAE as an object of SAELens.
 
-Authorities: stock SAELens (`TopKSAE` with layer norm and no encoder bias;
+References: stock SAELens (`TopKSAE` with layer norm and no encoder bias;
 `SAETrainer`), and the paper's code (tests/data/paper/plain.safetensors).
 """
 

@@ -99,7 +99,7 @@ def test_a_second_load_does_not_convert(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder, and a wheel that has a file in it."""
+    """An empty cache folder, and a fake wheel with a file."""
     monkeypatch.setenv(smollm2.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(smollm2, "_gguf_path", lambda: tmp_path / smollm2.GGUF_FILE)
     return tmp_path / "cache"

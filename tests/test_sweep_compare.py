@@ -1,4 +1,4 @@
-"""One SAE beside single-layer ones. Authority: the same functions on the saved SAEs."""
+"""One SAE compared with single-layer SAEs. Reference: the functions on saved SAEs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Sweeps. Authority: each point trained, evaluated and analysed by itself."""
+"""Sweeps. Reference: each point trained, evaluated and analysed by itself."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def held_out():
 
 @pytest.fixture
 def run(model, token_dataset, held_out, tmp_path):
-    """A sweep of the tiny model, of which a test says what is different."""
+    """Run a sweep of the tiny model; a test passes the settings that it changes."""
 
     def run_sweep(points=POINTS, base=None, evaluation=EVALUATION, **changes):
         settings = {

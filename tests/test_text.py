@@ -1,6 +1,6 @@
-"""Which prompts are made of a text, and which positions count.
+"""The prompts of a text, and which positions count.
 
-Authority: the training store of a run with the same settings.
+Reference: the training store of a run with the same settings.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Authority: SAELens' own `concat_and_batch_sequences`, uninterrupted."""
+"""Reference: SAELens' own `concat_and_batch_sequences`, uninterrupted."""
 
 import logging
 

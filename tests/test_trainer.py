@@ -1,6 +1,6 @@
 """The trainer on batches made by hand.
 
-Authority: brute force for counters, starts and metrics; the same batches in other
+Reference: brute force for counters, starts and metrics; the same batches in other
 pieces for accumulation; the formulas of the schedules; SAELens' SAE after folding its
 scale.
 """
@@ -33,7 +33,7 @@ BATCH = 64
 
 
 def random_batches(n: int, tokens: int = BATCH, seed: int = 0) -> list[Tensor]:
-    """Batches whose layers differ in scale and place, as those of a model do."""
+    """Batches whose layers differ in mean and scale, like those of a model."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.tensor([1.0, 20.0]).view(1, -1, 1)
     shape = (n, tokens, N_LAYERS, D_MODEL)

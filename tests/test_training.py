@@ -1,6 +1,6 @@
 """The runner: whole runs on a small model.
 
-Authority: SAELens' runner for the cadence of checkpoints and logs; the same run in
+Reference: SAELens' runner for the cadence of checkpoints and logs; the same run in
 other circumstances (prefetching, compiled, resumed); PCA for what training must beat.
 """
 
@@ -82,7 +82,7 @@ CHECKPOINT_FILES = {
 
 @pytest.fixture
 def start(model, token_dataset):
-    """Build the runner that SAELens' class becomes."""
+    """Create a runner through SAELens' class."""
 
     def start(config, **overrides) -> runner_module.MultiLayerSAETrainingRunner:
         settings = {"override_model": model, "override_dataset": token_dataset}
@@ -614,7 +614,7 @@ class TestResuming:
     def test_a_resumed_run_repeats_the_failed_batch(
         self, start, make_config, model, steps, where
     ):
-        """Neither the steps before it nor the place in the data are lost."""
+        """Neither previous steps nor the position in the data are lost."""
         settings = {"n_batches_in_buffer": 1, "output_path": None}
         config = make_config(**settings)
         runner = start(config)

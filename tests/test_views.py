@@ -1,6 +1,6 @@
 """Views: ordinary SAELens SAEs for one hook each, over the memory of the whole.
 
-Authorities: the whole SAE at that layer; stock SAELens (loading in a process without
+References: the whole SAE at that layer; stock SAELens (loading in a process without
 this package, HookedSAETransformer, SAETransformerBridge, ActivationsStore, run_evals).
 """
 

@@ -1,6 +1,6 @@
 """SAELens' workflows and their neighbours take views, as the examples use them.
 
-Authority: brute force with hooks, and the tools themselves. The SAEs are one of ours,
+Reference: brute force with hooks, and the tools themselves. The SAEs are one of ours,
 one of ours with a tuned lens, and a published one.
 """
 
@@ -34,7 +34,7 @@ CONTEXT_SIZE = 8
 
 
 class Case(NamedTuple):
-    """An SAE and a model that it could be for."""
+    """An SAE and a model of the same width."""
 
     sae: Any
     model: Any
@@ -77,7 +77,7 @@ def prompts() -> Dataset:
 
 
 def memory_of(*saes: SAE[Any]) -> list[tuple[int, Any]]:
-    """Where each parameter is, and a copy of it."""
+    """Address and copy of each parameter."""
     return [(p.data_ptr(), p.clone()) for sae in saes for p in sae.parameters()]
 
 
@@ -171,7 +171,7 @@ def test_steering_adds_the_direction_at_one_layer_only(case):
 
 
 def remove_part_of(view: Any, latent: int, x: torch.Tensor, hook: Any) -> torch.Tensor:
-    """x less what the latent contributes to its reconstruction."""
+    """`x` minus the latent's contribution to its reconstruction."""
     acts = view.encode(x)
     whole = view.decode(acts)
     view.encode(x)

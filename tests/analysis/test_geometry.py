@@ -1,4 +1,4 @@
-"""Authorities: brute force over the whole matrix, and the paper's `mmcs`."""
+"""References: brute force over the whole matrix, and the paper's `mmcs`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What an analysis sees of a model: `run_with_cache` and dense encoding say."""
+"""The batches of an analysis, compared with `run_with_cache` and dense encoding."""
 
 import pytest
 import torch
@@ -134,7 +134,7 @@ def test_a_store_is_read_as_it_is_needed(model, token_dataset, make_config):
     tokens = torch.tensor(token_dataset[:]["input_ids"])
     expected = layer_distributions(sae, model, tokens[:10], batch_size_prompts=4)
     assert dists.to_dataframe().equals(expected.to_dataframe())
-    # The next analysis goes on in the dataset.
+    # The next analysis continues in the dataset.
     dists = layer_distributions(sae, model, store, n_prompts=2)
     expected = layer_distributions(sae, model, tokens[10:12])
     assert dists.to_dataframe().equals(expected.to_dataframe())

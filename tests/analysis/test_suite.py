@@ -1,4 +1,4 @@
-"""Authority: each analysis called by itself."""
+"""Reference: each analysis called by itself."""
 
 from collections.abc import Iterator
 from typing import Any
