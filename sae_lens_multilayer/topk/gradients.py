@@ -21,12 +21,8 @@ _ENTRIES_PER_LATENT = 4
 class LatentGradients:
     """Gradients of the weights of some latents, one row for each latent.
 
-    A product with transposed activations writes all rows, even for few vectors, so the
-    vectors of small tiles are collected and added together.
-
-    Args:
-        W_enc_rows: Tensor to which gradients of the encoder are added.
-        W_dec: Tensor to which gradients of the decoder are added.
+    Adds to the two tensors given. A product with transposed activations writes all
+    rows, even for few vectors, so small tiles are collected and added together.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def largest_positive(
     _check(h, torch.float32, h.stride(1) == 1)
     values = h.new_empty(len(h), k)
     indices = torch.empty(len(h), k, dtype=torch.int64)
-    _call("largest_positive", h, *_layout(h), k, values, indices)
+    _call("largest_positive", h, len(h), h.stride(0), h.shape[1], k, values, indices)
     return values, indices
 
 
@@ -89,8 +89,8 @@ def certified_topk(
     values = x.new_empty(len(h), k)
     indices = torch.empty(len(h), k, dtype=torch.int64)
     proven = torch.empty(len(h), dtype=torch.bool)
-    outputs = values, indices, proven
-    _call("certified_topk", h, *_layout(h), errors, x, rows, x.shape[1], k, *outputs)
+    shape, outputs = (len(h), h.stride(0), h.shape[1]), (values, indices, proven)
+    _call("certified_topk", h, *shape, errors, x, rows, x.shape[1], k, *outputs)
     return outputs
 
 
@@ -100,10 +100,6 @@ def _check(x: Tensor, dtype: torch.dtype, is_contiguous: bool) -> None:
             f"The kernel needs contiguous {dtype} on the CPU; got {x.dtype} on "
             f"{x.device} with shape {tuple(x.shape)} and strides {x.stride()}."
         )
-
-
-def _layout(h: Tensor) -> tuple[int, int, int]:
-    return len(h), h.stride(0), h.shape[1]
 
 
 def _call(name: str, *arguments: Tensor | int) -> None:

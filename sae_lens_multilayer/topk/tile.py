@@ -82,14 +82,12 @@ class LayerMoments:
 
     @classmethod
     def of(cls, z: Float[Tensor, "token d_in"]) -> "LayerMoments":
-        """Moments of the vectors of one layer."""
         mean = z.mean(dim=0)
         squares = sum_of_squares(z - mean)
         return cls(len(z), mean.to(squares.dtype), squares)
 
     @classmethod
     def stack(cls, layers: Sequence["LayerMoments"]) -> "LayerMoments":
-        """Moments of several layers over the same tokens."""
         return cls(
             layers[0].n_tokens,
             torch.stack([layer.mean for layer in layers]),
