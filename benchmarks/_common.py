@@ -1,4 +1,4 @@
-"""What the benchmarks share: versions, memory, and turns that are timed in rotation."""
+"""Shared by the benchmarks: versions, peak memory, and timing in alternating order."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from sae_lens_multilayer.sweeps.cost import measured
 
 
 def print_versions(*packages: str) -> None:
-    """Print what the figures depend on."""
+    """Print the versions and the hardware that results depend on."""
     print(
         f"python {platform.python_version()}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, "
@@ -28,9 +28,9 @@ def print_versions(*packages: str) -> None:
 
 
 @contextmanager
-def announced(what: str) -> Generator[None]:
-    """Print what is being done, and that it went well."""
-    print(f"{what} ...", end=" ", flush=True)
+def announced(check: str) -> Generator[None]:
+    """Print the name of a check, and "ok" when the block ends without error."""
+    print(f"{check} ...", end=" ", flush=True)
     yield
     print("ok", flush=True)
 
@@ -38,7 +38,7 @@ def announced(what: str) -> Generator[None]:
 def time_in_turns(
     turns: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant, taken in turn, so that drifts hit all alike."""
+    """Seconds of each function, run alternately so that drifts affect all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, turn in turns.items():
@@ -49,12 +49,12 @@ def time_in_turns(
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """Median over rounds of the ratio within a round."""
+    """Median over rounds of the ratio of times in the same round."""
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
 def peak_rss_mib(work: Callable[[], object]) -> float:
-    """MiB that this process takes at its peak beyond what it held before (Linux)."""
+    """Peak memory of this process in MiB, minus the memory before (Linux)."""
     with measured() as cost:
         work()
     return cost.peak_memory_mib - cost.memory_before_mib

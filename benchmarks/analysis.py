@@ -1,9 +1,9 @@
-"""The analyses cost little beside the model, and memory does not grow with tokens.
+"""Claim: analyses are cheap compared to the model; memory is independent of tokens.
 
-A tiny random model is gone over with every streaming analysis at once, for a number of
-tokens and for ten times as many, each in a process of its own; the claim is that the
-peaks are within 10% of each other. Then the time of each analysis is compared with that
-of the forward passes and of the encoder.
+Runs all streaming analyses together on a tiny random model, once with a number of
+tokens and once with ten times as many, each in its own process: peak memory must be
+within 10%. Then compares the time of each analysis with the forward passes and the
+encoder.
 """
 
 import argparse
@@ -34,20 +34,17 @@ N_CTX, D_VOCAB, BATCH = 128, 512, 8
 
 
 class Timed:
-    """An analysis with a clock."""
+    """An accumulator that measures its own time."""
 
     def __init__(self, accumulator: Any) -> None:
-        """Start at 0 seconds."""
         self.accumulator, self.seconds = accumulator, 0.0
 
     def update(self, batch: TokenBatch) -> None:
-        """Add a batch of tokens."""
         start = time.perf_counter()
         self.accumulator.update(batch)
         self.seconds += time.perf_counter() - start
 
     def compute(self) -> Any:
-        """The result."""
         start = time.perf_counter()
         result = self.accumulator.compute()
         self.seconds += time.perf_counter() - start
@@ -55,14 +52,13 @@ class Timed:
 
 
 class Encoded:
-    """Asks for the active latents, and for each token's, so that others need not."""
+    """Computes the active latents; the batch caches them for other accumulators."""
 
     def update(self, batch: TokenBatch) -> None:
-        """Encode a batch."""
         _ = batch.active
 
     def compute(self) -> None:
-        """Nothing."""
+        """Return nothing; the time of `update` is measured."""
 
 
 def make_model_and_sae(n_layers: int, d_model: int) -> tuple[Any, MultiLayerSAE]:
@@ -92,7 +88,7 @@ def make_model_and_sae(n_layers: int, d_model: int) -> tuple[Any, MultiLayerSAE]
 
 
 def analyses(sae: MultiLayerSAE) -> dict[str, Any]:
-    """Every analysis that streams over tokens."""
+    """All analyses that stream over tokens."""
     return {
         "layer distributions": DistributionSums(sae),
         "variances": VarianceSums(sae),
@@ -108,7 +104,7 @@ def random_tokens(n_tokens: int) -> torch.Tensor:
 
 
 def measure_memory(n_tokens: int) -> tuple[float, float]:
-    """Peak MiB of the process, and of one pass beyond what was held before."""
+    """Peak memory of the process, and of one pass minus the memory before, in MiB."""
     model, sae = make_model_and_sae(2, 32)
     tokens = random_tokens(n_tokens)
     analyze(sae, model, tokens[:BATCH], *analyses(sae).values())
@@ -135,7 +131,7 @@ def measure_time(n_tokens: int) -> None:
 
 
 def main() -> None:
-    """Measure, each size of memory in a process of its own."""
+    """Measure memory in one process per size, then time."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a tenth of the tokens")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
@@ -151,7 +147,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peak, own = (float(number) for number in done.stdout.split()[-2:])
         peaks.append(peak)
-        print(f"{n_tokens:>9,} tokens: peak {peak:.1f} MiB, of the pass {own:.1f} MiB")
+        print(f"{n_tokens:>9,} tokens: peak {peak:.1f} MiB, pass alone {own:.1f} MiB")
     print(f"ratio of peaks {peaks[1] / peaks[0]:.3f}")
     measure_time(few // 5)
 

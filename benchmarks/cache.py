@@ -1,16 +1,15 @@
-"""Claim: training data comes from a cache many times faster than from the model.
+"""Claim: reading vectors from a cache is many times faster than running the model.
 
-Harvests a cache of all 30 layers of SmolLM2, then compares vectors per second of
+Harvests a cache of all 30 layers of SmolLM2, checks that it returns the vectors of the
+live store exactly, then compares vectors per second of
 
 - the live store, which runs the model,
-- harvesting a cache, which runs it too and writes,
-- the store of the cache, all layers,
-- the store of the cache, one layer,
+- harvesting a cache, which runs the model and writes,
+- the store of the cache, all layers and one layer,
 - the same cache in bfloat16,
 
-mixing in the same buffer, after checking that the cache serves exactly the live store's
-vectors. Prints bytes per token too. The files are in the page cache, as they are when a
-run has read them once; `--cold` drops them before each turn.
+with the same mixing buffer. Also prints bytes per token. The files are in the page
+cache of the operating system; `--cold` drops them from it before each measurement.
 """
 
 import argparse
@@ -64,7 +63,7 @@ def main() -> None:
             return MultiLayerCacheActivationsRunner(cfg, data, model).run()
 
         exact, rounded = harvest(), harvest("bfloat16")
-        with announced("the cache serves the live store's vectors"):
+        with announced("the cache returns the vectors of the live store"):
             check_equal(model, data, exact, rounded)
         cfg = config(model, tokens.numel(), str(exact.path))
         one = config(model, tokens.numel(), str(exact.path), layers=[14])
@@ -111,7 +110,7 @@ def live_store(model: Any, cfg: Any, data: Dataset) -> MultiLayerActivationsStor
 
 
 def cached_store(cache: ActivationCache, cfg: Any) -> CachedActivationsStore:
-    """The store that reads a cache, opened anew."""
+    """Open the cache again and make the store that reads it."""
     cache = ActivationCache(cache.path)
     cache.check(cfg)
     return CachedActivationsStore.from_cache(cache, cfg)
@@ -124,7 +123,7 @@ def serve(store: MultiLayerActivationsStore) -> None:
 
 
 def cold(turn: Callable[[], None], folder: str) -> Callable[[], None]:
-    """The turn with the cache's files out of memory."""
+    """Drop the cache's files from the page cache before each run of `turn`."""
 
     def from_disk() -> None:
         for path in Path(folder).rglob("*.safetensors"):
@@ -139,7 +138,7 @@ def cold(turn: Callable[[], None], folder: str) -> Callable[[], None]:
 def check_equal(
     model: Any, data: Dataset, exact: ActivationCache, rounded: ActivationCache
 ) -> None:
-    """The first rows of both caches, bit for bit, and their tokens."""
+    """Compare the first rows of both caches with the live store, and their tokens."""
     cfg = config(model, 4 * BATCH, str(exact.path), activations_mixing_fraction=0.0)
     live = live_store(model, cfg, data)
     expected = torch.cat([next(live) for _ in range(4)])
@@ -152,7 +151,7 @@ def check_equal(
         and torch.equal(text.token_ids[: len(ids)].long(), ids)
     )
     if not same:
-        raise AssertionError("the cache must serve the live store's vectors")
+        raise AssertionError("the cache must return the vectors of the live store")
 
 
 def report(
@@ -178,8 +177,8 @@ def sizes(*caches: ActivationCache) -> None:
         files = [path for path in cache.path.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         print(
-            f"{cache.dtype}: {size / cache.n_tokens:,.0f} bytes per token, of "
-            f"which vectors {cache.bytes_per_token:,}; {cache.n_blocks} "
+            f"{cache.dtype}: {size / cache.n_tokens:,.0f} bytes per token "
+            f"(vectors: {cache.bytes_per_token:,}); {cache.n_blocks} "
             f"blocks of {cache.tokens_per_block} tokens"
         )
 

@@ -1,11 +1,10 @@
-"""Claim: checkpoints cost under 2% of a run where they are 50 of their times apart.
+"""Claim: a checkpoint takes seconds, 2% of a run that saves one every 100 seconds.
 
-Trains an MLSAE on all layers of SmolLM2 for some steps, then saves checkpoints as a run
-does, flushed to the disk, and prints their seconds and sizes: of the weights and the
-optimiser, and of the place in the data beside the bytes of the buffer that it rebuilds.
-From these follow how far apart checkpoints must be to cost 2% of the time between them,
-and what share 20 of them have in a day. Before that, a run is resumed from one and must
-end with the bit-identical weights.
+Trains an MLSAE on all layers of SmolLM2 for some steps, saving checkpoints as a run
+does (flushed to the disk). A run resumed from one must end with bit-identical weights.
+Prints the time and size of a checkpoint, the size of its data state compared to the
+buffer that is rebuilt from it, the interval at which checkpoints take 2% of the time,
+and the share of 20 checkpoints in a day.
 """
 
 import argparse
@@ -50,7 +49,7 @@ def main() -> None:
         (run,) = Path(folder).iterdir()
         checkpoints = sorted(run.iterdir(), key=lambda path: int(path.name))
         sizes = {file.name: file.stat().st_size for file in checkpoints[-1].iterdir()}
-        with announced("a run resumed from the second checkpoint ends the same"):
+        with announced("a resumed run ends with the same weights"):
             check_equal(whole, model, settings, checkpoints[1])
     report(seconds, sizes, len(layers or range(model.cfg.n_layers)), whole)
 
@@ -73,7 +72,7 @@ def train(model: Any, settings: dict[str, Any], **changes: Any) -> Any:
 
 
 def timed_saves() -> list[float]:
-    """The seconds that each checkpoint takes from here on, filled in as they come."""
+    """Patch the trainer; the returned list receives the seconds of each checkpoint."""
     seconds: list[float] = []
     original = MultiLayerTrainer.save_checkpoint
 
@@ -89,7 +88,7 @@ def timed_saves() -> list[float]:
 def check_equal(
     whole: Any, model: Any, settings: dict[str, Any], checkpoint: Path
 ) -> None:
-    """A resumed run must end with the same bits."""
+    """A resumed run must end with bit-identical weights."""
     changes = {"resume_from_checkpoint": str(checkpoint), "n_checkpoints": 0}
     again = train(model, settings, **changes)
     pairs = zip(whole.parameters(), again.parameters(), strict=True)
@@ -101,17 +100,17 @@ def report(
     seconds: list[float], sizes: dict[str, int], n_layers: int, sae: Any
 ) -> None:
     """Print what a checkpoint costs."""
-    place = sizes["activations_store_state.safetensors"]
+    data_state = sizes["activations_store_state.safetensors"]
     buffer = 16 * CONTEXT * n_layers * sae.cfg.d_in * 4
     median = statistics.median(seconds)
     print(f"{n_layers} layers, d_sae {sae.cfg.d_sae:,}, {len(seconds)} checkpoints")
     print(f"seconds: median {median:.2f}, {min(seconds):.2f} to {max(seconds):.2f}")
     print(
-        f"size {sum(sizes.values()) / 2**20:.0f} MiB; of the place in the data ", end=""
+        f"size {sum(sizes.values()) / 2**20:.0f} MiB; data state "
+        f"{data_state / 2**20:.3f} MiB, for a buffer of {buffer / 2**20:.0f} MiB"
     )
-    print(f"{place / 2**20:.3f} MiB, for a buffer of {buffer / 2**20:.0f} MiB")
-    print(f"2% where they are {50 * median:.0f} s apart; ", end="")
-    print(f"20 in a day: {20 * median / 86_400:.4%}")
+    print(f"2% of the time if one is saved every {50 * median:.0f} s; ", end="")
+    print(f"20 per day: {20 * median / 86_400:.4%}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Claim: a whole run is at least 4 times faster than SAELens' one SAE per layer.
 
-Trains on the residual stream of SmolLM2, harvesting included, by
+Trains on the residual stream of SmolLM2, including the forward passes, with
 
 - this package: one SAE of width D for all hooked layers;
 - SAELens' `MultiSAETrainingRunner`: one TopK SAE of width D for each hooked layer.
 
-So every activation vector is encoded against D latents in both, which is the same work
-for each vector; SAELens' SAEs have as many times more parameters as there are layers.
-Model, text, tokens, batch and k are the same, and neither logs, evaluates or saves. The
-vectors that the two stores serve are compared in `benchmarks/store.py`, the steps in
-`benchmarks/train_step.py`; here both must have trained TopK SAEs of the same k. FVU
-after so few steps says nothing of either.
+In both, each vector is encoded with D latents, so the work per vector is the same;
+SAELens trains one set of parameters per layer. Model, text, tokens, batch and k are the
+same, without logging, evaluation or saving. Both must end with TopK SAEs of the same k;
+`store.py` compares the vectors and `train_step.py` the steps. The printed FVU is not
+meaningful after so few steps.
 """
 
 import argparse
@@ -42,7 +41,7 @@ K, CONTEXT, BATCH = 32, 128, 512
 
 
 def main() -> None:
-    """Time both runs in turn and print tokens per second."""
+    """Time both runs alternately and print tokens per second."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="six layers, few tokens")
     parser.add_argument("--tokens", type=int, help="of text, in each run")
@@ -98,7 +97,7 @@ def train_host(model: Any, layers: list[int], d_sae: int, n_tokens: int) -> Any:
 
 
 def shared_settings(n_tokens: int) -> dict[str, Any]:
-    """What is the same in both runs."""
+    """Settings used by both runs."""
     return {
         "context_size": CONTEXT,
         "training_tokens": n_tokens,
@@ -125,7 +124,7 @@ def check(model: Any, ours: Any, host: dict[str, Any]) -> None:
         fvu, l0 = metrics.fvu.median(), metrics.l0.mean()
         print(f"{name}: median FVU of layers {fvu:.2f}, mean L0 {l0:.1f}")
         if not (metrics.fvu.isfinite().all() and abs(l0 - K) < 1):
-            raise AssertionError(f"{name} has not trained a TopK SAE: {metrics}")
+            raise AssertionError(f"{name} did not train a TopK SAE: {metrics}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Claim: `evaluate` is at least 3 times faster than looping `run_evals` over 12 layers.
 
-Both give cross-entropy (clean, spliced, ablated) and KL divergence for every layer of a
-12-layer model on the same tokens; `evaluate` also measures the reconstructions, which
-`run_evals` is not asked for here. Equality of results is checked first.
+Both compute cross-entropy (clean, spliced, ablated) and KL divergence for each layer of
+a 12-layer model on the same tokens; `evaluate` also measures the reconstructions.
+Equality of the results is checked first.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make_model(d_vocab: int) -> Any:
-    """A random GPT of GPT-2 small's depth."""
+    """A random GPT with 12 layers."""
     return HookedTransformer(
         HookedTransformerConfig(
             n_layers=N_LAYERS,

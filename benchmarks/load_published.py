@@ -1,8 +1,8 @@
-"""Claim: of a `-tfm` checkpoint only the SAE is read, with twice its size in memory.
+"""Claim: only the SAE is read from a `-tfm` checkpoint, with twice its size in memory.
 
-Writes files of the published form and sizes, an SAE beside a transformer of zeros, and
-prints the peak memory of loading the SAE, of loading one hook of it, and of reading the
-whole file, after checking that what is loaded is what was written.
+Writes a file of the published format and size, an SAE and a transformer of zeros,
+checks that the loaded SAE equals the written one, and prints the peak memory of loading
+the SAE, one hook of it, and the whole file.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
         path = write(hub, sae, transformer_mib=250 if args.small else 1500)
         sae_mib = sum(t.nbytes for t in sae.values()) / 2**20
         print(f"SAE {sae_mib:.0f} MiB in {path.stat().st_size / 2**20:.0f} MiB")
-        with announced("the loaded SAE is the one that was written"):
+        with announced("the loaded SAE equals the written one"):
             loaded: Any = SAE.from_pretrained(_RELEASE, _SAE_ID)
             assert torch.equal(loaded.W_enc, sae["encoder.weight"].T)
             assert torch.equal(loaded.W_dec, sae["decoder.weight"].T)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def autoencoder(d_in: int) -> dict[str, Tensor]:
-    """Random weights by their published names."""
+    """Random weights under the names of the published files."""
     decoder = torch.nn.functional.normalize(torch.randn(d_in, 64 * d_in), dim=0)
     return {
         "encoder.weight": torch.randn(64 * d_in, d_in),

@@ -1,8 +1,8 @@
-"""Measures: what `prefetch_llm_batches` gains where model and SAE share a CPU.
+"""Measures the gain of `prefetch_llm_batches` if model and SAE share a CPU.
 
-Trains on six layers of SmolLM2 (all with --all-layers) with batches read when they are
-needed and with two read ahead by a thread, in turn. The weights must be bit-identical.
-Two devices, for which it is meant, are not measured here.
+Trains on six layers of SmolLM2 (all with --all-layers) without prefetching and with two
+batches prefetched by a thread. The weights must be bit-identical. Prefetching is meant
+for two devices, which are not measured here.
 
     python -m benchmarks.prefetch [--small] [--all-layers] [--rounds N]
 """
@@ -33,19 +33,19 @@ def main() -> None:
     print(
         f"{len(layers)} layers, d_sae {16 * model.cfg.d_model:,}, {n_tokens:,} tokens"
     )
-    with announced("both orders of work end with the same bits"):
+    with announced("prefetching does not change the weights"):
         first, second = (train(model, layers, n_tokens, n) for n in (False, 2))
         for name, tensor in first.state_dict().items():
             assert torch.equal(tensor, second.state_dict()[name]), name
     turns = {
-        "as needed": lambda: train(model, layers, n_tokens, False),
-        "read ahead": lambda: train(model, layers, n_tokens, 2),
+        "no prefetching": lambda: train(model, layers, n_tokens, False),
+        "prefetching": lambda: train(model, layers, n_tokens, 2),
     }
     seconds = time_in_turns(turns, args.rounds or rounds)
     for name, times in seconds.items():
-        print(f"{name:12}{n_tokens / statistics.median(times):8.0f} tokens/s")
-    gain = ratio(seconds["as needed"], seconds["read ahead"])
-    print(f"reading ahead is {gain:.2f} times as fast")
+        print(f"{name:16}{n_tokens / statistics.median(times):8.0f} tokens/s")
+    gain = ratio(seconds["no prefetching"], seconds["prefetching"])
+    print(f"prefetching is {gain:.2f} times as fast")
 
 
 def train(model: Any, layers: list[int], n_tokens: int, prefetch: bool | int) -> Any:

@@ -1,16 +1,15 @@
-"""Claim: two ranks take one process's update; what they say to each other is weights.
+"""Claim: two ranks make the update of one process; communication is mostly gradients.
 
-Two processes on this machine, connected by gloo and with one thread each, take a
-training step with half of a batch each; in turn one of them takes it with the whole
-batch, and with half of it, while the other waits. Equality first: after three steps
-the weights must be those of one process to float tolerance, and the same bits on both
+Two processes on this machine, connected by gloo and with one thread each, make a
+training step with half of a batch each. For comparison one of them makes it with the
+whole batch and with half of it, while the other waits. First, after three steps the
+weights must equal those of one process to float tolerance, and be bit-identical on both
 ranks.
 
-Prints the bytes that a rank puts into collectives in a step, and the time of a step:
-what two ranks take beyond one with half the batch is communication, waiting for each
-other and the memory that they share. The gradients alone, all-reduced while nothing
-else runs, are timed too; so is a step with dead latents, which has a short exchange for
-every layer.
+Prints the bytes that a rank passes to collectives in a step, and the time of a step.
+The time that two ranks need beyond one rank with half the batch is communication,
+waiting and shared memory bandwidth. Also timed: the all-reduce of the gradients alone,
+and steps with dead latents, which exchange three more numbers for each layer.
 
     python -m benchmarks.ranks [--small] [--tokens N] [--repeats N]
 """
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def work(index: int, port: int, d_sae: int, n_tokens: int, repeats: int) -> None:
-    """What each rank does."""
+    """Check and measure on one rank."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(index),
@@ -73,7 +72,7 @@ def work(index: int, port: int, d_sae: int, n_tokens: int, repeats: int) -> None
     if ranks.is_first:
         print_versions("torch")
         print(f"{n_tokens:,} tokens x {LAYERS} layers x {D_IN}, d_sae {d_sae:,}, k {K}")
-        with announced("two ranks take one process's update"):
+        with announced("two ranks make the update of one process"):
             check(ranks, d_sae, x, half)
     else:
         check(ranks, d_sae, x, half)
@@ -85,7 +84,7 @@ def work(index: int, port: int, d_sae: int, n_tokens: int, repeats: int) -> None
 
 
 def new_trainer(d_sae: int, ranks: Ranks, dead: float = 0.0) -> MultiLayerTrainer:
-    """A trainer of an SAE that begins the same on all ranks."""
+    """A trainer of an SAE with the same initial weights on all ranks."""
     sae_cfg = MultiLayerTrainingSAEConfig(
         d_in=D_IN, d_sae=d_sae, k=K, dead_after_tokens=10**9
     )
@@ -100,13 +99,13 @@ def new_trainer(d_sae: int, ranks: Ranks, dead: float = 0.0) -> MultiLayerTraine
     sae: Any = TrainingSAE.from_dict(sae_cfg.to_dict())
     no_data: Iterator[Tensor] = iter(())
     trainer = MultiLayerTrainer(cfg, sae, no_data, initialize_b_dec=False, ranks=ranks)
-    # Latents that will not have fired for longer than counters count.
+    # These latents are dead: the counter exceeds `dead_after_tokens`.
     trainer.tokens_since_fired[torch.rand(d_sae) < dead] = 2**40
     return trainer
 
 
 def check(ranks: Ranks, d_sae: int, x: Tensor, half: Tensor) -> None:
-    """Weights after three steps are one process's, and the same bits on all ranks."""
+    """Compare the weights after three steps with one process, and between ranks."""
     together, alone = new_trainer(d_sae, ranks), new_trainer(d_sae, ALONE)
     for _ in range(3):
         together.step(half)
@@ -116,15 +115,15 @@ def check(ranks: Ranks, d_sae: int, x: Tensor, half: Tensor) -> None:
     if ranks.is_first:
         for name, tensor in alone.sae.state_dict().items():
             found = together.sae.state_dict()[name]
-            # Adam's first steps are of a length that hardly depends on the gradient,
-            # so that entries near 0 may differ by a share of the learning rate.
+            # The size of Adam's first steps hardly depends on the gradient, so entries
+            # near 0 may differ by a fraction of the learning rate.
             torch.testing.assert_close(found, tensor, rtol=1e-4, atol=2e-5)
 
 
 def measure(
     ranks: Ranks, d_sae: int, x: Tensor, half: Tensor, dead: float, repeats: int
 ) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each contestant on the first rank, in turn; and bytes of a step."""
+    """Seconds of each variant on the first rank, and bytes of a step."""
     together, alone = new_trainer(d_sae, ranks, dead), new_trainer(d_sae, ALONE, dead)
     gradients = torch.zeros(2, d_sae, D_IN)
     n_bytes = count_bytes(lambda: dead_step(together, half, dead))
@@ -145,7 +144,7 @@ def measure(
 
 
 def dead_step(trainer: MultiLayerTrainer, x: Tensor, dead: float) -> None:
-    """A step that leaves the same latents dead."""
+    """Make a step, then restore which latents are dead."""
     counters = trainer.tokens_since_fired.clone()
     stats = trainer.step(x)
     assert (stats.losses["auxiliary_reconstruction_loss"] > 0) == (dead > 0)
@@ -153,7 +152,7 @@ def dead_step(trainer: MultiLayerTrainer, x: Tensor, dead: float) -> None:
 
 
 def count_bytes(step: Callable[[], object]) -> int:
-    """Bytes of the tensors that a rank gives to collectives."""
+    """Bytes of the tensors that a rank passes to collectives."""
     sizes: list[int] = []
     originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
 
@@ -183,8 +182,8 @@ def report(seconds: dict[str, list[float]]) -> None:
     whole, half = medians["1 rank, whole batch"], medians["1 rank, half of it"]
     both = medians["2 ranks, half each"]
     print(
-        f"  2 ranks are {whole / both:.2f} times as fast as 1, and take "
-        f"{(both - half) * 1e3:.0f} ms longer than 1 with half the batch"
+        f"  2 ranks are {whole / both:.2f} times as fast as 1, and need "
+        f"{(both - half) * 1e3:.0f} ms more than 1 rank with half the batch"
     )
 
 

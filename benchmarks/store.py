@@ -1,4 +1,4 @@
-"""Claim: harvesting all layers costs at most 1.1 times a bare forward pass.
+"""Claim: harvesting all layers takes at most 1.1 times as long as a forward pass.
 
 Compares, on the same prompts and the same model, tokens per second of
 
@@ -6,8 +6,8 @@ Compares, on the same prompts and the same model, tokens per second of
 - `MultiLayerActivationsStore`, shuffling included,
 - SAELens' own multi-hook store, shuffling included,
 
-after checking that both stores serve exactly the vectors of a plain `run_with_cache`.
-Contestants take turns, and each turn is timed as a whole.
+after checking that both stores return exactly the vectors of `run_with_cache`. The
+three are timed alternately.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     model: Any = load_smollm2()
     tokens = torch.randint(100, model.cfg.d_vocab, (n_prompts, context))
     print_versions("torch", "sae-lens", "transformer-lens")
-    with announced("both stores serve the vectors of run_with_cache"):
+    with announced("both stores return the vectors of run_with_cache"):
         check_equal(model, tokens[:4])
     turns: dict[str, Callable[[], None]] = {
         "bare forward pass": lambda: bare(model, tokens),
@@ -77,7 +77,7 @@ def serve(batches: Any) -> None:
 
 
 def our_store(model: Any, tokens: torch.Tensor) -> Any:
-    """Batches of 256 tokens from a buffer of a quarter of them."""
+    """Batches of 256 tokens from the store of this package."""
     cfg = MultiLayerConfig(
         sae=MultiLayerTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=1024),
         context_size=tokens.shape[1],
@@ -96,7 +96,7 @@ def our_store(model: Any, tokens: torch.Tensor) -> Any:
 
 
 def host_store(model: Any, tokens: torch.Tensor) -> Any:
-    """The same from SAELens' store."""
+    """Batches of 256 tokens from SAELens' store."""
     hooks = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     d_in: int = model.cfg.d_model
     store = ActivationsStore.from_config_multi_hook(
@@ -116,7 +116,7 @@ def host_store(model: Any, tokens: torch.Tensor) -> Any:
 
 
 def check_equal(model: Any, tokens: torch.Tensor) -> None:
-    """Both stores must serve the vectors of `run_with_cache`, ours each token once."""
+    """Both stores must return the vectors of `run_with_cache`, ours each token once."""
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, stop_at_layer=model.cfg.n_layers)
     hooks = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
@@ -127,14 +127,14 @@ def check_equal(model: Any, tokens: torch.Tensor) -> None:
     )
     key, order = expected[:, 0, 0].sort()
     for name, found in (("ours", ours), ("SAELens'", host)):
-        place = torch.searchsorted(key, found[:, 0, 0].contiguous())
-        same = torch.equal(found, expected[order[place.clamp(max=len(key) - 1)]])
+        rank = torch.searchsorted(key, found[:, 0, 0].contiguous())
+        same = torch.equal(found, expected[order[rank.clamp(max=len(key) - 1)]])
         if not same:
             raise AssertionError(
-                f"{name} store does not serve run_with_cache's vectors"
+                f"{name} store does not return the vectors of run_with_cache"
             )
     if len(ours[:, 0, 0].unique()) != len(key):
-        raise AssertionError("our store must serve each token once")
+        raise AssertionError("our store must return each token once")
 
 
 if __name__ == "__main__":

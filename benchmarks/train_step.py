@@ -1,18 +1,19 @@
 """Time of one full TopK training step: forward, gradients, unit norm, Adam.
 
-Claim: with k = 32 of d_sae latents active, the sparse step costs little more than the
-encoder's float32 matrix product, and with certified bfloat16 candidates less; several
-times less than the dense step of SAELens and the sparse one of `eai-sparsify`.
+Claim: with k = 32 active latents, the sparse step takes little longer than the float32
+matrix product of the encoder, and less with certified bfloat16 candidates. It is
+several times faster than the dense step of SAELens and the sparse step of
+`eai-sparsify`.
 
-Equality first: losses and gradients of the sparse step against autograd of the dense
-definition, and reconstructions of SAELens and sparsify against ours from equal weights.
-Then the contestants take turns. SAELens steps with the Adam of its trainer, all others
-with a fused one. Memory is the peak of a first step in a fresh process, less what the
-process held before, parameters and Adam's state included in neither.
+First, losses and gradients of the sparse step are compared with autograd of the dense
+definition, and reconstructions with those of SAELens and sparsify for equal weights.
+Then all steps are timed alternately. SAELens uses the Adam of its trainer, all others a
+fused Adam. Memory is the peak of the first step in a new process minus the memory
+before, without parameters and Adam's state.
 
     python -m benchmarks.train_step [--small | --large] [--repeats N] [--threads N]
 
-On a machine that others use, `--threads 1 --cpu-time` is the least disturbed.
+On a shared machine, `--threads 1 --cpu-time` gives the most stable results.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from sae_lens_multilayer.topk.sparse import (
     encode_topk,
     normalize_decoder,
     project_decoder_gradient,
-    training_step,
 )
+from sae_lens_multilayer.topk.step import training_step
 
 N_VECTORS, D_IN, K, K_AUX, AUX_COEFFICIENT = 2048, 512, 32, 256, 1 / 32
 LEARNING_RATE, ADAM_EPS = 1e-4, 6.25e-10
@@ -62,7 +63,7 @@ class Case:
         self.dead = dead.to(self.device) if self.dead_share else None
 
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        """Encoder rows, decoder rows and bias, all new."""
+        """New encoder rows, decoder rows and bias."""
         bias = nn.Parameter(self.x.new_zeros(D_IN))
         return nn.Parameter(self.rows.clone()), nn.Parameter(self.rows.clone()), bias
 
@@ -81,7 +82,7 @@ def fused_adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
 
 def ours(case: Case, certified: bool) -> Step:
     rows, W_dec, b_dec = case.parameters()
-    # Adam works on the encoder's rows, which it finds contiguous
+    # Adam updates the encoder's rows, which are contiguous.
     W_enc = rows.detach().T
     rows.grad, W_dec.grad = torch.zeros_like(rows), torch.zeros_like(W_dec)
     b_dec.grad, W_enc.grad = torch.zeros_like(b_dec), rows.grad.T
@@ -178,7 +179,7 @@ def encoder_product(case: Case, dtype: torch.dtype) -> Step:
     return lambda: x @ W_enc
 
 
-def contestants(case: Case) -> dict[str, Callable[[], Step]]:
+def variants(case: Case) -> dict[str, Callable[[], Step]]:
     found = {
         "encoder product, float32": lambda: encoder_product(case, torch.float32),
         "encoder product, bfloat16": lambda: encoder_product(case, torch.bfloat16),
@@ -257,8 +258,8 @@ def check_close(actual: Tensor | None, expected: Tensor | None, bound: float) ->
 def time_steps(
     case: Case, repeats: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant's steps, taken in turn after one to warm up."""
-    steps = {name: make() for name, make in contestants(case).items()}
+    """Seconds of each variant's steps, run alternately after one warm-up step."""
+    steps = {name: make() for name, make in variants(case).items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
@@ -277,11 +278,11 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(name: str, sizes: tuple[int, float, str, int]) -> float:
-    """MiB that a first step takes beyond what was there before it."""
+    """Peak memory of the first step minus the memory before, in MiB."""
     d_sae, dead_share, device, threads = sizes
     torch.set_num_threads(threads)
     case = Case(d_sae, dead_share, device)
-    step = contestants(case)[name]()
+    step = variants(case)[name]()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -308,17 +309,17 @@ def report(case: Case, times: dict[str, list[float]], memory: dict[str, float]) 
         numbers = "".join(f"{1e3 * s:8.0f}" for s in spread)
         peak = f"{memory[name]:10.0f}" if name in memory else f"{'-':>10}"
         print(f"{name:28}{numbers}{median / product:11.2f}{peak}")
-    for rival in ("sae-lens TopK", "sparsify", "dense reference"):
-        if rival in times:
-            print_ratios(rival, times)
+    for other in ("sae-lens TopK", "sparsify", "dense reference"):
+        if other in times:
+            print_ratios(other, times)
 
 
-def print_ratios(rival: str, times: dict[str, list[float]]) -> None:
-    """Ratios of medians, and of the least disturbed steps."""
+def print_ratios(other: str, times: dict[str, list[float]]) -> None:
+    """Print ratios of medians and of minima."""
     for name in ("this package, float32", "this package, certified"):
-        medians = statistics.median(times[rival]) / statistics.median(times[name])
-        least = min(times[rival]) / min(times[name])
-        print(f"{rival} / {name}: {medians:.1f} (of minima {least:.1f})")
+        medians = statistics.median(times[other]) / statistics.median(times[name])
+        least = min(times[other]) / min(times[name])
+        print(f"{other} / {name}: {medians:.1f} (minima: {least:.1f})")
 
 
 def main() -> None:
@@ -328,14 +329,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--cpu-time", action="store_true", help="of the process; for a busy machine"
+        "--cpu-time", action="store_true", help="measure CPU time instead of wall time"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print_versions("torch", "sae-lens", "eai-sparsify")
     if not has_sparsify():
-        print("sparsify cannot be imported and is left out")
+        print("sparsify cannot be imported and is skipped")
     cases = [(16 * D_IN, 0.0), (16 * D_IN, 0.3)]
     cases += [] if arguments.small else [(64 * D_IN, 0.0)]
     cases += [(256 * D_IN, 0.0)] if arguments.large else []

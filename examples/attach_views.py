@@ -1,8 +1,8 @@
-"""What does a model lose when several of its layers pass through the SAE?
+"""How does the model's loss change if several layers are replaced by reconstructions?
 
-Attaches views at several layers at once to a HookedSAETransformer and to a
-SAETransformerBridge, without and with the error term, which adds back what the SAE
-leaves out. Run `python -m examples.attach_views FOLDER` with the demo's SAE.
+Attaches views at several layers to a HookedSAETransformer and to a
+SAETransformerBridge, with and without the error term (the difference between vectors
+and reconstructions). Run `python -m examples.attach_views FOLDER` with the demo's SAE.
 """
 
 import sys
@@ -16,12 +16,12 @@ from sae_lens import SAE, HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
 
-import sae_lens_multilayer  # noqa: F401  (SAELens then knows the architecture)
+import sae_lens_multilayer  # noqa: F401  (registers the architecture)
 from examples.smollm2 import held_out_prompts, load_smollm2, smollm2_folder
 
 
 def main(folder: str) -> None:
-    """Print the cross-entropy of both kinds of model with one to four views."""
+    """Print the cross-entropy of both models with zero to four views."""
     sae: Any = SAE.load_from_disk(folder)
     n_layers = len(sae.cfg.metadata.hook_names)
     hooked: Any = load_smollm2(HookedSAETransformer)
@@ -36,7 +36,7 @@ def main(folder: str) -> None:
 def loss_by_views(
     model: Any, views: Sequence[SAE[Any]], tokens: Int[Tensor, "prompt pos"]
 ) -> pd.DataFrame:
-    """Cross-entropy with the first views attached together, one row for each count."""
+    """Cross-entropy with the first n views attached, one row for each n."""
     rows: list[dict[str, float]] = []
     with torch.no_grad():
         for n in range(len(views) + 1):

@@ -1,8 +1,8 @@
-"""What makes some latents active, as pages to read in a browser?
+"""Write SAEDashboard's page for some latents of one view.
 
-SAEDashboard draws the latents of one view. It pins older libraries, so it is installed
-apart, by `make neighbours`. Run `python -m examples.dashboard FOLDER` with the demo's
-SAE; the page is FOLDER/dashboard.html.
+SAEDashboard pins older libraries, so `make neighbours` installs it separately. Run
+`python -m examples.dashboard FOLDER` with the demo's SAE; the page is
+FOLDER/dashboard.html.
 """
 
 import sys
@@ -15,12 +15,12 @@ from jaxtyping import Int
 from sae_lens import SAE, HookedSAETransformer
 from torch import Tensor
 
-import sae_lens_multilayer  # noqa: F401  (SAELens then knows the architecture)
+import sae_lens_multilayer  # noqa: F401  (registers the architecture)
 from examples.smollm2 import held_out_prompts, load_smollm2
 
 
 def main(folder: str) -> None:
-    """Draw five latents that are active at the middle layer."""
+    """Write the page of five latents that are active at the middle layer."""
     if find_spec("sae_dashboard") is None:
         sys.exit("SAEDashboard is not installed: `make neighbours` installs it.")
     sae: Any = SAE.load_from_disk(folder)
@@ -38,7 +38,7 @@ def main(folder: str) -> None:
 def most_active_latents(
     model: Any, view: SAE[Any], tokens: Int[Tensor, "prompt pos"], n_latents: int
 ) -> list[int]:
-    """The latents that are active for most tokens."""
+    """The latents that are active for the most tokens."""
     hook_name = view.cfg.metadata.hook_name
     _, cache = model.run_with_cache(tokens, names_filter=hook_name)
     counts = (view.encode(cache[hook_name]) > 0).flatten(0, -2).sum(0)
@@ -53,7 +53,7 @@ def write_dashboard(
     path: Path,
 ) -> Path:
     """Write a page with the activations of these latents on these prompts."""
-    # Installed apart.
+    # Installed separately.
     from sae_dashboard import (  # pyright: ignore[reportMissingImports]
         data_writing_fns,
         sae_vis_data,
@@ -69,7 +69,7 @@ def write_dashboard(
     )
     runner = sae_vis_runner.SaeVisRunner(config)
     data = runner.run(encoder=view, model=model, tokens=tokens)
-    data.model = model  # the page shows tokens as the model's tokenizer has them
+    data.model = model  # Its tokenizer gives the texts of tokens on the page.
     data_writing_fns.save_feature_centric_vis(data, path)
     return path
 

@@ -1,8 +1,8 @@
-"""The main job, end to end and without a hub: one SAE for all 30 blocks of SmolLM2.
+"""Demo without a model hub: train and use one SAE for all 30 blocks of SmolLM2.
 
 Trains on the residual stream after every block, prints a table of held-out metrics by
-layer, draws FVU by layer, saves the SAE, and runs the model with some of its views in a
-fresh process.
+layer, plots FVU by layer, saves the SAE, and runs the model with some of its views in a
+new process.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CONTEXT_SIZE = 128
 
 @dataclass
 class Settings:
-    """What the command line can change."""
+    """Settings that the command line can change."""
 
     output: Path
     """New folder for the SAE and the picture."""
@@ -66,7 +66,7 @@ def main() -> None:
     sae = LanguageModelSAETrainingRunner(
         cfg, override_dataset=english_text("train"), override_model=model
     ).run()
-    print(f"Trained in {time.perf_counter() - start:.0f} s, with loading the model.\n")
+    print(f"Trained in {time.perf_counter() - start:.0f} s, including model loading.\n")
 
     tokens = held_out_tokens(cfg, model, settings.held_out_tokens)
     metrics = reconstruction_metrics(
@@ -85,7 +85,7 @@ def main() -> None:
     (settings.output / "held_out.json").write_text(json.dumps(metrics.to_log_dict()))
     print(f"SAE and picture: {settings.output}, {picture}\n")
 
-    print("In a fresh process, from the disk:", flush=True)
+    print("In a new process:", flush=True)
     script = [sys.executable, "-m", "examples.splice_views", str(settings.output)]
     subprocess.run(script, check=True)
     print(f"Done in {time.perf_counter() - start:.0f} s.")
@@ -106,7 +106,7 @@ def parse_args(args: list[str]) -> Settings:
 def make_config(
     settings: Settings, model: Any
 ) -> MultiLayerConfig[MultiLayerTrainingSAEConfig]:
-    """The run: the paper's recipe, with a higher learning rate for so few steps."""
+    """The paper's recipe, with a higher learning rate for few steps."""
     d_in = model.cfg.d_model
     return MultiLayerConfig(
         sae=MultiLayerTrainingSAEConfig(
@@ -136,7 +136,7 @@ def make_config(
 def held_out_tokens(
     cfg: MultiLayerConfig[Any], model: Any, n_tokens: int
 ) -> Int[Tensor, "prompt pos"]:
-    """Contexts of held-out text, tokenised as the training text was."""
+    """Contexts of held-out text, tokenised like the training text."""
     dataset: Dataset = english_text("test")
     store = MultiLayerActivationsStore.from_config(model, cfg, dataset)
     return store.get_batch_tokens(max(1, n_tokens // CONTEXT_SIZE))

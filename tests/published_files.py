@@ -1,4 +1,4 @@
-"""The files of published checkpoints, made of the paper's data."""
+"""Files of published checkpoints, created from the paper's data."""
 
 import io
 import json
@@ -14,7 +14,7 @@ _AUTOENCODER = ("encoder.weight", "decoder.weight", "pre_encoder_bias")
 
 
 def paper_tensors(source: str = "plain.safetensors") -> dict[str, Tensor]:
-    """The weights of an autoencoder of the paper's code, by their published names."""
+    """Weights of an autoencoder of the paper's code, under their published names."""
     stored = load_file(PAPER_DATA / source)
     return {name: stored[name] for name in _AUTOENCODER}
 
@@ -36,12 +36,12 @@ def transformer_files(**changes: Any) -> dict[str, bytes]:
 
 
 def lens_files() -> dict[str, bytes]:
-    """The files of a published `-lens`, which do not hold the lens."""
+    """The files of a published `-lens`, which do not contain the lens."""
     return _files(paper_config("mlsae"), paper_tensors(_LENS_MLSAE))
 
 
 def lens_transformer_files(**changes: Any) -> dict[str, bytes]:
-    """The files of a published `-lens-tfm`, which hold the lens and its unembedding."""
+    """The files of a published `-lens-tfm`, with the lens and its unembedding."""
     lens = {f"lens.layer_translators.{k}": v for k, v in paper_lens().items()}
     lens["lens.unembed.unembedding.weight"] = torch.ones(512, 64)
     changes = {"tuned_lens": True, **changes}
@@ -49,9 +49,9 @@ def lens_transformer_files(**changes: Any) -> dict[str, bytes]:
 
 
 def paper_lens(n_layers: int = 5) -> dict[str, Tensor]:
-    """The tensors of the lens that the paper's code used, of a model of five blocks.
+    """The tensors of the paper's lens, of a model of five blocks.
 
-    Further blocks have the translator of the last one.
+    Further blocks use the translator of the last one.
     """
     stored = load_file(PAPER_DATA / "lens.safetensors")
     return {
@@ -62,7 +62,7 @@ def paper_lens(n_layers: int = 5) -> dict[str, Tensor]:
 
 
 def tuned_lens_files(n_layers: int = 6) -> dict[str, bytes]:
-    """What tuned-lens has in the folder of a lens."""
+    """The files of a lens saved by tuned-lens."""
     params = io.BytesIO()
     torch.save(paper_lens(n_layers), params)
     config = {

@@ -1,11 +1,10 @@
-"""Work on several ranks: processes connected by gloo, as torchrun starts them.
+"""Tasks on several ranks: processes connected by gloo, like those of torchrun.
 
 Reads lines of JSON, `[task, folder, number of ranks, settings]` (0 ranks: one process
-that torchrun has not started); for each it forks the
-ranks (importing everything anew would take longer than the work), which call the
-function `task` with the folder and the settings. Their output goes to FOLDER/rank_0.log
-and so on. Prints `started PID ...`, then `ended STATUS ...` when none is left; they are
-killed after a minute.
+without torchrun's environment). For each line it forks the ranks (faster than importing
+everything again), which call the function `task` with the folder and the settings.
+Rank i writes its output to FOLDER/rank_{i}.log. Prints `started PID ...`, then `ended
+STATUS ...` when all have ended. Ranks are killed after `TIMEOUT_SECONDS`.
 """
 
 import json
@@ -78,7 +77,7 @@ def config(sae: str = "multilayer", **changes: Any) -> MultiLayerConfig:
 
 
 def steps(ranks: Ranks, sae: str) -> dict[str, torch.Tensor]:
-    """Train on this rank's share of batches that are the same for any number of them.
+    """Train on this rank's share of batches, which are the same for any rank count.
 
     Returns:
         Weights, average gradients, counters, and the losses and metrics of each step.
@@ -99,7 +98,7 @@ def steps(ranks: Ranks, sae: str) -> dict[str, torch.Tensor]:
     found["tokens_since_fired"] = trainer.tokens_since_fired
     found["act_freq_scores"] = trainer.act_freq_scores
     found["n_samples"] = torch.tensor(trainer.n_training_samples)
-    # Adam's step hardly depends on the scale of gradients; their average shows it.
+    # Adam's step hardly depends on the scale of gradients, but their average does.
     found |= {
         f"average_gradient.{name}": trainer.optimizer.state[parameter]["exp_avg"]
         for name, parameter in trainer.sae.named_parameters()
@@ -126,18 +125,18 @@ def train(
     wandb: bool = False,
     **changes: Any,
 ) -> None:
-    """Train and write FOLDER/output, as a run that may be stopped or fail.
+    """Train and write FOLDER/output; the run can be stopped or made to fail.
 
-    Writes the rows of text that each rank has run the model on.
+    Writes the prompts that each rank has harvested to FOLDER/{rank}.json.
 
     Args:
-        fail_at: Model batch in which the last rank finds a value that no step takes.
-        value: This one.
-        break_at: Tokens after which the last rank has an error of its own in a step.
-        stop_at: Tokens after which the last rank is asked to stop.
-        differ: What the last rank begins with another of: "weights" or "settings".
-        seconds: How much longer each step takes.
-        wandb: Whether to log; writes the names of what each rank has logged.
+        fail_at: Model batch in which the last rank's vectors contain `value`.
+        value: An activation that stops the run, such as NaN.
+        break_at: Tokens after which a step of the last rank raises an error.
+        stop_at: Tokens after which the last rank receives SIGTERM.
+        differ: Initial state that differs on the last rank: "weights" or "settings".
+        seconds: Time by which each step is slowed down.
+        wandb: Whether to log; writes the keys that each rank has logged.
     """
     index = int(os.environ.get("RANK", "0"))
     is_last = index == int(os.environ.get("WORLD_SIZE", "1")) - 1
@@ -186,7 +185,7 @@ def train(
 
 
 def command(folder: Path, arguments: list[str]) -> None:
-    """The command line, on ranks."""
+    """Run a command on the ranks."""
     os.chdir(folder)
     cli.main(arguments)
 
@@ -303,7 +302,7 @@ def wait_for(children: list[int]) -> list[int]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    torch.set_num_threads(1)  # Threads do not survive a fork.
     for line in sys.stdin:
         task, folder, count, settings = json.loads(line)
         port = free_port()

@@ -1,4 +1,4 @@
-"""SAEs with random weights, and processes that know nothing of this one."""
+"""SAEs with random weights, SAELens' metrics, and scripts in new processes."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ HOOK_NAMES = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 
 
 def random_sae(training: bool = False, **changes: Any) -> Any:
-    """A multi-layer SAE of the tiny model whose every weight is random.
+    """A multi-layer SAE of the tiny model with random weights.
 
     The encoder is not the decoder's transpose and `b_dec` is not 0, as after training.
     """
@@ -72,7 +72,7 @@ def random_lens(
 
 
 def random_acts(*batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Vectors whose means and scales differ, as those of several layers do."""
+    """Vectors whose means and scales differ between layers."""
     scale = torch.logspace(-1, 2, batch[-1], dtype=dtype).unsqueeze(-1)
     return (torch.randn(*batch, D_MODEL, dtype=dtype) + 0.5) * scale
 
@@ -80,7 +80,7 @@ def random_acts(*batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
 def host_numbers(
     view: SAE[Any], model: Any, tokens: torch.Tensor, exclude: Sequence[int] = ()
 ) -> dict[str, float]:
-    """What `sae_lens.evals.run_evals` says of a view, under our names."""
+    """Metrics of a view from `sae_lens.evals.run_evals`, under our names."""
     dataset = Dataset.from_dict({"input_ids": tokens})
     store = ActivationsStore.from_sae(model, view, dataset, streaming=False)
     config = EvalConfig(
@@ -119,7 +119,7 @@ def host_numbers(
 
 
 def run_fresh(script: str, *args: str | Path) -> str:
-    """Run Python in a process of its own and return what it prints."""
+    """Run a Python script in a new process and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, args)],
         cwd=Path(__file__).parents[1],

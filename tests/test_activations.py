@@ -1,6 +1,6 @@
 """The store against a plain `run_with_cache` and the definition of an epoch.
 
-Authority: TransformerLens for the vectors (compared exactly), the tokens of the dataset
+Reference: TransformerLens for the vectors (compared exactly), the tokens of the dataset
 for who is served when, SAELens' own store for the meaning of shared fields.
 """
 
@@ -158,7 +158,9 @@ class TestVectors:
         expected = plain_rows(model, tokens, RESID_POST)[keep]
         assert torch.equal(serve(make_store(model, config, data), 6), expected[:384])
 
-    def test_special_tokens_stay_by_default(self, model, make_config, token_dataset):
+    def test_special_tokens_are_kept_by_default(
+        self, model, make_config, token_dataset
+    ):
         data = Dataset.from_dict({"input_ids": np.zeros((64, N_CTX), dtype=int)})
         store = make_store(model, make_config(), data)
         assert next(store).shape == (64, N_LAYERS, D_MODEL)
@@ -273,7 +275,7 @@ class TestEpochs:
         assert torch.equal(batches(1), batches(1))
         assert not torch.equal(batches(1), batches(2))
 
-    def test_global_random_state_is_left_alone(self, model, make_config, token_dataset):
+    def test_global_random_state_is_unchanged(self, model, make_config, token_dataset):
         before = torch.get_rng_state()
         serve(make_store(model, make_config(), token_dataset), 8)
         assert torch.equal(torch.get_rng_state(), before)
@@ -298,10 +300,10 @@ class TestEpochs:
 class TestPlace:
     @pytest.mark.parametrize("kind", ["text", "tokens", "stream"])
     @pytest.mark.parametrize("mixing", [0.0, 0.5, 0.9])
-    def test_stores_that_take_turns_serve_what_one_would(
+    def test_alternating_stores_serve_the_same_as_one(
         self, make_config, model, text_dataset, token_dataset, tmp_path, kind, mixing
     ):
-        """Each batch by another store, which knows only the file of the one before."""
+        """Each batch comes from a new store, loaded from the previous one's state."""
         data = {
             "text": text_dataset.select(range(30)),
             "tokens": token_dataset.select(range(21)),
@@ -338,7 +340,7 @@ class TestPlace:
         again.load_from_checkpoint(tmp_path)
         assert counted(serve(again, 15)) == counted(serve(store, 15))
 
-    def test_a_place_stays_where_it_was_when_the_store_goes_on(
+    def test_a_saved_state_does_not_change_with_the_store(
         self, make_config, model, token_dataset
     ):
         config = make_config(training_tokens=2048)
@@ -351,7 +353,7 @@ class TestPlace:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
-    def test_a_store_that_went_there_stands_there(
+    def test_a_store_loaded_from_a_state_has_this_state(
         self, make_config, model, token_dataset, tmp_path
     ):
         config = make_config(training_tokens=2048)
@@ -458,7 +460,7 @@ class TestCosts:
         store.get_multi_hook_activations(tokens_of(token_dataset)[:2])
         assert [calls[i] for i in range(3)] == blocks_run
 
-    def test_buffer_sizes_mean_what_they_mean_in_the_host(
+    def test_buffer_sizes_have_saelens_meaning(
         self, model, make_config, token_dataset, monkeypatch
     ):
         config = make_config(n_batches_in_buffer=40, seqpos_slice=(4, None))
@@ -568,7 +570,7 @@ class TestDatasets:
 
 
 def write_dataset(dataset: Dataset, path):
-    """Write a dataset in the way that the name of `path` says; a folder for `json`."""
+    """Write a dataset in the format of the suffix of `path`; a folder for `json`."""
     if path.name == "disk":
         dataset.save_to_disk(path)
     elif path.name in ("folder", "json"):

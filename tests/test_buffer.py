@@ -1,4 +1,4 @@
-"""Authority: a queue (no generator) or a bag (generator) of tokens kept in a list."""
+"""Reference: a queue (no generator) or a bag (generator) of tokens kept in a list."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_every_order_is_about_as_likely():
     assert min(counts.values()) > 140
 
 
-def test_what_is_drawn_is_a_copy():
+def test_drawn_vectors_are_a_copy():
     buffer = make_buffer(2, shuffles=False)
     fill(buffer, [0, 1])
     drawn = buffer.draw(2)
@@ -108,14 +108,14 @@ def test_free_slots_that_are_not_committed_stay_free():
 
 @pytest.mark.parametrize("misuse", ["free_slots", "commit", "draw"])
 @pytest.mark.parametrize("n_tokens", [3, -1])
-def test_asking_for_more_than_there_is_fails(misuse, n_tokens):
+def test_reading_more_than_the_buffer_holds_fails(misuse, n_tokens):
     buffer = make_buffer(4, shuffles=False)
     fill(buffer, [0, 1])
     with pytest.raises(AssertionError):
         getattr(buffer, misuse)(n_tokens)
 
 
-def test_keeps_the_dtype_that_was_asked_for():
+def test_keeps_the_requested_dtype():
     buffer = make_buffer(4, shuffles=False, dtype=torch.bfloat16)
     buffer.commit(4)
     assert buffer.draw(4).dtype == torch.bfloat16

@@ -1,6 +1,6 @@
 """Harvesting a cache of activations, and reading it.
 
-Authority: the live store, bit for bit, in the order of the dataset; a harvest that was
+Reference: the live store, bit for bit, in the order of the dataset; a harvest that was
 not interrupted; the files as they were written.
 """
 
@@ -93,7 +93,7 @@ class TestRows:
         ],
         ids=["all", "order", "embed", "slice", "special", "both", "head", "autocast"],
     )
-    def test_are_those_of_the_live_store_bit_for_bit(
+    def test_are_bit_identical_to_those_of_the_live_store(
         self, model, cache_config, harvest, token_dataset, changes
     ):
         cfg = cache_config(training_tokens=330, **changes)
@@ -154,7 +154,7 @@ class TestRows:
 
 
 class TestStore:
-    def test_without_mixing_serves_what_the_live_store_does(
+    def test_without_mixing_serves_the_same_as_the_live_store(
         self, model, cache_config, harvest, token_dataset
     ):
         """Over several epochs."""
@@ -229,7 +229,7 @@ class TestStore:
         assert torch.equal(batches(1), batches(1))
         assert not torch.equal(batches(1), batches(2))
 
-    def test_global_random_state_is_left_alone(self, cache_config, harvest):
+    def test_global_random_state_is_unchanged(self, cache_config, harvest):
         store = cached_store(harvest(cache_config()), cache_config())
         before = torch.get_rng_state()
         serve(store, 30)
@@ -283,10 +283,10 @@ class TestStore:
         assert all(args[2] == names for args, _ in read)
 
     @pytest.mark.parametrize("mixing", [0.0, 0.5, 0.9])
-    def test_stores_that_take_turns_serve_what_one_would(
+    def test_alternating_stores_serve_the_same_as_one(
         self, cache_config, harvest, tmp_path, mixing
     ):
-        """Each batch by another store, which knows only the file of the one before."""
+        """Each batch comes from a new store, loaded from the previous one's state."""
         cache = harvest(cache_config(training_tokens=500))
         cfg = cache_config(
             activations_mixing_fraction=mixing,
@@ -305,7 +305,7 @@ class TestStore:
             store.save_to_checkpoint(folder)
         assert torch.equal(torch.cat(served), expected)
 
-    def test_goes_on_with_the_same_cache_only(
+    def test_resumes_with_the_same_cache_only(
         self, model, cache_config, harvest, token_dataset, tmp_path
     ):
         cfg = cache_config()

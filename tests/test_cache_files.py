@@ -1,6 +1,6 @@
-"""The files of a cache: how they come to be, and what is said when they are not right.
+"""The files of a cache: how they are written, and errors if they are invalid.
 
-Authority: a harvest that was not disturbed, byte for byte.
+Reference: a harvest that was not disturbed, byte for byte.
 """
 
 import errno
@@ -45,7 +45,7 @@ def shard_of(cache: ActivationCache, index: int) -> Path:
 
 class TestHarvest:
     @pytest.mark.parametrize("kind", ["tokens", "documents", "short"])
-    def test_that_is_interrupted_anywhere_ends_the_same(
+    def test_that_is_interrupted_anywhere_gives_the_same_cache(
         self, cache_config, harvest, monkeypatch, tmp_path, kind, request
     ):
         """Before each folder that is written, and before the last manifest."""
@@ -83,7 +83,7 @@ class TestHarvest:
 
             patch.setattr(harvest_module, name, stopping)
 
-    def test_goes_on_without_the_model_for_what_is_there(
+    def test_resumes_without_running_the_model_on_finished_shards(
         self, cache_config, cache_runner, monkeypatch, caplog
     ):
         runner = cache_runner(cache_config())
@@ -118,7 +118,7 @@ class TestHarvest:
             SafetensorError("I/O error: No space left on device (os error 28)"),
         ],
     )
-    def test_that_fills_the_disk_keeps_what_is_whole(
+    def test_that_fills_the_disk_keeps_complete_shards(
         self, cache_config, harvest, monkeypatch, tmp_path, error
     ):
         with monkeypatch.context() as patch:
@@ -143,7 +143,7 @@ class TestHarvest:
         harvest(cache_config(cached_activations_path=str(path)))
         assert files_of(runner.path) == files_of(path)
 
-    def test_without_room_does_not_begin(
+    def test_without_disk_space_does_not_start(
         self, cache_config, cache_runner, monkeypatch, tmp_path, caplog
     ):
         caplog.set_level(logging.INFO)
@@ -159,7 +159,9 @@ class TestHarvest:
         )
 
     @pytest.mark.parametrize("positions", [(None,), (0, 8)], ids=str)
-    def test_takes_what_it_said(self, cache_config, cache_runner, positions):
+    def test_has_the_size_that_was_announced(
+        self, cache_config, cache_runner, positions
+    ):
         changes = {"seqpos_slice": positions, "training_tokens": 500}
         runner = cache_runner(cache_config(**changes))
         runner.run()
@@ -170,7 +172,7 @@ class TestHarvest:
         headers = 1000 * len(files)
         assert runner.n_bytes * 0.9 < written < runner.n_bytes + headers
 
-    def test_of_a_dataset_that_ends_is_of_one_epoch(
+    def test_of_a_finite_dataset_has_one_epoch(
         self, cache_config, harvest, token_dataset, caplog, monkeypatch
     ):
         cfg, data = cache_config(), token_dataset.select(range(30))
@@ -182,7 +184,7 @@ class TestHarvest:
         assert harvest(cfg, data).n_tokens == 480
         assert not calls
 
-    def test_of_no_token_is_an_error_and_leaves_the_place_free(
+    def test_of_no_token_is_an_error_and_writes_nothing(
         self, cache_config, harvest, tmp_path
     ):
         with pytest.raises(ValueError, match="at least one token that has vectors"):
@@ -211,7 +213,7 @@ class TestHarvest:
             cache_runner(cache_config())
 
     @pytest.mark.parametrize("is_complete", [True, False])
-    def test_does_not_go_on_with_another_cache(
+    def test_another_cache_is_not_resumed(
         self, cache_config, cache_runner, harvest, monkeypatch, is_complete
     ):
         if is_complete:
@@ -229,7 +231,7 @@ class TestHarvest:
                 cache_config(dtype="bfloat16", layers=[1], training_tokens=999)
             )
 
-    def test_goes_on_with_the_same_text_and_every_shard_only(
+    def test_resumes_with_the_same_text_and_all_shards_only(
         self, cache_config, harvest, monkeypatch, token_dataset, tmp_path
     ):
         with monkeypatch.context() as patch:
@@ -244,7 +246,9 @@ class TestHarvest:
         (tmp_path / "elsewhere").rename(tmp_path / "cache" / "shard-000001")
         harvest(cache_config()).verify()
 
-    def test_is_of_one_process_at_a_time(self, cache_config, cache_runner, monkeypatch):
+    def test_is_locked_for_one_process_at_a_time(
+        self, cache_config, cache_runner, monkeypatch
+    ):
         runner = cache_runner(cache_config())
         with monkeypatch.context() as patch:
             patch.setattr(shards_module.ShardInMemory, "save", self.fail_at(1))
@@ -264,7 +268,9 @@ class TestFaults:
         with pytest.raises(FileNotFoundError, match=r"'cache'.*no record\.json"):
             ActivationCache(tmp_path)
 
-    def test_a_lost_record_is_named(self, cache, cache_config, cache_runner):
+    def test_a_missing_record_is_an_error_that_names_it(
+        self, cache, cache_config, cache_runner
+    ):
         before = files_of(cache.path)
         record = before.pop("record.json")
         (cache.path / "record.json").unlink()
@@ -276,7 +282,7 @@ class TestFaults:
         (cache.path / "record.json").write_bytes(record)
         ActivationCache(cache.path).verify()
 
-    def test_every_missing_and_torn_shard_is_named(self, cache):
+    def test_every_missing_and_truncated_shard_is_named(self, cache):
         shutil.rmtree(shard_of(cache, 1).parent)
         os.truncate(shard_of(cache, 3), 1000)
         message = r"(?s)shard-000001 is missing.*shard-000003 has 1000 bytes, not \d+"
@@ -284,7 +290,7 @@ class TestFaults:
             ActivationCache(cache.path)
         assert str(error.value).count("shard-") == 2
 
-    def test_a_torn_header_is_named_when_it_is_read(self, cache, cache_config):
+    def test_a_damaged_header_is_an_error_on_reading(self, cache, cache_config):
         with shard_of(cache, 2).open("r+b") as file:
             file.write(b"\xff" * 8)
         store = CachedActivationsStore.from_cache(
@@ -296,7 +302,7 @@ class TestFaults:
             cache.verify()
 
     @pytest.mark.parametrize("name", [*RESID_POST, "tokens", "prompt", "position"])
-    def test_changed_and_exchanged_shards_are_named_on_request(self, cache, name):
+    def test_verify_finds_changed_and_swapped_shards(self, cache, name):
         path = shard_of(cache, 2)
         tensors = load_file(path)
         tensors[name][2] += 1
@@ -307,7 +313,9 @@ class TestFaults:
             ActivationCache(cache.path).verify()
         assert str(error.value).count("shard-") == 2
 
-    def test_a_shard_that_goes_while_it_is_read_is_named(self, cache, cache_config):
+    def test_a_shard_deleted_while_reading_is_an_error_that_names_it(
+        self, cache, cache_config
+    ):
         store = CachedActivationsStore.from_cache(cache, cache_config())
         next(store)
         shutil.rmtree(shard_of(cache, 6).parent)
@@ -321,7 +329,7 @@ class TestFaults:
             ActivationCache(cache.path).verify()
 
     @pytest.mark.parametrize("name", ["record.json", "shards.json"])
-    def test_a_torn_file_is_named(self, cache, name):
+    def test_a_damaged_file_is_an_error_that_names_it(self, cache, name):
         path = cache.path / name
         path.write_text(path.read_text()[:-100])
         with pytest.raises(ValueError, match=f"{name} must be JSON"):
@@ -378,7 +386,7 @@ class TestDifferences:
         with pytest.raises(ValueError, match=message):
             cache.check(cfg)
 
-    def test_of_what_has_no_effect_are_none(self, cache, cache_config):
+    def test_of_settings_without_effect_are_ignored(self, cache, cache_config):
         cache.check(
             cache_config(
                 training_tokens=77,

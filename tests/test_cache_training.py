@@ -1,6 +1,6 @@
 """Training from a cache.
 
-Authority: the run from the model, bit for bit, where neither mixes; and the run from a
+Reference: the run from the model, bit for bit, where neither mixes; and the run from a
 cache that is not interrupted.
 """
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
 @pytest.fixture
 def train(monkeypatch):
-    """Train where loading a model is an error, and there is no dataset."""
+    """Train without a dataset; loading a model is an error."""
 
     def no_model(cfg):
         raise AssertionError("a run from a cache needs no model")
@@ -212,7 +212,9 @@ def test_a_run_too_short_for_an_evaluation_needs_no_model(
     assert wandb_logs
 
 
-def test_what_does_not_fit_is_found_before_training(cache_config, harvest, train):
+def test_settings_that_do_not_match_the_cache_fail_before_training(
+    cache_config, harvest, train
+):
     with pytest.raises(FileNotFoundError, match=r"no record\.json"):
         train(cache_config(use_cached_activations=True))
     harvest(cache_config(layers=[0]))

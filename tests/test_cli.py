@@ -1,4 +1,4 @@
-"""The command line, as a user calls it."""
+"""The command line."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def test_without_a_command_the_help_lists_them(capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["evil"], ["--evals"]])
-def test_what_is_not_a_command_is_an_error(arguments, capsys):
+def test_an_unknown_command_is_an_error(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
 
@@ -129,7 +129,7 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
     assert "tim-lawson/mlsae-gpt2-x64-k32" in capsys.readouterr().out
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_no_error():
     command = [sys.executable, "-m", "sae_lens_multilayer", "releases"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -141,7 +141,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert process.wait() == 128 + signal.SIGPIPE
 
 
-def test_a_stop_by_the_user_is_one_line(monkeypatch, capsys):
+def test_a_keyboard_interrupt_is_a_one_line_message(monkeypatch, capsys):
     def stop(arguments):
         raise KeyboardInterrupt
 
@@ -163,11 +163,13 @@ def test_a_stop_by_the_user_is_one_line(monkeypatch, capsys):
         (RankError("Rank 1 has lost 0."), "Rank 1 has lost 0.", True),
     ],
 )
-def test_the_first_rank_says_what_all_know(monkeypatch, error, message, others_say_it):
+def test_only_the_first_rank_prints_errors_of_all_ranks(
+    monkeypatch, error, message, others_say_it
+):
     def fail(arguments):
         raise error
 
-    # Later tests have the level that they had.
+    # Restores the log level after the test.
     package = logging.getLogger("sae_lens_multilayer")
     monkeypatch.setattr(package, "setLevel", lambda level: None)
     monkeypatch.setitem(cli.COMMANDS, "train", fail)
@@ -183,13 +185,13 @@ def test_the_first_rank_says_what_all_know(monkeypatch, error, message, others_s
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_names_what_is_meant(command, capsys):
+def test_help_describes_every_option(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
 
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    # What simple-parsing and dataclasses say where nobody has said more.
+    # Help texts that simple-parsing and dataclasses generate by default.
     assert not re.search(r"^  str  |= <factory>", text, re.MULTILINE)
 
 

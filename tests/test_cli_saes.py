@@ -127,7 +127,7 @@ def test_each_run_has_its_own_folder_of_checkpoints(offline):
     assert len(list(Path("ck", second).iterdir())) == 1
 
 
-def test_latest_is_of_the_given_folder(offline):
+def test_latest_uses_the_given_folder(offline):
     latest = "--resume_from_checkpoint", "latest"
     (run,) = train_in("here/ck", "--output_path", "a")
     (other,) = train_in("here/new", "--output_path", "b", *latest)
@@ -294,7 +294,7 @@ def test_an_sae_of_one_head_is_analysed(offline):
         cli.main(["report", "other", *offline])
 
 
-def test_an_sae_that_does_not_fit_the_models_width_is_one_line(offline):
+def test_an_sae_of_another_width_is_a_one_line_error(offline):
     save_other_sae("mlp.hook_post", 16)
     with pytest.raises(SystemExit, match=r"must be 32, the width of .*mlp.hook_post"):
         cli.main(["evaluate", "other", *offline])
@@ -328,7 +328,7 @@ def test_long_first_positions_are_a_warning(offline, model, caplog):
         (["sae", "--exclude_positions", "99"], "`exclude_positions` must be in"),
     ],
 )
-def test_wrong_input_is_one_line(changes, message, offline):
+def test_wrong_input_is_a_one_line_error(changes, message, offline):
     sae, *rest = changes
     Path("empty").mkdir()
     with pytest.raises(SystemExit, match=f"^sae-lens-multilayer analyze: .*{message}"):
@@ -350,7 +350,7 @@ def test_wrong_input_is_one_line(changes, message, offline):
     ],
 )
 @pytest.mark.parametrize("option", [["other"], ["sae", "--single_layers", "other"]])
-def test_a_damaged_sae_is_one_line(file, change, message, option, offline):
+def test_a_damaged_sae_is_a_one_line_error(file, change, message, option, offline):
     random_sae().save_model("other")
     path = Path("other", file)
     if change is None:
@@ -378,7 +378,7 @@ def test_published_files_are_taken_from_a_folder(tmp_path):
     "command",
     [["evaluate", "sae"], ["train", *SIZES, "--k", "4", "--log_to_wandb", "False"]],
 )
-def test_a_model_that_transformer_lens_does_not_know_is_one_line(
+def test_a_model_unknown_to_transformer_lens_is_a_one_line_error(
     command, offline, monkeypatch
 ):
     monkeypatch.setattr(loading, "load_model", load_model)
@@ -390,11 +390,11 @@ def test_a_model_that_transformer_lens_does_not_know_is_one_line(
     assert len(str(stop.value)) < 400
 
 
-def test_what_is_not_known_must_be_given(offline):
+def test_settings_missing_in_the_metadata_must_be_given(offline):
     with pytest.raises(SystemExit, match="`dataset_path`: give --dataset_path"):
         cli.main(["evaluate", "sae"])
 
 
-def test_a_traceback_can_be_asked_for():
+def test_the_option_traceback_shows_a_traceback():
     with pytest.raises(FileNotFoundError):
         cli.main(["--traceback", "evaluate", "nowhere"])

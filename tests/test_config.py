@@ -1,6 +1,6 @@
-"""What a training run is told.
+"""The config of a training run.
 
-Authorities: the paper's recipe (design, section 3) for the defaults; SAELens'
+References: the paper's recipe (design, section 3) for the defaults; SAELens'
 `LanguageModelSAERunnerConfig` for the meaning of its own fields.
 """
 
@@ -375,7 +375,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_an_error_that_says_what_came(what):
+def test_bad_input_is_an_error_that_shows_the_value(what):
     changes, message = BAD[what]
 
     with pytest.raises(ValueError, match=message):
@@ -406,7 +406,7 @@ def test_a_bad_sae_is_an_error_before_there_is_a_run(changes, message):
 
 
 @pytest.mark.parametrize("field", ["output_path", "checkpoint_path"])
-def test_a_path_in_use_is_found_out_before_a_model_is_loaded(
+def test_an_unwritable_path_is_an_error_before_a_model_is_loaded(
     field, tmp_path, monkeypatch
 ):
     (tmp_path / "here").write_text("a file")
@@ -433,7 +433,7 @@ def test_a_path_in_use_is_found_out_before_a_model_is_loaded(
         ),
     ],
 )
-def test_what_does_not_fit_a_named_model_is_found_out_before_it_is_loaded(
+def test_settings_that_do_not_match_the_model_fail_before_it_is_loaded(
     changes, message, tmp_path, monkeypatch
 ):
     settings = {

@@ -1,4 +1,4 @@
-"""Authority: work whose cost is known."""
+"""The cost of a block of code, compared with work of known cost."""
 
 import math
 import time
@@ -16,7 +16,7 @@ needs_linux = pytest.mark.skipif(
 
 
 @needs_linux
-def test_the_peak_is_that_of_the_block_and_not_of_an_earlier_one():
+def test_the_peak_is_of_the_block_and_not_of_earlier_work():
     with measured() as first:
         torch.ones(64 * 2**18)  # 64 MiB, given back at once
     with measured() as second:
@@ -35,14 +35,14 @@ def test_time_asleep_is_no_cpu_time():
     assert 0 <= cost.cpu_seconds < 0.2
 
 
-def test_what_ends_by_an_error_is_measured_too():
+def test_work_that_fails_is_measured_too():
     with pytest.raises(ValueError, match="oh"), measured() as cost:
         raise ValueError("oh")
 
     assert cost.seconds >= 0
 
 
-def test_what_the_machine_does_not_say_has_no_number(tmp_path, monkeypatch):
+def test_unavailable_measurements_are_nan(tmp_path, monkeypatch):
     monkeypatch.setattr(cost_module, "_PROCESS", tmp_path / "nowhere")
     with measured() as cost:
         pass

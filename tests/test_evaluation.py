@@ -1,6 +1,6 @@
 """Metrics of reconstructions on held-out tokens.
 
-Authority: brute force on the whole set of tokens, from the definitions of section 6 of
+Reference: brute force on the whole set of tokens, from the definitions of section 6 of
 the design; and `sae_lens.evals.run_evals` on a view.
 """
 

@@ -1,4 +1,4 @@
-"""Files and folders. Authority: the file system."""
+"""Files and folders. Reference: the file system."""
 
 import os
 import stat
@@ -101,7 +101,7 @@ def make_pipe(path):
 
 
 @pytest.mark.parametrize("make", [make_full_folder, make_file, make_pipe])
-def test_what_is_there_is_never_overwritten(tmp_path, make):
+def test_existing_files_are_never_overwritten(tmp_path, make):
     target = tmp_path / "there"
     make(target)
     mode = target.lstat().st_mode
@@ -117,7 +117,7 @@ def test_what_is_there_is_never_overwritten(tmp_path, make):
         assert target.read_text() == "old"
 
 
-def test_what_appears_meanwhile_is_not_overwritten_and_nothing_is_lost(tmp_path):
+def test_a_path_taken_while_writing_is_kept_and_nothing_is_lost(tmp_path):
     def write_while_another_does():
         with complete_or_absent(tmp_path / "a") as partial:
             (partial / "file").write_text("new")
@@ -143,7 +143,7 @@ def test_a_path_that_is_taken_is_replaced_by_a_logged_one(tmp_path, caplog):
     assert f"saving to {path}" in caplog.text
 
 
-def test_a_locked_folder_is_of_one_user_at_a_time(tmp_path):
+def test_a_folder_is_locked_for_one_process_at_a_time(tmp_path):
     with (
         locked(tmp_path / "new"),
         pytest.raises(BlockingIOError, match=r"Another process.*new"),
@@ -155,7 +155,7 @@ def test_a_locked_folder_is_of_one_user_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "3", "\x00"])
-def test_what_is_not_an_object_in_json_is_named(tmp_path, content):
+def test_invalid_json_is_an_error_that_names_the_file(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=r"a\.json must be .*JSON"):
         read_json(tmp_path / "a.json")
@@ -184,7 +184,7 @@ def test_a_link_to_an_empty_or_missing_folder_is_followed(tmp_path, target_exist
     assert names(scratch) == ["real"]
 
 
-def test_a_relative_path_is_meant_from_the_working_folder(tmp_path, monkeypatch):
+def test_a_relative_path_starts_at_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_writable("runs/new", "output_path")
     assert names(tmp_path) == []  # a check leaves nothing behind
@@ -247,12 +247,12 @@ def test_a_folder_without_permission_cannot_be_written(tmp_path, monkeypatch):
     assert info.value.filename == str(tmp_path / "new")
 
 
-def test_a_name_that_is_too_long_is_found_out(tmp_path):
+def test_a_name_that_is_too_long_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match="`output_path` must be a path that can be"):
         check_writable(tmp_path / ("x" * 300), "output_path")
 
 
-def test_a_mount_point_is_found_out(tmp_path, monkeypatch):
+def test_a_mount_point_cannot_be_replaced(tmp_path, monkeypatch):
     # Nothing can be renamed onto one.
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(files.Path, "is_mount", lambda path: path.name == "disk")

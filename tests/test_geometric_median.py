@@ -1,4 +1,4 @@
-"""Authorities: the paper's code (`data/paper`), and the definition as a minimum."""
+"""References: the paper's code (`data/paper`), and the definition as a minimum."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Authority: the list of bad input in issue 2."""
+"""Reference: the list of bad input in issue 2."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""A run that is killed again and again ends as one that is left alone.
+"""A run that is killed repeatedly ends with the weights of an undisturbed run.
 
-Authority: the same run without a kill, bit for bit. `KILLS=200 pytest
-tests/test_kills.py -s` kills oftener.
+Reference: the same run without a kill, bit for bit. `KILLS=200 pytest
+tests/test_kills.py -s` kills more often.
 """
 
 import os
@@ -22,7 +22,7 @@ STEP_SECONDS = 0.01
 
 
 class Runs:
-    """Runs of `killed_run.py`, one after the other."""
+    """Controls `killed_run.py`."""
 
     def __init__(self) -> None:
         root = SCRIPT.parents[1]
@@ -35,19 +35,19 @@ class Runs:
             env={**os.environ, "PYTHONPATH": str(root), "TQDM_DISABLE": "1"},
         )
 
-    def start(self, folder: Path, seconds: float, what: str = "train") -> int:
-        """Start the run, or go on with it; its process when it is about to train."""
+    def start(self, folder: Path, seconds: float, task: str = "train") -> int:
+        """Start or resume a run; returns its PID just before the task starts."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{what} {folder} {seconds}\n")
+        self.process.stdin.write(f"{task} {folder} {seconds}\n")
         self.process.stdin.flush()
         return self._answer("started")
 
     def wait(self) -> int:
-        """Wait until it has ended; how, as `os.waitpid` says it."""
+        """Wait until the run has ended; returns the status of `os.waitpid`."""
         return self._answer("ended")
 
     def kill(self, process: int) -> bool:
-        """Kill it and wait; whether it had not ended before."""
+        """Kill the run and wait; returns False if it had ended before."""
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
         return self.wait() == signal.SIGKILL
@@ -68,7 +68,7 @@ def runs():
 
 
 def saved(folder: Path) -> dict[str, bytes]:
-    """The bytes of every tensor that a run has ended with."""
+    """The bytes of all tensors in the output of a run."""
     return {
         name: tensor.numpy().tobytes()
         for file in (folder / "output").glob("*.safetensors")

@@ -1,4 +1,4 @@
-"""Authority: tuned-lens' own objects and files, and the numbers of the paper's code.
+"""Reference: tuned-lens' own objects and files, and the numbers of the paper's code.
 
 Fitting is checked against what it promises: KL to the model's output on held-out text.
 """
@@ -249,14 +249,14 @@ def test_gradients_pass_both_ways():
     assert torch.autograd.gradcheck(lambda x: lens.invert(x, 0), x)
 
 
-def test_nothing_of_it_is_trained(tuned_lens):
+def test_the_lens_has_no_trainable_parameters(tuned_lens):
     lens = layer_lens(tuned_lens)
     assert list(lens.parameters()) == []
     assert not any(buffer.requires_grad for buffer in lens.buffers())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_dtype_of_the_vectors_stays(dtype):
+def test_the_dtype_of_the_vectors_is_kept(dtype):
     lens = random_lens(8, 0.1, dtype=torch.float32)
     x = torch.randn(3, 8, dtype=dtype)
     z = lens.transform(x, 0)
@@ -274,7 +274,7 @@ def test_autocast_does_not_coarsen_it():
     assert torch.equal(z, lens.transform(x, 0))
 
 
-def test_the_inverse_follows_the_tensors():
+def test_the_inverse_is_updated_with_the_tensors():
     lens, other = random_lens(8, 0.1), random_lens(8, 0.1)
     x = torch.randn(3, 8, dtype=float64)
     lens.invert(x, 0)
@@ -349,7 +349,7 @@ def test_a_part_shares_memory_until_it_is_converted_or_loaded_into():
         torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
 
 
-def test_it_says_what_it_is(tuned_lens):
+def test_repr_describes_the_lens(tuned_lens):
     text = repr(layer_lens(tuned_lens))
     assert "alignment='tuned_lens'" in text
     assert f"identity at ['{POST[4]}']" in text
@@ -437,14 +437,14 @@ def test_a_name_in_the_hub_space_is_loaded_from_the_cache(folder, tmp_path):
         assert torch.equal(lens.state_dict()[name], tensor)
 
 
-def test_a_lens_that_is_nowhere_is_an_error(tmp_path):
+def test_a_missing_lens_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="There is no tuned lens 'someone/else'"):
         layer_lens("someone/else", cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"no tuned lens.*config\.json and params\.pt"):
         layer_lens(tmp_path)
 
 
-def test_a_folder_may_be_at_home(folder, monkeypatch):
+def test_a_folder_path_may_start_with_a_tilde(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert layer_lens("~/lens").config == layer_lens(folder).config
 
@@ -642,7 +642,7 @@ def held_out() -> Tensor:
 
 @pytest.fixture(scope="module")
 def text(hf_model) -> Tensor:
-    """What the model itself says: the kind of text that it was trained on."""
+    """Text sampled from the model itself, like its training text."""
     torch.manual_seed(0)
     start = torch.randint(1, 512, (64, 1))
     return hf_model.model.generate(
@@ -673,7 +673,7 @@ def test_kl_falls_at_every_layer_below_the_logit_lens(fitted, hf_model, held_out
     logit_lens = lens_kl(hf_model, held_out)
     tuned = lens_kl(hf_model, held_out, fitted[0])
     assert (tuned < 0.5 * logit_lens).all()
-    # Later layers know more of the output, and the logit lens predicts it worse.
+    # Later layers predict the output better; the logit lens predicts it worse.
     assert (tuned.diff() < 0).all()
 
 
@@ -689,7 +689,7 @@ def test_the_right_alignment_is_the_one_it_was_trained_in(fitted, hf_model, held
             kl_div(logits, unembed(lens.transform(cache[n], n))) for n in names
         ]
     assert torch.tensor(kl["tuned_lens"]).lt(torch.tensor(kl["reference"])).all()
-    # What `lens_kl` says, by another way.
+    # `lens_kl`, computed in another way.
     expected = lens_kl(hf_model, held_out, fitted[0])[1:]
     found = torch.tensor(kl["tuned_lens"][:-1], dtype=float64)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -712,7 +712,7 @@ def test_tuned_lens_loads_what_was_fitted(fitted, hf_model, held_out):
     layer_lens(path, model=hf_model)
 
 
-def test_fitting_leaves_the_model_as_it_was(hf_model, text):
+def test_fitting_does_not_change_the_model(hf_model, text):
     before = copy.deepcopy(hf_model.model.state_dict())
     fit_tuned_lens(
         hf_model,
@@ -815,7 +815,7 @@ def test_an_unembed_does_not_call_the_models_hooks(hf_model):
     assert seen == []
 
 
-def test_the_progress_bar_can_be_had_and_left_out(model, capsys, monkeypatch):
+def test_the_progress_bar_is_optional(model, capsys, monkeypatch):
     shown = functools.partial(lens_fit.tqdm, disable=False)  # whatever TQDM_DISABLE
     monkeypatch.setattr(lens_fit, "tqdm", shown)
     tokens = torch.randint(1, 512, (2, 8))
@@ -906,7 +906,9 @@ def test_a_lens_that_is_not_finite_is_not_saved(tokenizer, tmp_path):
     assert not (tmp_path / "lens").exists()
 
 
-def test_a_place_that_cannot_be_written_is_found_first(model, tmp_path, monkeypatch):
+def test_a_path_that_cannot_be_written_is_an_error_before_fitting(
+    model, tmp_path, monkeypatch
+):
     def train(*args):
         raise AssertionError("It was trained.")
 
@@ -918,7 +920,7 @@ def test_a_place_that_cannot_be_written_is_found_first(model, tmp_path, monkeypa
             fit_tuned_lens(model, tokens, output_path=path)
 
 
-def test_what_appeared_meanwhile_is_not_overwritten(
+def test_a_folder_created_during_the_fit_is_not_overwritten(
     model, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Authority: the lens' own transform and inverse around an SAE without a lens.
+"""Reference: the lens' own transform and inverse around an SAE without a lens.
 
 What happens to the lens on the way is the design's section 5: it travels inside the
 checkpoint, and nothing is left of one that was taken off.
@@ -109,7 +109,7 @@ def test_the_only_hook_needs_no_name():
     assert torch.equal(sae(x), expected(sae, x, 0))
 
 
-def test_hooks_of_the_sae_see_raw_vectors():
+def test_hooks_of_the_sae_receive_raw_vectors():
     sae, seen = sae_with_lens(), []
     sae.hook_sae_input.add_hook(lambda x, hook: seen.append(x))
     x = random_acts(3, N)
@@ -118,7 +118,7 @@ def test_hooks_of_the_sae_see_raw_vectors():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_it_goes_where_the_sae_goes(dtype):
+def test_it_moves_with_the_sae(dtype):
     sae = sae_with_lens().to(dtype)
     assert {tensor.dtype for tensor in sae.lens.buffers()} == {dtype}
     x = random_acts(3, N, dtype=dtype)
@@ -130,7 +130,7 @@ def test_it_goes_where_the_sae_goes(dtype):
 # Putting it on and taking it off
 
 
-def test_a_lens_that_was_taken_off_leaves_nothing(tmp_path):
+def test_a_removed_lens_leaves_nothing(tmp_path):
     plain = random_sae()
     sae = copy.deepcopy(plain)
     sae.lens = random_lens()
@@ -210,7 +210,7 @@ def test_a_lens_of_another_width_or_other_hooks_is_an_error():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("training", [False, True])
-def test_it_travels_in_the_checkpoint(training, dtype, tmp_path):
+def test_it_is_saved_in_the_checkpoint(training, dtype, tmp_path):
     sae = sae_with_lens(training, dtype=dtype)
     sae.save_model(tmp_path)
     loaded = (TrainingSAE if training else SAE).load_from_disk(tmp_path)
@@ -225,7 +225,7 @@ def test_it_travels_in_the_checkpoint(training, dtype, tmp_path):
     assert torch.equal(loaded(x), sae(x))
 
 
-def test_it_is_there_for_inference_and_in_another_dtype(tmp_path):
+def test_it_is_loaded_for_inference_and_in_another_dtype(tmp_path):
     sae = sae_with_lens(training=True)
     sae.save_inference_model(tmp_path)
     loaded: Any = SAE.load_from_disk(tmp_path, dtype="float64")
@@ -315,7 +315,7 @@ def test_a_view_shares_memory_until_it_is_converted(training):
     assert {tensor.dtype for tensor in sae.lens.buffers()} == {torch.float32}
 
 
-def test_a_copy_of_a_view_is_apart_from_the_whole():
+def test_a_copy_of_a_view_does_not_share_memory():
     sae = sae_with_lens()
     other = copy.deepcopy(sae.view(0))
     x = random_acts(3)
@@ -327,7 +327,7 @@ def test_a_copy_of_a_view_is_apart_from_the_whole():
     assert not torch.equal(other(x), want)
 
 
-def test_loading_into_a_view_leaves_the_whole_as_it_is():
+def test_loading_into_a_view_does_not_change_the_multi_layer_sae():
     sae = sae_with_lens()
     x = random_acts(3, N)
     before = sae(x)

@@ -1,6 +1,6 @@
 """SAEs in the space of a tuned lens, measured in raw space.
 
-Authority: the paper's autoencoder and lens with the exact inverse, computed apart in
+Reference: the paper's autoencoder and lens with the exact inverse, computed apart in
 float64; SAELens' `run_evals` on a view.
 """
 
@@ -136,7 +136,7 @@ def test_the_error_term_still_undoes_the_splice(tokenizer):
     assert found[["delta_ce", "kl_div"]].abs().to_numpy().max() < 1e-6
 
 
-def test_a_bridge_that_has_other_hook_names_is_measured_alike(table, inputs):
+def test_a_bridge_with_other_hook_names_gives_the_same_metrics(table, inputs):
     bridge: Any = SAETransformerBridge.boot_transformers(FOLDER, device="cpu")
     sae = papers_sae(TL_NAMES)
     found = evaluate(sae, bridge, inputs["tokens"]).to_dataframe()
@@ -154,7 +154,7 @@ def test_a_bridge_that_has_other_hook_names_is_measured_alike(table, inputs):
     assert (spliced - bridge(tokens)).abs().max() > 1
 
 
-def test_a_model_that_the_lens_was_not_made_for_is_named(tokenizer):
+def test_a_lens_of_another_model_is_a_warning_that_names_it(tokenizer):
     model = tiny_model(tokenizer)
     tokens = torch.randint(1, D_VOCAB, (2, N_CTX))
     sae = random_sae()
@@ -177,7 +177,7 @@ def test_a_model_of_another_depth_is_an_error(tokenizer):
     message = "for 2 blocks of width 16; 'custom' has 3 of width 16"
     with pytest.raises(ValueError, match=message):
         evaluate(sae, model, torch.randint(1, D_VOCAB, (2, N_CTX)))
-    # Also behind the lens of another SAE, where neither says for which model it is.
+    # Also with the lens of another SAE, if neither names its model.
     right = random_sae()
     right.lens = random_lens(n_layers=3)
     for saes in ([sae.view(0), right.view(1)], [right.view(0), sae.view(1)]):

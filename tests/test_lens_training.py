@@ -1,6 +1,6 @@
 """Training in the space of a tuned lens: configs, whole runs, checkpoints.
 
-Authority: the same run on vectors that were transformed beforehand; without a lens; and
+Reference: the same run on vectors that were transformed beforehand; without a lens; and
 the definition of the loss.
 """
 
@@ -132,7 +132,7 @@ class TestConfig:
             assert LensConfig.from_dict(saved["tuned_lens"]) == expected
         assert config.tuned_lens is not saved["tuned_lens"]
 
-    def test_without_a_lens_nothing_is_said_of_one(self, make_config):
+    def test_without_a_lens_the_config_does_not_mention_one(self, make_config):
         assert make_config().to_dict()["tuned_lens"] is None
 
 
@@ -308,9 +308,7 @@ class TestRuns:
             found = saes[1].state_dict()[name]
             torch.testing.assert_close(found, tensor, atol=1e-3, rtol=0)
 
-    def test_logs_say_which_space_they_are_in(
-        self, start, make_config, tuned_lens, monkeypatch
-    ):
+    def test_log_keys_name_the_space(self, start, make_config, tuned_lens, monkeypatch):
         logged: dict[str, Any] = {}
         monkeypatch.setattr(wandb, "log", lambda values, step: logged.update(values))
         for name in ("init", "finish", "Histogram"):
@@ -337,7 +335,7 @@ class TestCheckpoints:
         return str(path)
 
     @pytest.mark.parametrize("given", ["nothing", "object", "settings"])
-    def test_a_resumed_run_goes_on_in_its_space(
+    def test_a_resumed_run_continues_in_the_lens_space(
         self, start, make_config, checkpoint, tuned_lens, given, caplog
     ):
         saved = json.loads(Path(checkpoint, "runner_cfg.json").read_text())[

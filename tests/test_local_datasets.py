@@ -1,4 +1,4 @@
-"""Authority: the tokens that SAELens' own `ActivationsStore` reads in the end."""
+"""Reference: the tokens that SAELens' own `ActivationsStore` reads in the end."""
 
 import gzip
 import json
@@ -194,7 +194,7 @@ def test_a_name_on_the_hub_passes_through(name):
     "name",
     ["/no/such/path", "./no", "../no", "~/no", "data/part/no.jsonl", "no.jsonl"],
 )
-def test_a_path_with_nothing_there_is_an_error(name):
+def test_a_path_that_does_not_exist_is_an_error(name):
     with pytest.raises(FileNotFoundError, match=r"`dataset_path` names .*is not there"):
         resolve_dataset(name, N_CTX)
 
@@ -243,11 +243,11 @@ def test_a_dataset_without_rows_is_an_error(dataset):
         resolve_dataset(dataset, N_CTX)
 
 
-def test_a_dataset_of_whole_contexts_is_returned_as_it_is(token_dataset):
+def test_a_dataset_of_whole_contexts_is_returned_unchanged(token_dataset):
     assert resolve_dataset(token_dataset, N_CTX) is token_dataset
 
 
-def test_a_dataset_of_text_is_returned_as_it_is(text_dataset):
+def test_a_dataset_of_text_is_returned_unchanged(text_dataset):
     assert resolve_dataset(text_dataset, N_CTX) is text_dataset
 
 
@@ -280,7 +280,7 @@ def test_rows_shorter_than_the_context_are_joined(own_place, read, kind):
 
 
 @KINDS
-def test_rows_shorter_than_the_context_are_left_out_on_request(own_place, read, kind):
+def test_rows_shorter_than_the_context_are_skipped_on_request(own_place, read, kind):
     contexts = read(
         short_rows(kind, own_place), context_size=4, disable_concat_sequences=True
     )

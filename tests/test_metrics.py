@@ -1,4 +1,4 @@
-"""Authorities: brute force over whole tensors, SAELens' calculator, the paper's FVU."""
+"""References: brute force over whole tensors, SAELens' calculator, the paper's FVU."""
 
 import json
 from functools import reduce
@@ -206,7 +206,7 @@ def test_one_token_has_no_fvu():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_what_is_not_finite_is_an_error_that_names_the_hook(which, value):
+def test_values_that_are_not_finite_are_an_error_that_names_the_hook(which, value):
     case = random_case(0)
     case[which][3, 2, 1] = value
     with pytest.raises(ValueError, match=r"must be finite; they are not at.*blocks.4"):

@@ -1,6 +1,6 @@
 """Every kind of model that a run can be given.
 
-Authorities: Hugging Face's `hidden_states` for the vectors of the model in
+References: Hugging Face's `hidden_states` for the vectors of the model in
 `tests/data/paper/model`, loaded from its folder without the hub; the hooks and
 configurations that the models of TransformerLens, SAELens and Transformers list.
 """
@@ -140,7 +140,7 @@ class TestVectors:
         torch.testing.assert_close(acts[0], hidden_states[0])
         torch.testing.assert_close(acts[1], hidden_states[1])
 
-    def test_bridge_that_only_knows_the_names_of_its_own(
+    def test_a_bridge_with_only_its_own_hook_names(
         self, make_config, token_dataset, tokens, hidden_states
     ):
         """SAETransformerBridge ignores the alias `hook_resid_post` without a word."""
@@ -192,7 +192,7 @@ class TestRuns:
         runner = LanguageModelSAETrainingRunner(config, override_dataset=dataset)
         assert next(runner.activations_store).shape == (64, BLOCKS, D_IN)
 
-    def test_a_model_of_ones_own(self, make_config, token_dataset, tokenizer):
+    def test_a_custom_model(self, make_config, token_dataset, tokenizer):
         model = tiny_model(tokenizer, HookedSAETransformer)
         assert isinstance(model, HookedSAETransformer)
         runner = LanguageModelSAETrainingRunner(
@@ -264,7 +264,7 @@ class TestErrors:
             ("TransformerBridge", "blocks.{layer}.hook_resid_post"),
         ],
     )
-    def test_what_the_configuration_tells_is_checked_before_the_weights_are_loaded(
+    def test_the_configuration_is_checked_before_the_weights_are_loaded(
         self,
         make_config,
         token_dataset,
@@ -343,12 +343,12 @@ def test_no_block_runs_after_the_last_hook(model):
 # The model's own names
 
 
-def test_a_hooked_transformer_knows_the_usual_names(model):
+def test_a_hooked_transformer_has_the_usual_hook_names(model):
     names = ["hook_embed", "blocks.0.hook_resid_pre", POST[1]]
     assert as_model(model).own_hook_names(names) == names
 
 
-def test_a_bridge_is_asked_by_the_names_it_knows(bridges):
+def test_a_bridge_uses_its_own_hook_names(bridges):
     names = ["hook_embed", "blocks.0.hook_resid_pre", POST[4]]
     own = ["embed.hook_out", "blocks.0.hook_in", "blocks.4.hook_out"]
     assert as_model(bridges[TransformerBridge]).own_hook_names(names) == names
@@ -456,7 +456,7 @@ def test_an_unknown_name_is_left_to_the_loader(kind, name):
     assert shape_by_name(kind, name) is None
 
 
-def test_a_name_that_transformer_lens_does_not_know_is_an_error_with_the_nearest():
+def test_a_name_unknown_to_transformer_lens_is_an_error_with_the_nearest():
     with pytest.raises(ValueError, match=r"no model 'pythia-7m' .*pythia-70m.*Bridge"):
         shape_by_name("HookedTransformer", "pythia-7m")
     with pytest.raises(ValueError, match=r"no model '0!0'; for"):
@@ -560,7 +560,7 @@ def test_the_width_elsewhere_is_not_guessed(name):
     FOLDER_SHAPE.check_width([name], 512)
 
 
-def test_what_is_said_of_residual_hooks_is_true_of_the_models(bridges, hf_model, model):
+def test_residual_hooks_have_the_width_of_the_model(bridges, hf_model, model):
     tokens = torch.arange(1, 5).view(1, 4)
     for lm in (*bridges.values(), hf_model, model):
         shape = as_model(lm).shape

@@ -1,4 +1,4 @@
-"""The report, in a real browser where there is one."""
+"""The report, in a real browser if one is installed."""
 
 import json
 import os
@@ -239,7 +239,7 @@ def test_the_page_needs_nothing_from_outside(content):
     assert len(latents_of(page)) == 5
 
 
-def test_what_was_not_analysed_is_left_out(content):
+def test_missing_analyses_are_left_out_of_the_page(content):
     content.results, content.prompt = {}, None
     page = report_html(content)
     assert '"latents":[]' in page

@@ -446,7 +446,7 @@ def test_points_without_a_number_stand_side_by_side():
     assert series_of(picture.panels[0]) == {"": [0.5, 0.25]}
 
 
-def test_points_that_are_not_done_are_left_out_and_counted():
+def test_unfinished_points_are_counted_and_not_drawn():
     points = table(grid(k=[1, 2, 4]))
     points.loc[1, "status"] = "failed"
     picture = sweep_of(points, ["k"])

@@ -1,6 +1,6 @@
 """Published checkpoints through SAELens' own loading, without a network.
 
-Authority: the paper's own code, whose configs, tensors and reconstructions are in
+Reference: the paper's own code, whose configs, tensors and reconstructions are in
 tests/data/paper.
 """
 
@@ -92,7 +92,7 @@ def test_the_views_of_it_are_its_hooks(published, paper):
         assert_reconstructs(view, paper["x"][layer], paper["x_hat"][layer])
 
 
-def test_a_buffer_beside_the_weights_is_left_out(offline_hub, paper):
+def test_extra_buffers_beside_the_weights_are_ignored(offline_hub, paper):
     put(
         offline_hub,
         REPOSITORY,
@@ -179,7 +179,7 @@ def test_an_unlisted_repository_loads_with_the_converter(offline_hub, paper):
     assert_reconstructs(one, paper["x"][4], paper["x_hat"][4])
 
 
-def test_a_repository_that_does_not_say_its_model_takes_a_name(offline_hub, paper):
+def test_a_repository_without_a_model_name_accepts_one(offline_hub, paper):
     put(offline_hub, "someone/weights", plain_files())
     loader = partial(mlsae_huggingface_loader, model_name="pythia-70m-deduped")
 
@@ -278,7 +278,7 @@ def test_a_folder_takes_the_lens_that_is_given(offline_hub, paper_lens_path, tmp
 
     sae = SAE.load_from_disk(tmp_path, converter=converter)
 
-    # The model is not known, and the lens says how many layers it has.
+    # The model is unknown; the lens gives the number of layers.
     assert_reconstructs_with_lens(sae, paper_lens_path, range(5))
 
 
@@ -292,7 +292,7 @@ def test_a_repository_takes_the_lens_that_is_given(offline_hub, paper_lens_path)
     assert_reconstructs_with_lens(sae, paper_lens_path, range(5))
 
 
-def test_a_lens_that_cannot_be_had_is_an_error(offline_hub):
+def test_a_lens_that_cannot_be_loaded_is_an_error(offline_hub):
     put(offline_hub, f"{REPOSITORY}-lens", lens_files())
 
     with pytest.raises(ValueError, match="no tuned lens 'EleutherAI/pythia-70m-ded"):
@@ -322,7 +322,7 @@ def test_a_stored_lens_without_a_tensor_is_an_error(offline_hub):
 
 
 @pytest.mark.parametrize("sae_id", [SAE_ID, f"{SAE_ID}/{HOOK_NAMES[1]}"])
-def test_the_config_alone_says_that_there_is_a_lens(offline_hub, sae_id):
+def test_the_config_alone_shows_that_there_is_a_lens(offline_hub, sae_id):
     put(offline_hub, f"{REPOSITORY}-lens", lens_files())
     put_lens(offline_hub)
     sae_id = sae_id.replace(SAE_ID, f"{SAE_ID}-lens")
@@ -359,7 +359,7 @@ def test_the_config_alone_is_that_of_the_loaded_sae(offline_hub, sae_id, variant
         assert cfg["metadata"].items() <= loaded["metadata"].items()
 
 
-def test_dtype_and_device_are_those_asked_for(published):
+def test_dtype_and_device_are_the_requested_ones(published):
     sae = SAE.from_pretrained(RELEASE, SAE_ID, dtype="bfloat16", device="cpu")
 
     assert {p.dtype for p in sae.parameters()} == {torch.bfloat16}
@@ -425,16 +425,14 @@ def test_our_class_takes_the_published_files_and_saelens_own(tmp_path, paper):
     assert saved.cfg.metadata.hook_names == HOOK_NAMES
 
 
-def test_our_class_says_what_a_folder_lacks(tmp_path):
+def test_loading_names_missing_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     for folder in (tmp_path, tmp_path / "missing", tmp_path / "model.safetensors"):
         with pytest.raises(FileNotFoundError, match="must be a folder with the publis"):
             MultiLayerSAE.load_from_disk(folder)
 
 
-def test_a_folder_that_does_not_say_its_model_loads_without_hooks(
-    tmp_path, paper, caplog
-):
+def test_a_folder_without_a_model_name_loads_without_hooks(tmp_path, paper, caplog):
     for file, content in plain_files().items():
         (tmp_path / file).write_bytes(content)
 
@@ -455,7 +453,7 @@ def test_a_lens_of_a_model_that_nothing_names_is_an_error(tmp_path):
         SAE.load_from_disk(tmp_path, converter=mlsae_disk_loader)
 
 
-def test_the_transformer_beside_the_sae_gives_its_hooks(tmp_path):
+def test_the_transformer_in_the_file_gives_the_hooks(tmp_path):
     for file, content in transformer_files().items():
         (tmp_path / file).write_bytes(content)
 
@@ -507,7 +505,7 @@ def test_a_folder_of_one_layer_is_a_stock_sae(tmp_path, paper):
 # Bad input
 
 
-def test_without_a_network_the_error_says_what_is_cached(offline_hub):
+def test_without_a_network_the_error_lists_cached_repositories(offline_hub):
     put(offline_hub, REPOSITORY, plain_files())
     put(offline_hub, "someone/other", plain_files())
 
@@ -519,7 +517,7 @@ def test_without_a_network_the_error_says_what_is_cached(offline_hub):
     assert f"repositories of tim-lawson: ['{REPOSITORY}']" in message
 
 
-def test_without_a_cache_the_error_says_that_nothing_is_cached(offline_hub):
+def test_without_a_cache_the_error_states_that_nothing_is_cached(offline_hub):
     offline_hub.rmdir()
 
     with pytest.raises(FileNotFoundError, match=r"repositories of tim-lawson: \[\]"):
@@ -606,7 +604,7 @@ def _changed(name: str, tensor: torch.Tensor) -> bytes:
         ),
     ],
 )
-def test_files_that_are_not_a_sound_mlsae_are_an_error(
+def test_files_that_are_not_a_valid_mlsae_are_an_error(
     offline_hub, name, content, message
 ):
     put(offline_hub, REPOSITORY, {**plain_files(), name: content})
@@ -615,7 +613,7 @@ def test_files_that_are_not_a_sound_mlsae_are_an_error(
         SAE.from_pretrained(RELEASE, SAE_ID)
 
 
-def test_a_model_that_transformerlens_does_not_know_is_an_error(offline_hub):
+def test_a_model_unknown_to_transformer_lens_is_an_error(offline_hub):
     put(offline_hub, "me/mlsae-pythia-71m-x8-k8", plain_files())
 
     with pytest.raises(ValueError, match=r"no model 'pythia-71m' .*70m"):
@@ -624,7 +622,7 @@ def test_a_model_that_transformerlens_does_not_know_is_an_error(offline_hub):
         )
 
 
-def test_a_known_model_whose_config_cannot_be_had_is_an_error(offline_hub):
+def test_a_known_model_whose_config_cannot_be_loaded_is_an_error(offline_hub):
     put(offline_hub, "me/mlsae-gpt2-xl-x8-k8", plain_files())
 
     with pytest.raises(FileNotFoundError, match="config of 'gpt2-xl'"):
@@ -634,7 +632,7 @@ def test_a_known_model_whose_config_cannot_be_had_is_an_error(offline_hub):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_folder_without_a_file_is_an_error_that_lists_what_is_there(
+def test_a_folder_without_a_file_is_an_error_that_lists_existing_files(
     tmp_path, missing
 ):
     files = plain_files()

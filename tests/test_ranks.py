@@ -1,6 +1,6 @@
-"""Several ranks: the update of one process, shares of the data, and their ends.
+"""Several ranks: the update, the shares of the data, resuming, errors.
 
-Authority: one process on the whole batch, for updates; the run that is left alone, bit
+Reference: one process on the whole batch, for updates; the run that is left alone, bit
 for bit, for what is resumed.
 """
 
@@ -35,7 +35,7 @@ SCRIPT = Path(__file__).with_name("ranked_runs.py")
 
 
 class RankedRuns:
-    """Work on ranks by `ranked_runs.py`, one after the other."""
+    """Controls `ranked_runs.py`."""
 
     def __init__(self) -> None:
         root = SCRIPT.parents[1]
@@ -51,7 +51,7 @@ class RankedRuns:
         )
 
     def start(self, task: str, folder: Path, count: int, **settings: Any) -> list[int]:
-        """Start ranks; their processes."""
+        """Start ranks; returns their PIDs."""
         folder.mkdir(exist_ok=True)
         assert self.process.stdin is not None
         line = json.dumps([task, str(folder), count, settings])
@@ -60,16 +60,16 @@ class RankedRuns:
         return self._answer("started")
 
     def wait(self) -> list[int]:
-        """Wait until all have ended; how, as `os.waitpid` says it."""
+        """Wait until all have ended; returns the statuses of `os.waitpid`."""
         return self._answer("ended")
 
     def run(self, task: str, folder: Path, count: int = 2, **settings: Any) -> None:
-        """Let ranks do work that must go well."""
+        """Run a task that must succeed on all ranks."""
         self.start(task, folder, count, **settings)
         assert self.wait() == [0] * max(count, 1), logs(folder)
 
     def fail(self, folder: Path, count: int = 2, **settings: Any) -> str:
-        """Let a run fail on all ranks, by themselves; what they have said."""
+        """Train where all ranks must fail; returns their output."""
         self.start("train", folder, count, **settings)
         assert self.wait() == [256] * count, logs(folder)
         return logs(folder)
@@ -94,7 +94,7 @@ def logs(folder: Path) -> str:
 
 
 def saved(folder: Path) -> dict[str, bytes]:
-    """The bytes of every tensor that a run has ended with."""
+    """The bytes of all tensors in the output of a run."""
     return {
         name: tensor.numpy().tobytes()
         for file in (folder / "output").glob("*.safetensors")
@@ -112,7 +112,7 @@ def prompts(folder: Path, index: int) -> list[tuple[int, ...]]:
 
 class TestUpdate:
     @pytest.mark.parametrize("sae", ["multilayer", "raw", "standard", "topk", "scaled"])
-    def test_two_ranks_with_half_the_batch_each_take_the_update_of_one_process(
+    def test_two_ranks_with_half_the_batch_make_the_update_of_one_process(
         self, ranked, tmp_path, sae
     ):
         expected = steps(ALONE, sae)
@@ -124,7 +124,7 @@ class TestUpdate:
         if sae in ("multilayer", "raw"):
             norms = expected["W_dec"].norm(dim=1)
             torch.testing.assert_close(norms, torch.ones_like(norms))
-            # Ten steps from 0 cannot come so far: it starts at the geometric median.
+            # Too far from 0 for ten steps: b_dec starts at the geometric median.
             assert expected["b_dec"].norm() > 0.5
         for name, tensor in expected.items():
             assert torch.equal(found[0][name], found[1][name]), name
@@ -162,7 +162,7 @@ class TestShares:
                 assert rest == whole[skipped:]
 
     @pytest.mark.parametrize("streaming", [False, True])
-    def test_ranks_harvest_other_tokens_and_go_on_into_epochs_of_uneven_lengths(
+    def test_ranks_harvest_different_tokens_over_epochs_of_uneven_lengths(
         self, ranked, tmp_path, streaming
     ):
         n_rows = 25
@@ -180,8 +180,8 @@ class TestShares:
             assert 40 <= len(own) < 44
 
     def test_a_batch_that_does_not_divide_is_refused(self, ranked, tmp_path):
-        said = ranked.fail(tmp_path, train_batch_size_tokens=65)
-        assert "must be a multiple of their number; got 65 and 2" in said
+        output = ranked.fail(tmp_path, train_batch_size_tokens=65)
+        assert "must be a multiple of their number; got 65 and 2" in output
 
 
 class TestRuns:
@@ -193,15 +193,15 @@ class TestRuns:
         assert "output" in os.listdir(whole)
         assert not list(whole.glob("output-*"))
         assert len(checkpoints(whole)) == 2
-        said = ranked.fail(stopped, stop_at=640)
-        assert said.count("InterruptedException\n") == 2
-        assert said.count("The run has ended early; resume from") == 1
+        output = ranked.fail(stopped, stop_at=640)
+        assert output.count("InterruptedException\n") == 2
+        assert output.count("The run has ended early; resume from") == 1
         assert checkpoints(stopped) == ["640"]
         ranked.run("train", stopped, resume_from_checkpoint="latest")
         assert saved(stopped) == saved(whole)
         assert {"W_enc", "W_dec", "b_dec", "sparsity"} <= saved(whole).keys()
 
-    def test_one_process_is_as_without_torchrun(self, ranked, tmp_path):
+    def test_one_process_equals_a_run_without_torchrun(self, ranked, tmp_path):
         ranked.run("train", tmp_path / "torchrun", count=1)
         ranked.run("train", tmp_path / "alone", count=0)
         assert saved(tmp_path / "torchrun") == saved(tmp_path / "alone")
@@ -220,7 +220,7 @@ class TestRuns:
             (1e30, "FloatingPointError: The loss and its gradient must be finite"),
         ],
     )
-    def test_a_nan_on_one_rank_ends_all_with_a_checkpoint_to_go_on_from(
+    def test_a_nan_on_one_rank_ends_all_ranks_with_a_checkpoint(
         self, ranked, tmp_path, value, message
     ):
         whole, failed = tmp_path / "whole", tmp_path / "failed"
@@ -250,23 +250,21 @@ class TestRuns:
         ranked.run("train", killed, resume_from_checkpoint="latest")
         assert saved(killed) == saved(whole)
 
-    def test_an_error_that_the_others_cannot_know_of_ends_all_without_a_checkpoint(
-        self, ranked, tmp_path
-    ):
-        said = ranked.fail(tmp_path, break_at=640)
-        assert "RuntimeError: no memory on this rank" in said
-        assert "Rank 0 of 2 has lost the connection" in said
+    def test_an_error_on_one_rank_ends_all_without_a_checkpoint(self, ranked, tmp_path):
+        output = ranked.fail(tmp_path, break_at=640)
+        assert "RuntimeError: no memory on this rank" in output
+        assert "Rank 0 of 2 has lost the connection" in output
         assert checkpoints(tmp_path) == []
 
-    def test_ranks_that_do_not_begin_alike_are_refused(self, ranked, tmp_path):
-        said = ranked.fail(tmp_path, differ="weights")
-        assert "The SAE must be the same on all ranks; ranks 0 and 1" in said
-        assert "['W_dec']" in said
+    def test_ranks_with_different_initial_weights_are_refused(self, ranked, tmp_path):
+        output = ranked.fail(tmp_path, differ="weights")
+        assert "The SAE must be the same on all ranks; ranks 0 and 1" in output
+        assert "['W_dec']" in output
 
-    def test_ranks_with_other_settings_are_refused(self, ranked, tmp_path):
-        said = ranked.fail(tmp_path, differ="settings")
-        assert "Settings must be the same on all ranks" in said
-        assert "['lr', 'lr_end']" in said
+    def test_ranks_with_different_settings_are_refused(self, ranked, tmp_path):
+        output = ranked.fail(tmp_path, differ="settings")
+        assert "Settings must be the same on all ranks" in output
+        assert "['lr', 'lr_end']" in output
 
     def test_the_command_line_trains_on_ranks(self, ranked, tmp_path):
         documents().to_json(tmp_path / "text.jsonl")
@@ -295,28 +293,28 @@ class TestRuns:
 
     def test_another_number_of_ranks_is_refused(self, ranked, tmp_path):
         ranked.fail(tmp_path, stop_at=640)
-        said = ranked.fail(tmp_path, count=1, resume_from_checkpoint="latest")
-        assert "a run of 2 processes" in said
-        assert "torchrun --nproc_per_node 2" in said
+        output = ranked.fail(tmp_path, count=1, resume_from_checkpoint="latest")
+        assert "a run of 2 processes" in output
+        assert "torchrun --nproc_per_node 2" in output
         (checkpoint,) = tmp_path.glob("checkpoints/*/640")
         check_number_of_ranks(checkpoint, Ranks(1, 2))
 
 
 class TestRanks:
-    def test_random_numbers_go_on_on_every_rank(self, tmp_path):
+    def test_random_numbers_continue_on_every_rank(self, tmp_path):
         torch.manual_seed(7)
         write_states([b"", state_of_rank({})], tmp_path)
         expected = torch.rand(3)
         load_random_states(tmp_path, Ranks(1, 2))
         assert torch.equal(torch.rand(3), expected)
 
-    def test_bits_tell_exchanged_rows_and_equal_numbers_of_other_bits_apart(self):
+    def test_bit_sums_differ_for_swapped_rows_and_negative_zero(self):
         rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         assert bits_of({"a": rows}) == bits_of({"a": rows.clone()})
         assert bits_of({"a": rows}) != bits_of({"a": rows.flip(0)})
         assert bits_of({"a": torch.tensor(0.0)}) != bits_of({"a": torch.tensor(-0.0)})
 
-    def test_a_rank_has_the_gpu_of_its_number(self, monkeypatch):
+    def test_a_rank_uses_the_gpu_of_its_local_rank(self, monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "3")
         assert own_device("cuda") == own_device("cuda:0") == "cuda:3"
         assert own_device("cpu") == "cpu"

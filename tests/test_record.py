@@ -1,4 +1,4 @@
-"""Records. Authority: what was written, and the inputs that were changed."""
+"""Records. Reference: what was written, and the inputs that were changed."""
 
 import json
 

@@ -1,6 +1,6 @@
 """What importing this package does to SAELens, and what it leaves alone.
 
-Authority: SAELens without this package, in processes of their own.
+Reference: SAELens without this package, in processes of their own.
 """
 
 import copy
@@ -56,7 +56,7 @@ both_runners = pytest.mark.parametrize(
 # The registries
 
 
-def test_saelens_knows_the_architecture():
+def test_saelens_lists_the_architecture():
     known = (MultiLayerSAE, MultiLayerSAEConfig)
     known_training = (MultiLayerTrainingSAE, MultiLayerTrainingSAEConfig)
 
@@ -236,7 +236,7 @@ def test_a_users_subclass_runs_the_multi_layer_job_with_its_overrides(
     assert len(sae.cfg.metadata.hook_names) == 2
 
 
-def test_a_users_subclass_without_a_multi_layer_config_stays_itself(
+def test_a_subclass_without_a_multi_layer_config_is_unchanged(
     token_dataset, model, tmp_path
 ):
     mine = users_subclass(LanguageModelSAETrainingRunner)
@@ -454,7 +454,7 @@ def test_importing_this_package_again_patches_the_runner_once(in_fresh_processes
     assert report["patches"] == 1
 
 
-def test_saelens_is_patched_in_one_place_only(in_fresh_processes):
+def test_saelens_is_patched_in_one_file_only(in_fresh_processes):
     report, _ = in_fresh_processes["without"]
 
     assert report["changed"] == [

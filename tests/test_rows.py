@@ -13,7 +13,7 @@ def numbers(dataset, start=0) -> list[int]:
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, N_ROWS, N_ROWS + 3])
-def test_rows_from_a_place_on(start):
+def test_rows_from_an_index_on(start):
     data = Dataset.from_dict({"number": list(range(N_ROWS))})
     shuffled = data.to_iterable_dataset(num_shards=3).shuffle(seed=1, buffer_size=4)
     order = numbers(shuffled)

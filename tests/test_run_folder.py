@@ -1,4 +1,4 @@
-"""The folder of a run. Authority: its docstrings, and the files SAELens writes."""
+"""The folder of a run. Reference: its docstrings, and the files SAELens writes."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ def checkpoints(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("n", "kept"), [(1, ["10240"]), (2, ["10240", "2048"]), (9, None)]
 )
-def test_those_of_most_tokens_stay_and_a_final_one(checkpoints, n, kept):
+def test_the_newest_and_the_final_checkpoint_are_kept(checkpoints, n, kept):
     before = os.listdir(checkpoints)
     keep_newest(checkpoints, n)
     expected = before if kept is None else [*kept, "final_10240"]
@@ -84,7 +84,7 @@ def test_the_checkpoint_of_another_sae_is_an_error(checkpoint, wanted, found):
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
-def test_a_torn_checkpoint_is_an_error_that_names_the_file(checkpoint, name):
+def test_a_damaged_checkpoint_is_an_error_that_names_the_file(checkpoint, name):
     (checkpoint / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"must be a checkpoint.*; {name} is"):
         check_checkpoint(checkpoint, WANTED)

@@ -1,6 +1,6 @@
 """The multi-layer SAE as an object of SAELens.
 
-Authorities: stock SAELens (`TopKSAE` with layer norm and no encoder bias;
+References: stock SAELens (`TopKSAE` with layer norm and no encoder bias;
 `SAETrainer`), and the paper's code (tests/data/paper/plain.safetensors).
 """
 
@@ -178,7 +178,7 @@ def test_the_error_term_restores_the_input_and_keeps_an_intervention(training):
     torch.testing.assert_close(out, x - removed, rtol=1e-4, atol=1e-4)
 
 
-def test_decoding_what_was_not_encoded_is_an_error_that_says_what_to_do():
+def test_decoding_before_encoding_is_an_error_with_advice():
     sae = random_sae()
     acts = sae.encode(random_acts(5))
     sae.decode(acts)
@@ -411,7 +411,7 @@ def test_a_training_checkpoint_loads_for_inference(tmp_path):
     torch.testing.assert_close(loaded(x), sae(x), rtol=0, atol=0)
 
 
-def test_saving_leaves_the_sae_as_it_was(tmp_path):
+def test_saving_does_not_change_the_sae(tmp_path):
     sae = random_sae(True)
     pointers = [p.data_ptr() for p in sae.parameters()]
 

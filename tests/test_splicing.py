@@ -1,4 +1,4 @@
-"""Authority: the paper's numbers, SAELens' `run_evals`, and whole passes with hooks."""
+"""Reference: the paper's numbers, SAELens' `run_evals`, and whole passes with hooks."""
 
 import inspect
 import json
@@ -201,7 +201,7 @@ class TestOneResult:
     def test_padding_on_the_left_is_masked_in_every_block(
         self, tokenizer, tokens, positions, monkeypatch
     ):
-        # Authority: each prompt alone and without padding.
+        # Reference: each prompt alone and without padding.
         changes = {"positional_embedding_type": positions, "rotary_dim": 8}
         model: Any = tiny_model(tokenizer, n_layers=4, **changes)
         for block in model.blocks:
@@ -250,7 +250,7 @@ class TestOneResult:
         assert len(calls) == len(HOOKS) + 1
 
     def test_divergences_over_a_large_vocabulary(self):
-        # Authority: float64. Sums over so many float32 numbers lose what they may.
+        # Reference: float64. Sums over so many float32 numbers lose what they may.
         logits = 6 * torch.randn(2, 3, 50_000)
         log_p = logits.log_softmax(-1)
         log_q = (logits + torch.randn_like(logits)).log_softmax(-1)
@@ -415,7 +415,7 @@ class TestWhatIsReplaced:
             alone = evaluate([sae], model, tokens).to_dataframe()
             assert_same(table.iloc[[i]], alone)
 
-    def test_views_give_what_the_whole_gives(self, model, tokens):
+    def test_views_give_the_same_metrics_as_the_multi_layer_sae(self, model, tokens):
         sae = random_sae()
         whole = evaluate(sae, model, tokens).to_dataframe()
         views = evaluate(sae.views(), model, tokens).to_dataframe()

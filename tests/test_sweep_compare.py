@@ -1,4 +1,4 @@
-"""One SAE beside single-layer ones. Authority: the same functions on the saved SAEs."""
+"""One SAE compared with single-layer SAEs. Reference: the functions on saved SAEs."""
 
 from typing import Any
 
@@ -96,7 +96,7 @@ def test_costs_are_summed_and_memory_is_the_highest(run, tmp_path):
     assert total.n_parameters == N_LAYERS * one
 
 
-def test_the_chosen_layers_are_compared_and_it_goes_on(run, monkeypatch, tmp_path):
+def test_the_chosen_layers_are_compared_and_the_run_resumes(run, monkeypatch, tmp_path):
     trainings = count_calls(monkeypatch, MultiLayerSAETrainingRunner, "run")
     measured = count_calls(monkeypatch, run_module, "measure")
     first = run(layers=[0, 2])
@@ -116,7 +116,7 @@ def test_the_chosen_layers_are_compared_and_it_goes_on(run, monkeypatch, tmp_pat
         run(layers=[0, 1])
 
 
-def test_what_is_trained_again_is_compared_again(run, tmp_path):
+def test_a_layer_trained_again_is_compared_again(run, tmp_path):
     run(layers=[0, 1])
     (tmp_path / "out/layer_1").rename(tmp_path / "moved")
     before = (tmp_path / "out/comparison/costs.csv").read_text()
@@ -124,7 +124,9 @@ def test_what_is_trained_again_is_compared_again(run, tmp_path):
     assert (tmp_path / "out/comparison/costs.csv").read_text() != before
 
 
-def test_a_failed_layer_is_named_and_the_others_are_trained(run, monkeypatch, tmp_path):
+def test_a_failed_layer_is_reported_and_the_others_are_trained(
+    run, monkeypatch, tmp_path
+):
     original = MultiLayerTrainer.step
 
     def fail(self, batch):

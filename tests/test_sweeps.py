@@ -1,4 +1,4 @@
-"""Sweeps. Authority: each point trained, evaluated and analysed by itself."""
+"""Sweeps. Reference: each point trained, evaluated and analysed by itself."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def held_out():
 
 @pytest.fixture
 def run(model, token_dataset, held_out, tmp_path):
-    """A sweep of the tiny model, of which a test says what is different."""
+    """Run a sweep of the tiny model; a test passes the settings that it changes."""
 
     def run_sweep(points=POINTS, base=None, evaluation=EVALUATION, **changes):
         settings = {
@@ -207,7 +207,9 @@ class TestSweep:
         )
         assert (tmp_path / "sweep/sweep.png").stat().st_size > 10_000
 
-    def test_what_is_done_is_left_alone(self, run, trainings, tmp_path, monkeypatch):
+    def test_finished_points_are_not_run_again(
+        self, run, trainings, tmp_path, monkeypatch
+    ):
         first = run(POINTS[:2])
         before = listing(tmp_path / "sweep")
         measured = count_calls(monkeypatch, run_module, "measure")
@@ -221,7 +223,7 @@ class TestSweep:
         assert (run(POINTS[:2]).status == "done").all()
         assert len(trainings) == 2
 
-    def test_an_interrupted_training_goes_on_from_its_checkpoint(
+    def test_an_interrupted_training_resumes_from_its_checkpoint(
         self, run, tmp_path, monkeypatch, trainings
     ):
         steps = count_calls(monkeypatch, MultiLayerTrainer, "step")
@@ -253,7 +255,7 @@ class TestSweep:
         whole = load_file(tmp_path / "sweep/R2_k4/sae/sae_weights.safetensors")
         assert all(torch.equal(whole[name], interrupted[name]) for name in whole)
 
-    def test_an_interrupted_analysis_is_made_again_alone(
+    def test_only_an_interrupted_analysis_is_repeated(
         self, run, monkeypatch, trainings, tmp_path
     ):
         with monkeypatch.context() as patch:
@@ -264,7 +266,7 @@ class TestSweep:
         assert (run(POINTS[:1]).status == "done").all()
         assert len(trainings) == 1
 
-    def test_a_failed_point_is_recorded_and_the_others_go_on(
+    def test_a_failed_point_is_recorded_and_the_others_continue(
         self, run, monkeypatch, tmp_path, trainings, caplog
     ):
         original = MultiLayerTrainer.step
@@ -336,7 +338,9 @@ class TestSweep:
             run(POINTS[:1])
         assert trainings == []
 
-    def test_what_a_killed_process_left_at_once_is_no_hindrance(self, run, tmp_path):
+    def test_files_of_a_process_killed_at_the_start_do_not_prevent_a_restart(
+        self, run, tmp_path
+    ):
         (tmp_path / "sweep/R2_k2").mkdir(parents=True)
         (tmp_path / "sweep/R2_k2/.partial-1234").write_text("{")
         assert (run(POINTS[:1]).status == "done").all()
@@ -369,7 +373,7 @@ class TestSweep:
             ({"points": grid(model_name=["a", "b"])}, "must not vary. Sweep over"),
         ],
     )
-    def test_what_does_not_fit_is_known_before_anything_runs(
+    def test_wrong_settings_fail_before_anything_runs(
         self, run, changes, message, trainings
     ):
         points = [{"k": 2}, *changes.pop("points", [])]

@@ -1,6 +1,6 @@
-"""Which prompts are made of a text, and which positions count.
+"""The prompts of a text, and which positions count.
 
-Authority: the training store of a run with the same settings.
+Reference: the training store of a run with the same settings.
 """
 
 from importlib import import_module
@@ -186,7 +186,7 @@ def test_no_separator_in_the_metadata_is_a_setting():
 
 
 @pytest.mark.parametrize("name", ["dataset_path", "context_size"])
-def test_what_is_in_neither_is_an_error(name):
+def test_a_setting_missing_in_both_is_an_error(name):
     metadata = SAEMetadata(dataset_path="a", context_size=8)
     metadata[name] = None
     with pytest.raises(ValueError, match=f"give --{name}"):
@@ -223,7 +223,7 @@ def test_not_counted_is_as_excluded(model, token_dataset):
     assert found.n_tokens == int(counted.sum())
 
 
-def test_a_store_excludes_in_evaluations_what_it_does_in_training(
+def test_a_store_excludes_the_same_tokens_in_evaluation_and_training(
     model, make_config, token_dataset
 ):
     def store(**changes):

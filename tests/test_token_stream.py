@@ -1,4 +1,4 @@
-"""Authority: SAELens' own `concat_and_batch_sequences`, uninterrupted."""
+"""Reference: SAELens' own `concat_and_batch_sequences`, uninterrupted."""
 
 import logging
 
@@ -27,7 +27,7 @@ TOKEN = st.integers(0, 3)
     begin=st.one_of(st.none(), TOKEN),
     separator=st.one_of(st.none(), TOKEN),
 )
-def test_contexts_go_on_from_what_was_not_read(documents, context, begin, separator):
+def test_contexts_continue_from_unread_tokens(documents, context, begin, separator):
     documents = [torch.tensor(d, dtype=torch.long) for d in documents]
 
     def contexts(of):
@@ -55,7 +55,7 @@ def test_contexts_go_on_from_what_was_not_read(documents, context, begin, separa
         assert [c.tolist() for c in rest] == whole[n_contexts:]
 
 
-def test_rows_without_a_text_are_left_out_and_reported(
+def test_rows_without_text_are_skipped_and_logged(
     model, make_config, text_dataset, caplog
 ):
     texts = text_dataset["text"][:40]
@@ -90,7 +90,7 @@ def chat_store(model, make_config, monkeypatch):
     return store
 
 
-def test_an_empty_conversation_is_left_out(chat_store):
+def test_an_empty_conversation_is_skipped(chat_store):
     rows = [[{"role": "user", "content": "w3 w4 w5 w6"}]] * 20
     with_empty = chat_store("messages", [*rows[:3], [], *rows[3:]])
     without = chat_store("messages", rows).get_batch_tokens(4)

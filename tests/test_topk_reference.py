@@ -112,7 +112,7 @@ def test_residual_gets_no_gradient_from_the_auxiliary_loss():
 
 
 def test_loss_and_gradients_are_those_of_the_papers_code():
-    # Authority: the reference implementation, step_no_aux (float32).
+    # Reference: the reference implementation, step_no_aux (float32).
     z, weights, data = paper_step()
     losses = loss_of(z, weights, k=4)
     losses.loss.backward()

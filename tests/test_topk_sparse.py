@@ -1,4 +1,4 @@
-"""The fast path: parity with the definition, the certificate, and statistics."""
+"""The sparse step: parity with the definition, selection, and statistics."""
 
 import os
 import shutil
@@ -24,30 +24,29 @@ from sae_lens_multilayer.topk.select import (
 )
 from sae_lens_multilayer.topk.sparse import (
     TopKActs,
-    TopKStep,
     decode_topk,
     encode_topk,
     normalize_decoder,
     project_decoder_gradient,
-    training_step,
 )
+from sae_lens_multilayer.topk.step import TopKStep, training_step
 
 PAPER = Path(__file__).parent / "data" / "paper"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 Weights = tuple[Tensor, Tensor, Tensor]
 
 has_kernel = native.is_available(torch.empty(0))
-needs_kernel = pytest.mark.skipif(not has_kernel, reason="there is no C++ compiler")
-ENGINES = [pytest.param(True, id="kernel", marks=needs_kernel), False]
+requires_kernel = pytest.mark.skipif(not has_kernel, reason="there is no C++ compiler")
+ENGINES = [pytest.param(True, id="kernel", marks=requires_kernel), False]
 CERTIFY = [
-    pytest.param(native.certified_topk, id="kernel", marks=needs_kernel),
+    pytest.param(native.certified_topk, id="kernel", marks=requires_kernel),
     select._certify,
 ]
 
 
 @contextmanager
 def kernel_used(is_native: bool) -> Iterator[None]:
-    """With the C++ kernel where there is one, or without."""
+    """Use the C++ kernel or disable it."""
     with pytest.MonkeyPatch.context() as patch:
         if not is_native:
             patch.setattr(native, "is_available", lambda x: False)
@@ -56,7 +55,7 @@ def kernel_used(is_native: bool) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Small products are fastest so, many times on a busy machine."""
+    """One thread is fastest for small products, especially on a busy machine."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,7 +64,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned(monkeypatch) -> None:
-    """Memory that was not written is NaN, or -1 in integers."""
+    """Fill newly allocated memory with NaN, or -1 for integers."""
 
     def poison(function):
         def filled(*args, **kwargs) -> Tensor:
@@ -91,7 +90,7 @@ def make_case(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[Tensor, Weights]:
-    """Layers of different means and scales, weights without any special form."""
+    """Vectors with a different mean and scale per layer, and random weights."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -109,7 +108,7 @@ def some_dead(d_sae: int, share: float = 0.3) -> Tensor:
 
 
 def copies(weights: Weights) -> Weights:
-    """Leaves with the strides of the weights."""
+    """Copies of the weights as leaves, with the same strides."""
     W_enc, W_dec, b_dec = (w.detach().clone().requires_grad_() for w in weights)
     return W_enc, W_dec, b_dec
 
@@ -129,7 +128,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_parity(
     z: Tensor, weights: Weights, tolerance: float, micro_batch_size: int = 10, **changes
 ) -> TopKStep:
-    """Losses and every gradient against autograd of the dense definition."""
+    """Compare losses and gradients with autograd of the dense definition."""
     options = {"k": 7, "dead_latents": None, "k_aux": 9, "aux_coefficient": 0.3}
     options = {**options, **changes}
     certified = options.pop("certified", None)
@@ -165,7 +164,7 @@ def test_losses_and_gradients_are_those_of_autograd(dtype, k, dead_share):
 @pytest.mark.parametrize("certified", [False, True])
 @pytest.mark.parametrize("is_native", ENGINES)
 def test_gradients_with_many_latents_of_which_few_are_used(certified, is_native):
-    # 2,999 latents go through three rounds of groups, and leave a rest in two of them.
+    # 2,999 latents need three rounds of groups, two of them with ungrouped entries.
     z, weights = make_case(150, 2, 33, 2999, torch.float32)
     with kernel_used(is_native):
         assert_parity(
@@ -195,8 +194,8 @@ def test_gradients_with_and_without_standardised_inputs(n_layers, standardize_in
 
 
 def test_duplicated_vectors_and_latents():
-    # Equal vectors, and latents of which each has a twin; k is even, so that ties are
-    # between latents both of which are active.
+    # Equal vectors, and pairs of equal latents; k is even, so both latents of a pair
+    # are active.
     z, (W_enc, W_dec, b_dec) = make_case(20, 2, 19, 50)
     z = torch.cat([z, z, z[:1].expand(5, -1, -1)])
     W_enc = torch.cat([W_enc.T, W_enc.T]).T
@@ -233,7 +232,8 @@ def test_parity_for_any_sizes(n_tokens, n_layers, d_in, d_sae, data):
         k=data.draw(st.integers(1, d_sae)),
         k_aux=data.draw(st.integers(0, d_sae)),
         dead_latents=some_dead(d_sae, data.draw(st.sampled_from([0.0, 0.5, 1.0]))),
-        # two dimensions standardised are two points, and their errors may all be 0
+        # With two dimensions, standardised vectors are one of two points; their errors
+        # may all be 0.
         standardize_inputs=d_in > 2,
     )
 
@@ -263,7 +263,7 @@ def test_results_do_not_depend_on_the_micro_batch_size(certified):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_are_added_to_those_there_are():
+def test_gradients_are_added_to_existing_gradients():
     z, weights = make_case()
     leaves = copies(weights)
     options = {"k": 3, "dead_latents": some_dead(101), "k_aux": 4}
@@ -331,7 +331,7 @@ def test_input_that_is_not_finite_makes_the_losses_nan():
 
 
 def test_loss_and_gradients_are_those_of_the_papers_code():
-    # Authority: the reference implementation, step_no_aux (float32).
+    # Reference: the reference implementation, step_no_aux (float32).
     data = load_file(PAPER / "topk_step.safetensors")
     z = load_file(PAPER / "activations.safetensors")["resid_post"]
     leaves = copies(
@@ -364,7 +364,7 @@ def test_loss_and_gradients_are_those_of_the_papers_code():
 
 
 def test_statistics_are_those_of_the_dense_activations():
-    # Authority: brute force over the dense activations.
+    # Reference: brute force over the dense activations.
     z, (W_enc, W_dec, b_dec) = make_case()
     step = training_step(
         z,
@@ -394,7 +394,7 @@ def test_statistics_are_those_of_the_dense_activations():
 
 
 def test_variances_survive_a_large_mean():
-    # float32 sums of squares lose everything here: the mean is 1e4 standard deviations
+    # The mean is 1e4 standard deviations: float32 sums of squares would be useless.
     z, weights = make_case(n_tokens=500, dtype=torch.float32)
     z = z + 1e4
     step = training_step(
@@ -415,8 +415,8 @@ def test_variances_survive_a_large_mean():
 
 
 def test_a_worked_step_by_hand():
-    # Identity weights, k = 1, no standardisation. Of (2, 0), (0, 1), (1, 3) only the
-    # last loses something: its first entry, 1. Entries 2 0 0 1 1 3: squares 15, sum 7.
+    # Identity weights, k = 1, no standardisation. (2, 0) and (0, 1) are exact; (1, 3)
+    # loses its first entry, 1. Entries 2 0 0 1 1 3: sum of squares 15, sum 7.
     z = torch.tensor([[[2.0, 0.0]], [[0.0, 1.0]], [[1.0, 3.0]]])
     leaves = copies((torch.eye(2), torch.eye(2), torch.zeros(2)))
     step = training_step(
@@ -454,7 +454,7 @@ def test_a_worked_step_by_hand():
     data=st.data(),
 )
 def test_exact_topk_is_topk_as_sets_of_values(n_acts, n_latents, levels, data):
-    # few levels make ties everywhere
+    # Few levels give many ties.
     k = data.draw(st.integers(1, min(n_latents, 40)))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     h = torch.randint(-levels, levels, (n_acts, n_latents), generator=g).float()
@@ -473,15 +473,15 @@ def test_exact_topk_is_topk_as_sets_of_values(n_acts, n_latents, levels, data):
     shift=st.sampled_from([-1.0, -0.9, 0.0]),
     data=st.data(),
 )
-@needs_kernel
+@requires_kernel
 def test_the_kernels_topk_is_that_of_positive_entries(
     n_acts, n_latents, levels, shift, data
 ):
-    # Authority: torch.topk. A negative shift leaves few or no entries above 0.
+    # Reference: torch.topk. A negative shift leaves few or no entries above 0.
     k = data.draw(st.integers(1, n_latents))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     h = torch.randint(-levels, levels, (n_acts, 2 * n_latents), generator=g).float()
-    h = (h + shift * levels)[:, :n_latents]  # rows that do not lie together
+    h = (h + shift * levels)[:, :n_latents]  # rows with gaps in memory
     values, indices = native.largest_positive(h, k)
     expected = h.topk(k, dim=1).values.relu()
     torch.testing.assert_close(values.sort(descending=True).values, expected)
@@ -489,7 +489,7 @@ def test_the_kernels_topk_is_that_of_positive_entries(
     assert all(len(set(row.tolist())) == k for row in indices)
 
 
-@needs_kernel
+@requires_kernel
 def test_the_kernel_counts_more_entries_than_its_counters_hold():
     h = torch.ones(2, 200_000)
     h[1, 150_000:] = 2
@@ -498,9 +498,9 @@ def test_the_kernel_counts_more_entries_than_its_counters_hold():
     assert all(len(row.unique()) == 100_000 for row in indices)
 
 
-@needs_kernel
+@requires_kernel
 def test_the_kernel_rounds_as_torch_does():
-    # Ties go to the even number; NaN, infinity and numbers without a leading 1 stay.
+    # Ties to even, NaN, infinity and subnormal numbers.
     ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1e-40, 3.4e38])
     special = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0])
     x = torch.cat([torch.randn(501), ties, special]).view(4, 128)
@@ -511,22 +511,22 @@ def test_the_kernel_rounds_as_torch_does():
     assert norms[3].isnan()
 
 
-@needs_kernel
-def test_the_kernel_takes_no_memory_of_another_kind():
+@requires_kernel
+def test_the_kernel_rejects_other_dtypes_and_strides():
     for h in (torch.randn(4, 6).T, torch.randn(4, 6).double()):
         with pytest.raises(ValueError, match="The kernel needs contiguous"):
             native.largest_positive(h, 2)
 
 
 @pytest.fixture
-def kernel_anew() -> Iterator[None]:
-    """Forget the kernel that was loaded, before and after."""
+def reload_kernel() -> Iterator[None]:
+    """Unload the kernel before and after a test."""
     native._kernel.cache_clear()
     yield
     native._kernel.cache_clear()
 
 
-@pytest.mark.usefixtures("kernel_anew")
+@pytest.mark.usefixtures("reload_kernel")
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
 def test_without_a_compiler_everything_works(compiler, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -537,8 +537,8 @@ def test_without_a_compiler_everything_works(compiler, monkeypatch, tmp_path, ca
     assert list(tmp_path.rglob("*.so")) == []
 
 
-@needs_kernel
-@pytest.mark.usefixtures("kernel_anew")
+@requires_kernel
+@pytest.mark.usefixtures("reload_kernel")
 def test_without_a_home_folder_everything_works(monkeypatch, caplog):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
@@ -546,9 +546,9 @@ def test_without_a_home_folder_everything_works(monkeypatch, caplog):
     assert "no home" in caplog.text
 
 
-@needs_kernel
-@pytest.mark.usefixtures("kernel_anew")
-def test_a_torn_library_is_compiled_anew(monkeypatch, tmp_path):
+@requires_kernel
+@pytest.mark.usefixtures("reload_kernel")
+def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     assert compiler is not None
@@ -599,8 +599,8 @@ def dense_acts(acts: TopKActs, d_sae: int) -> Tensor:
 def test_certified_selection_is_the_float32_selection(
     seed, k, scale, spread, is_native
 ):
-    # Rows of very different norms, and vectors close to one another, leave the bound no
-    # room, so that all rows need the float32 product; others need none.
+    # For rows of very different norms and for similar vectors nothing can be proven, so
+    # all need the float32 product; other cases need none.
     z, (W_enc, _, b_dec) = make_case(40, 1, 24, 600, torch.float32, seed)
     z = z[0] + spread * (z[:, 0] - z[0])
     W_enc = W_enc * scale
@@ -614,7 +614,7 @@ def test_certified_selection_is_the_float32_selection(
 
 @pytest.mark.parametrize("certify", CERTIFY)
 def test_every_certified_row_is_right_and_most_are_certified(certify):
-    # Authority: float64. Whatever the selection, no row may be proven that is wrong.
+    # Reference: float64. No wrong row may be proven.
     z, (W_enc, _, _) = make_case(400, 1, 64, 4096, torch.float32)
     v, rows = standardize(z[:, 0])[0], W_enc.T.contiguous()
     h, errors = CertifiedEncoder(rows, 16, max_rows=400)._approximate(v)
@@ -631,7 +631,7 @@ def test_every_certified_row_is_right_and_most_are_certified(certify):
 
 @pytest.mark.parametrize("certify", CERTIFY)
 def test_rows_that_bfloat16_gets_wrong_are_not_certified(certify):
-    # Large parts of the products cancel, so that their rounding exceeds what is left.
+    # Large terms of the products cancel, so rounding errors exceed the result.
     signs = torch.ones(64)
     signs[::2] = -1
     rows, v = 0.05 * torch.randn(1024, 64) + 20 * signs, torch.randn(100, 64) + 20
@@ -652,8 +652,9 @@ def test_rows_that_bfloat16_gets_wrong_are_not_certified(certify):
 @pytest.mark.parametrize("certify", CERTIFY)
 @pytest.mark.parametrize("share", [1.0, 0.9])
 def test_an_entry_that_rounding_hides_is_found_or_not_proven(certify, share):
-    # Large entries cancel and their rounding adds up: up in the first latent, down in
-    # the second, which is the larger by a part of one rounding error.
+    # Large entries cancel and their rounding errors add up: upwards in the first
+    # latent, downwards in the second, which is larger by a fraction of one rounding
+    # error.
     half_a_step = 0.99 * 2**-8
     up, down = torch.full((2, 64), 1.5)
     down[:32] += half_a_step
@@ -678,7 +679,7 @@ def test_an_entry_that_rounding_hides_is_found_or_not_proven(certify, share):
 @pytest.mark.parametrize("is_native", ENGINES)
 @pytest.mark.parametrize("rounded", ["vectors", "weights", "both"])
 def test_the_error_bound_holds_where_it_is_tight(rounded, is_native):
-    # All rounding errors point the same way: no smaller bound is right.
+    # All rounding errors have the same sign, so no smaller bound is correct.
     exact, inexact = torch.ones(3, 64), torch.full((3, 64), 1 + 0.99 * 2**-8)
     v = exact if rounded == "weights" else inexact
     rows = exact if rounded == "vectors" else inexact
@@ -692,7 +693,7 @@ def test_the_error_bound_holds_where_it_is_tight(rounded, is_native):
 
 @pytest.mark.parametrize("is_native", ENGINES)
 def test_rows_without_proof_are_computed_in_float32(is_native, monkeypatch):
-    # All latents alike but for less than bfloat16 can tell: nothing can be proven.
+    # Latents differ by less than bfloat16 resolves: nothing can be proven.
     monkeypatch.setattr(select, "_UNPROVEN_ROWS", 2)
     v = torch.randn(5, 8)
     rows = torch.randn(1, 8) + 1e-5 * torch.randn(200, 8)
@@ -740,7 +741,7 @@ def test_impossible_k_is_an_error(k):
 
 @pytest.mark.usefixtures("poisoned")
 def test_products_of_other_devices_and_builds_are_the_same(monkeypatch):
-    # The formulations for CUDA, and for a CPU without MKL, run here on this CPU.
+    # Runs the code for CUDA and for CPUs without MKL on this CPU.
     z, weights = make_case()
     monkeypatch.setattr(products, "row_dots", products.gathered_row_dots)
     monkeypatch.setattr(products, "_GATHER_ELEMENTS", 500)
@@ -756,8 +757,8 @@ def test_dense_and_sparse_auxiliary_activations_agree(monkeypatch, share):
     assert_parity(z, weights, 1e-10, dead_latents=some_dead(101), k_aux=3)
 
 
-def test_no_more_pre_activations_than_a_block_are_held(monkeypatch):
-    # The block is the only memory of d_sae columns; it is asked for once.
+def test_at_most_one_block_of_pre_activations_is_held(monkeypatch):
+    # The block is the only tensor with d_sae columns, and is allocated once.
     monkeypatch.setitem(select._BLOCK_ELEMENTS, "cpu", 0)
     monkeypatch.setattr(select, "_MIN_BLOCK_ROWS", 64)
     sizes = []
@@ -783,7 +784,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("certified", [False, True])
 @pytest.mark.parametrize("is_native", ENGINES)
-def test_those_of_dead_latents_fit_into_the_micro_batch_too(
+def test_pre_activations_of_dead_latents_count_towards_the_micro_batch(
     monkeypatch, certified, is_native
 ):
     z, weights = make_case(120, 1, 8, 5000, torch.float32)
@@ -819,7 +820,7 @@ def test_those_of_dead_latents_fit_into_the_micro_batch_too(
 
 
 def test_encode_and_decode_are_those_of_the_papers_code():
-    # Authority: the reference implementation, MLSAE.forward (float32).
+    # Reference: the reference implementation, MLSAE.forward (float32).
     data = load_file(PAPER / "plain.safetensors")
     n_prompts, b_dec = data["recons"].shape[1], data["pre_encoder_bias"]
     z = load_file(PAPER / "activations.safetensors")["resid_post"][:, :n_prompts]
@@ -878,7 +879,7 @@ def test_encode_takes_vectors_of_another_dtype_than_the_weights():
 
 
 def test_unit_norm_and_projection_are_those_of_the_papers_code():
-    # Authority: the reference's on_after_backward (float32): norm first, then gradient.
+    # Reference: the reference's on_after_backward (float32): norm first, then gradient.
     data = load_file(PAPER / "topk_step.safetensors")
     W_dec = data["initial.decoder.weight"].T.contiguous().requires_grad_()
     W_dec.grad = data["auxk_active.grad_before.decoder.weight"].T.contiguous()
@@ -892,7 +893,7 @@ def test_unit_norm_and_projection_are_those_of_the_papers_code():
     )
 
 
-def test_a_decoder_row_of_zeros_stays_so():
+def test_a_decoder_row_of_zeros_stays_zero():
     W_dec = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
     normalize_decoder(W_dec)
     torch.testing.assert_close(W_dec, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))

@@ -1,6 +1,6 @@
 """The trainer on batches made by hand.
 
-Authority: brute force for counters, starts and metrics; the same batches in other
+Reference: brute force for counters, starts and metrics; the same batches in other
 pieces for accumulation; the formulas of the schedules; SAELens' SAE after folding its
 scale.
 """
@@ -33,7 +33,7 @@ BATCH = 64
 
 
 def random_batches(n: int, tokens: int = BATCH, seed: int = 0) -> list[Tensor]:
-    """Batches whose layers differ in scale and place, as those of a model do."""
+    """Batches whose layers differ in mean and scale, like those of a model."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.tensor([1.0, 20.0]).view(1, -1, 1)
     shape = (n, tokens, N_LAYERS, D_MODEL)
@@ -453,7 +453,7 @@ class TestState:
         ],
         ids=["multilayer", "standard", "jumprelu"],
     )
-    def test_a_loaded_trainer_goes_on_exactly(
+    def test_a_loaded_trainer_continues_exactly(
         self, make_config, tmp_path, sae_config, changes
     ):
         config = make_config(sae=sae_config, training_tokens=640, lr=1e-2, **changes)
@@ -480,7 +480,7 @@ class TestState:
         assert first.n_training_samples == second.n_training_samples == 640
         assert first.get_coefficients() == second.get_coefficients()
 
-    def test_random_numbers_of_an_architecture_go_on(self, make_config, tmp_path):
+    def test_random_numbers_of_an_architecture_continue(self, make_config, tmp_path):
         trainer = make_trainer(make_config())
         take_steps(trainer, 1)
         trainer.save_checkpoint("here", tmp_path)

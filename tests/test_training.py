@@ -1,6 +1,6 @@
 """The runner: whole runs on a small model.
 
-Authority: SAELens' runner for the cadence of checkpoints and logs; the same run in
+Reference: SAELens' runner for the cadence of checkpoints and logs; the same run in
 other circumstances (prefetching, compiled, resumed); PCA for what training must beat.
 """
 
@@ -82,7 +82,7 @@ CHECKPOINT_FILES = {
 
 @pytest.fixture
 def start(model, token_dataset):
-    """Build the runner that SAELens' class becomes."""
+    """Create a runner through SAELens' class."""
 
     def start(config, **overrides) -> runner_module.MultiLayerSAETrainingRunner:
         settings = {"override_model": model, "override_dataset": token_dataset}
@@ -237,7 +237,7 @@ class TestRuns:
         thread.join()
         assert isinstance(results[0], MultiLayerTrainingSAE)
 
-    def test_signal_handlers_are_as_before_after_a_run(self, start, make_config):
+    def test_signal_handlers_are_restored_after_a_run(self, start, make_config):
         before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
         start(make_config()).run()
         after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -358,7 +358,7 @@ class TestCheckpoints:
             SafetensorError("I/O error: No space left on device (os error 28)"),
         ],
     )
-    def test_a_full_disk_is_reported_and_the_run_goes_on(
+    def test_a_full_disk_is_logged_and_the_run_continues(
         self, start, make_config, monkeypatch, caplog, error
     ):
         config = make_config(n_checkpoints=3, keep_last_n_checkpoints=1)
@@ -398,7 +398,7 @@ class TestCheckpoints:
         assert listing(config.checkpoint_path) == {"448", "512", "final_512"}
 
     @pytest.mark.parametrize("where", ["save_inference_model", "to_dict"])
-    def test_final_sae_is_all_there_or_not_at_all(
+    def test_final_sae_is_complete_or_absent(
         self, start, make_config, monkeypatch, where
     ):
         config = make_config()
@@ -490,7 +490,7 @@ class TestResuming:
         ],
         ids=["multilayer", "standard", "batchtopk", "jumprelu"],
     )
-    def test_ends_with_the_weights_of_a_run_without_a_break(
+    def test_resumed_weights_equal_those_of_an_uninterrupted_run(
         self,
         start,
         make_config,
@@ -600,7 +600,7 @@ class TestResuming:
             "cfg.json",
         ],
     )
-    def test_a_torn_file_is_named(self, start, make_config, name):
+    def test_a_damaged_file_is_an_error_that_names_it(self, start, make_config, name):
         first = make_config(n_checkpoints=1, output_path=None)
         start(first).run()
         (folder,) = Path(first.checkpoint_path).iterdir()
@@ -611,10 +611,10 @@ class TestResuming:
             start(config).run()
 
     @pytest.mark.parametrize("where", ["model", "step"])
-    def test_a_batch_that_failed_is_taken_again(
+    def test_a_resumed_run_repeats_the_failed_batch(
         self, start, make_config, model, steps, where
     ):
-        """Neither the steps before it nor the place in the data are lost."""
+        """Neither previous steps nor the position in the data are lost."""
         settings = {"n_batches_in_buffer": 1, "output_path": None}
         config = make_config(**settings)
         runner = start(config)
@@ -638,7 +638,7 @@ class TestResuming:
         resumed = start(make_config(**settings, resume_from_checkpoint=folder)).run()
         assert same(resumed, start(make_config(**settings)).run())
 
-    def test_a_finished_run_has_nothing_left_to_do(
+    def test_a_finished_run_is_not_trained_again(
         self, start, make_config, tmp_path, steps
     ):
         first = make_config(save_final_checkpoint=True)
@@ -651,7 +651,7 @@ class TestResuming:
         assert same(start(config).run(), sae)
         assert steps.n == 0
 
-    def test_b_dec_is_not_started_anew(self, start, make_config, tmp_path):
+    def test_b_dec_is_not_initialised_again(self, start, make_config, tmp_path):
         first = make_config(training_tokens=1024, lr=1e-2)
         trained = start(first).run()
         before = trained.b_dec.detach().clone()
@@ -779,7 +779,7 @@ class TestResuming:
 
 
 class TestLatest:
-    def test_goes_on_in_the_folder_of_the_newest_checkpoint_of_such_a_run(
+    def test_resumes_the_newest_checkpoint_of_a_run_with_these_settings(
         self, start, make_config, tmp_path, steps
     ):
         settings = {"checkpoint_path": str(tmp_path / "runs"), "output_path": None}
@@ -796,7 +796,7 @@ class TestLatest:
         assert same(runner.run(), whole)
         assert steps.n == 1
 
-    def test_starts_anew_where_there_is_none(self, start, make_config, steps, caplog):
+    def test_starts_a_new_run_if_there_is_none(self, start, make_config, steps, caplog):
         caplog.set_level("INFO", "sae_lens_multilayer")
         config = make_config(resume_from_checkpoint="latest", output_path=None)
         start(config).run()
@@ -817,7 +817,7 @@ class TestLatest:
         other = start(config("b", resume_from_checkpoint="latest"))
         assert other.cfg.resume_from_checkpoint is None
 
-    def test_needs_a_place_to_look(self, make_config):
+    def test_latest_needs_a_checkpoint_path(self, make_config):
         with pytest.raises(ValueError, match="`checkpoint_path` must be given"):
             make_config(checkpoint_path=None, resume_from_checkpoint="latest")
 
@@ -842,7 +842,7 @@ class TestEarlyErrors:
             )
         assert loads == []
 
-    def test_models_are_loaded_otherwise(self, make_config, loads):
+    def test_valid_settings_load_the_model(self, make_config, loads):
         with pytest.raises(AssertionError, match="A model was loaded"):
             LanguageModelSAETrainingRunner(paper_config(make_config))
         assert len(loads) == 1

@@ -1,6 +1,6 @@
 """Views: ordinary SAELens SAEs for one hook each, over the memory of the whole.
 
-Authorities: the whole SAE at that layer; stock SAELens (loading in a process without
+References: the whole SAE at that layer; stock SAELens (loading in a process without
 this package, HookedSAETransformer, SAETransformerBridge, ActivationsStore, run_evals).
 """
 
@@ -80,7 +80,7 @@ def test_a_view_is_a_stock_topk_sae_of_one_hook(training):
 
 
 @both_classes
-def test_a_view_shares_the_memory_of_the_whole(training):
+def test_a_view_shares_the_memory_of_the_multi_layer_sae(training):
     sae = random_sae(training)
 
     for each in [*sae.views(), sae.view(1), view(sae, HOOK_NAMES[0])]:
@@ -92,7 +92,7 @@ def test_a_view_shares_the_memory_of_the_whole(training):
         assert not each.b_enc.any()
 
 
-def test_a_view_sees_what_training_changes_in_the_whole():
+def test_a_view_changes_with_training_of_the_multi_layer_sae():
     sae, x = random_sae(True), random_acts(5)
     each = sae.view(0)
     optimizer = torch.optim.Adam(sae.parameters(), lr=0.1)
@@ -106,7 +106,7 @@ def test_a_view_sees_what_training_changes_in_the_whole():
 @both_classes
 @pytest.mark.parametrize("norm", ["layer_norm", "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_view_equals_the_whole_at_its_layer(training, norm, dtype):
+def test_a_view_equals_the_multi_layer_sae_at_its_layer(training, norm, dtype):
     sae = random_sae(training, normalize_activations=norm).to(dtype)
     x = random_acts(6, 2).to(dtype)
 
@@ -228,7 +228,7 @@ NEEDS_RAW_INPUTS = {"fold_activation_norm_scaling_factor", "fold_activation_whit
         if norm == "none" or change not in NEEDS_RAW_INPUTS
     ],
 )
-def test_nothing_done_to_a_view_changes_its_siblings_or_the_whole(change, norm):
+def test_changing_a_view_changes_neither_other_views_nor_the_sae(change, norm):
     metadata = SAEMetadata(hook_names=HOOK_NAMES, exclude_special_tokens=[0])
     sae = random_sae(normalize_activations=norm, metadata=metadata)
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_a_deep_copy_of_a_view_keeps_its_own_statistics_and_memory():
     assert twin.cfg is not each.cfg
 
 
-def test_converting_the_whole_leaves_its_views_as_they_were():
+def test_converting_the_multi_layer_sae_does_not_change_its_views():
     sae, x = random_sae(), random_acts(5)
     each = sae.view(0)
     before = each(x)
@@ -285,7 +285,7 @@ def test_converting_the_whole_leaves_its_views_as_they_were():
     assert torch.equal(each(x), before)
 
 
-def test_a_view_trains_apart_only_after_it_has_its_own_memory():
+def test_a_view_trains_separately_only_after_a_copy():
     sae, x = random_sae(), random_acts(5)
     before = state(sae)
     each = copy.deepcopy(sae.view(0))
@@ -456,7 +456,7 @@ def test_views_of_stock_architectures_do_not_change_each_other(stock_saes):
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_making_views_of_a_stock_sae_in_training_leaves_it_as_it_was(name):
+def test_making_views_of_a_stock_training_sae_does_not_change_it(name):
     config_class, settings, stock_class = STOCK[name]
     cfg = config_class(d_in=D_MODEL, d_sae=64, **settings)
     cfg.metadata.hook_names = HOOK_NAMES

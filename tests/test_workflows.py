@@ -1,6 +1,6 @@
 """SAELens' workflows and their neighbours take views, as the examples use them.
 
-Authority: brute force with hooks, and the tools themselves. The SAEs are one of ours,
+Reference: brute force with hooks, and the tools themselves. The SAEs are one of ours,
 one of ours with a tuned lens, and a published one.
 """
 
@@ -34,7 +34,7 @@ CONTEXT_SIZE = 8
 
 
 class Case(NamedTuple):
-    """An SAE and a model that it could be for."""
+    """An SAE and a model of the same width."""
 
     sae: Any
     model: Any
@@ -77,7 +77,7 @@ def prompts() -> Dataset:
 
 
 def memory_of(*saes: SAE[Any]) -> list[tuple[int, Any]]:
-    """Where each parameter is, and a copy of it."""
+    """Address and copy of each parameter."""
     return [(p.data_ptr(), p.clone()) for sae in saes for p in sae.parameters()]
 
 
@@ -171,7 +171,7 @@ def test_steering_adds_the_direction_at_one_layer_only(case):
 
 
 def remove_part_of(view: Any, latent: int, x: torch.Tensor, hook: Any) -> torch.Tensor:
-    """x less what the latent contributes to its reconstruction."""
+    """`x` minus the latent's contribution to its reconstruction."""
     acts = view.encode(x)
     whole = view.decode(acts)
     view.encode(x)
@@ -181,7 +181,7 @@ def remove_part_of(view: Any, latent: int, x: torch.Tensor, hook: Any) -> torch.
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_layers", [1, 2])
-def test_ablating_a_latent_removes_its_part_and_nothing_else(case, n_layers):
+def test_ablating_a_latent_removes_only_its_contribution(case, n_layers):
     views = case.sae.views()[:n_layers]
     latent, _ = steer.strongest_latent(case.model, views[0], case.tokens[:1])
     hooks = [
@@ -216,7 +216,7 @@ def test_an_sae_and_its_views_go_through_an_upload_and_a_download(case, tmp_path
         torch.testing.assert_close(one(x), view(x))
 
 
-def test_what_is_uploaded_is_what_saelens_reads(tmp_path):
+def test_saelens_reads_the_uploaded_files(tmp_path):
     with local_hub(tmp_path):
         share.share(random_sae(), layer=0)
 

@@ -1,1 +1,1 @@
-"""The TopK kernel: `reference` is the definition, `sparse` the fast path."""
+"""TopK autoencoder: `reference` defines it, `step` and `sparse` compute it fast."""

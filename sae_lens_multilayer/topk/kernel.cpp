@@ -1,8 +1,8 @@
-// Rounds vectors to bfloat16, and selects the largest of their pre-activations `h`.
+// Rounding to bfloat16 and selection of the k largest pre-activations `h` of each vector.
+// `native.py` documents the functions.
 //
-// The k-th largest number is found by bisection of its bits, from the highest to the
-// lowest: each step counts the numbers that are not smaller, many at a time and without
-// a branch to predict. `native.py` says what each function does.
+// The k-th largest number is found bit by bit, from the highest to the lowest: each step
+// counts the numbers >= a threshold, in vector instructions without branches.
 
 #include <algorithm>
 #include <cmath>
@@ -17,8 +17,9 @@ constexpr int64_t kGroupsPerK = 16;
 constexpr int64_t kRowsAtATime = 8;
 constexpr int64_t kDotsAtATime = 4;
 
-// Positive numbers are in the order of their bits; all others count as 0. A float32 NaN
-// of either sign is the largest; of approximate numbers the error is NaN then.
+// Maps numbers to integers of the same order; numbers at or below 0 become 0. A float32
+// NaN of either sign becomes the largest. A bfloat16 NaN needs no care: its row's error
+// bound is NaN, so the row is not proven.
 int16_t order_of(uint16_t bits) {
   return std::max<int16_t>(static_cast<int16_t>(bits), 0);
 }
@@ -43,7 +44,7 @@ float float_of(uint32_t bits) {
   return value;
 }
 
-// Rounds to the nearest, and to the even one of two.
+// Rounds to nearest, ties to even.
 uint16_t bfloat16_of(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -52,8 +53,8 @@ uint16_t bfloat16_of(float value) {
 
 template <typename T>
 int64_t count_from(const T *x, int64_t n, T threshold) {
-  // As narrow a counter as x has numbers, so that one register counts as many; it is
-  // emptied before it is full.
+  // The counter has the width of T, so that a register holds as many counters as
+  // numbers; pieces are short enough that it cannot overflow.
   constexpr int64_t piece = std::numeric_limits<int16_t>::max();
   int64_t total = 0;
   for (int64_t start = 0; start < n; start += piece) {
@@ -66,7 +67,7 @@ int64_t count_from(const T *x, int64_t n, T threshold) {
   return total;
 }
 
-// The k-th largest of n numbers, none below 0.
+// The k-th largest of n numbers >= 0.
 template <typename T>
 T kth_largest(const T *x, int64_t n, int64_t k) {
   T found = 0;
@@ -78,7 +79,7 @@ T kth_largest(const T *x, int64_t n, int64_t k) {
   return found;
 }
 
-// Products of x with a few rows of w at once, since one would wait for memory.
+// Products of x with four rows of w at once, since a single one would wait for memory.
 void dots(const float *x, const float *w, int64_t d, const int64_t *rows, float *out) {
   const float *w0 = w + rows[0] * d, *w1 = w + rows[1] * d;
   const float *w2 = w + rows[2] * d, *w3 = w + rows[3] * d;
@@ -99,12 +100,12 @@ class Row {
  public:
   using T = Order<Bits>;
 
-  // Returns the k-th largest maximum of a group: at least k numbers reach it.
+  // Returns the k-th largest group maximum: at least k numbers are >= it.
   T read(const Bits *h, int64_t n, int64_t k) {
     h_ = h;
     n_ = n;
     n_groups_ = std::min(n, kGroupsPerK * k);
-    // Not a power of two apart, or a group's numbers would evict each other.
+    // With a power of two, a group's numbers would evict each other from the cache.
     if (n_groups_ < n)
       n_groups_ = std::min(n, (n_groups_ / 64 * 2 + 1) * 32);
     maxima_.resize(n_groups_);
@@ -119,33 +120,34 @@ class Row {
     return kth_largest(maxima, n_groups_, k);
   }
 
-  // Finds the places of all numbers that reach a threshold.
-  const std::vector<int64_t> &places_from(T threshold) {
-    places_.clear();
+  // Returns the indices of all numbers >= a threshold.
+  const std::vector<int64_t> &indices_from(T threshold) {
+    indices_.clear();
     for (int64_t g = 0; g < n_groups_; ++g)
       if (maxima_[g] >= threshold)
         for (int64_t i = g; i < n_; i += n_groups_)
           if (order_of(h_[i]) >= threshold)
-            places_.push_back(i);
-    return places_;
+            indices_.push_back(i);
+    return indices_;
   }
 
  private:
   const Bits *h_ = nullptr;
   int64_t n_ = 0, n_groups_ = 0;
   std::vector<T> maxima_;
-  std::vector<int64_t> places_;
+  std::vector<int64_t> indices_;
 };
 
-// Writes the k largest of the numbers at some places, and their places.
-void keep_largest(const std::vector<int32_t> &orders, const std::vector<int64_t> &places,
-                  int64_t k, float *kept, int64_t *kept_places) {
+// Writes the k largest numbers and their indices, given all numbers and their indices.
+void keep_largest(const std::vector<int32_t> &orders,
+                  const std::vector<int64_t> &indices, int64_t k, float *kept,
+                  int64_t *kept_indices) {
   const int64_t n = orders.size();
   const int32_t threshold = kth_largest(orders.data(), n, k);
   int64_t n_kept = 0;
   const auto keep = [&](int64_t i) {
     kept[n_kept] = float_of(orders[i]);
-    kept_places[n_kept++] = places[i];
+    kept_indices[n_kept++] = indices[i];
   };
   for (int64_t i = 0; i < n; ++i)
     if (orders[i] > threshold)
@@ -177,7 +179,7 @@ void round_rows(const float *x, int64_t n_rows, int64_t d, uint16_t *rounded,
 }
 
 void largest_positive(const uint32_t *h, int64_t n_rows, int64_t stride, int64_t n,
-                      int64_t k, float *values, int64_t *places, int threads) {
+                      int64_t k, float *values, int64_t *indices, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Row<uint32_t> row;
@@ -185,18 +187,18 @@ void largest_positive(const uint32_t *h, int64_t n_rows, int64_t stride, int64_t
 #pragma omp for schedule(dynamic, kRowsAtATime)
     for (int64_t r = 0; r < n_rows; ++r) {
       const uint32_t *from = h + r * stride;
-      const auto &found = row.places_from(row.read(from, n, k));
+      const auto &found = row.indices_from(row.read(from, n, k));
       orders.clear();
       for (const int64_t i : found)
         orders.push_back(order_of(from[i]));
-      keep_largest(orders, found, k, values + r * k, places + r * k);
+      keep_largest(orders, found, k, values + r * k, indices + r * k);
     }
   }
 }
 
 void certified_topk(const uint16_t *h, int64_t n_rows, int64_t stride, int64_t n,
                     const float *errors, const float *x, const float *w, int64_t d,
-                    int64_t k, float *values, int64_t *places, bool *proven,
+                    int64_t k, float *values, int64_t *indices, bool *proven,
                     int threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -204,15 +206,15 @@ void certified_topk(const uint16_t *h, int64_t n_rows, int64_t stride, int64_t n
     std::vector<int32_t> orders;
 #pragma omp for schedule(dynamic, kRowsAtATime)
     for (int64_t r = 0; r < n_rows; ++r) {
-      const uint32_t reached = row.read(h + r * stride, n, k);
-      // Twice the rounding of a stored product, and of all that was before it.
-      const float bound = float_of(reached << 16) * (1 - 0x1p-7f) - 2 * errors[r];
+      const uint32_t kth = row.read(h + r * stride, n, k);
+      // Twice the error: the rounding of the stored product (2^-8 of it), and `errors`.
+      const float bound = float_of(kth << 16) * (1 - 0x1p-7f) - 2 * errors[r];
       proven[r] = false;
       std::fill_n(values + r * k, k, 0.0f);
-      std::fill_n(places + r * k, k, 0);
+      std::fill_n(indices + r * k, k, 0);
       if (!(bound > 0))
         continue;
-      const auto &found = row.places_from(std::max(bits_of(bound) >> 16, 1u));
+      const auto &found = row.indices_from(std::max(bits_of(bound) >> 16, 1u));
       const int64_t n_found = found.size();
       if (n_found > 4 * k + 64)
         continue;
@@ -226,7 +228,7 @@ void certified_topk(const uint16_t *h, int64_t n_rows, int64_t stride, int64_t n
         for (int64_t j = 0; j < kDotsAtATime && i + j < n_found; ++j)
           orders[i + j] = order_of(bits_of(products[j]));
       }
-      keep_largest(orders, found, k, values + r * k, places + r * k);
+      keep_largest(orders, found, k, values + r * k, indices + r * k);
       proven[r] = true;
     }
   }

@@ -1,8 +1,8 @@
-"""The C++ of `kernel.cpp`: compiled where there is a compiler, otherwise not used.
+"""Bindings of `kernel.cpp`, which is compiled on first use if there is a compiler.
 
-PyTorch computes the same where it is missing; see `select.py`. It is compiled when it
-is first needed, which takes seconds, and kept in the user's cache folder. The
-environment variable SAE_LENS_MULTILAYER_NATIVE=0 turns it off.
+Compiling takes seconds; the library is stored in the user's cache folder. Without it
+`select.py` uses PyTorch. The environment variable SAE_LENS_MULTILAYER_NATIVE=0 turns
+it off.
 """
 
 import ctypes
@@ -34,18 +34,14 @@ _COMPILE_TIMEOUT_S = 120
 
 
 def is_available(x: Tensor) -> bool:
-    """Whether the kernel can be used for tensors that are where `x` is."""
+    """Whether the kernel can be used for tensors on the device of `x`."""
     return x.device.type == "cpu" and _kernel() is not None
 
 
 def round_rows(
     x: Float[Tensor, "row d_in"],
 ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """Rows in bfloat16, their norms before, and the norms of what rounding took away.
-
-    Args:
-        x: Float32, contiguous.
-    """
+    """Float32 rows in bfloat16, their norms, and the norms of their rounding errors."""
     _check(x, torch.float32, x.is_contiguous())
     rounded = torch.empty_like(x, dtype=torch.bfloat16)
     norms, errors = x.new_empty(len(x)), x.new_empty(len(x))
@@ -56,20 +52,16 @@ def round_rows(
 def largest_positive(
     h: Float[Tensor, "act latent"], k: int
 ) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"]]:
-    """The k largest entries above 0 of each row, exactly, in no particular order.
+    """Values and indices of the k largest entries above 0 of each row, unsorted.
 
-    Args:
-        h: Float32, with contiguous rows; NaN is largest.
-
-    Returns:
-        Values and places. Where fewer than k are above 0, zeros and places of others
-        fill up.
+    `h` is float32 with contiguous rows. NaN is largest. If fewer than k entries are
+    above 0, the rest are zeros with the indices of other entries.
     """
     _check(h, torch.float32, h.stride(1) == 1)
     values = h.new_empty(len(h), k)
-    places = torch.empty(len(h), k, dtype=torch.int64)
-    _call("largest_positive", h, *_shape(h), k, values, places)
-    return values, places
+    indices = torch.empty(len(h), k, dtype=torch.int64)
+    _call("largest_positive", h, len(h), h.stride(0), h.shape[1], k, values, indices)
+    return values, indices
 
 
 def certified_topk(
@@ -79,34 +71,27 @@ def certified_topk(
     rows: Float[Tensor, "latent d_in"],
     k: int,
 ) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"], Bool[Tensor, " act"]]:
-    """The k largest entries of `x rows^T`, all of them above 0, from approximate ones.
+    """Values and indices of the k largest entries of `x rows^T`, and which are proven.
 
-    k approximate entries reach some bound. A k-th largest entry differs from its
-    approximation by at most the error, and so does any entry that exceeds it: all of
-    those have an approximation within two errors of the bound. Their float32 values are
-    computed and the k largest taken.
+    An entry of `h` is within its error of the float32 product, so an entry within two
+    errors of the k-th largest of `h` may belong to the k largest. The float32 values of
+    all these are computed and the k largest returned. Rows with fewer than k entries
+    above twice the error, with NaN or infinity, or with more than 4k + 64 candidates
+    are not proven and have undefined values.
 
     Args:
-        h: The approximate product, in bfloat16, with contiguous rows.
-        errors: How far an entry of `h` can be from that of the float32 product, apart
-            from the rounding of `h` itself.
-
-    Returns:
-        Values, places, and which rows these are proven for; the others hold nothing.
-        Without proof are rows with fewer than k entries above twice the error, with NaN
-        or infinity, or with more than 4k + 64 entries to look at.
+        h: The approximate product, bfloat16 with contiguous rows.
+        errors: Bound of the error of `h`, apart from the rounding of `h` itself.
     """
     _check(h, torch.bfloat16, h.stride(1) == 1)
     for tensor in (errors, x, rows):
         _check(tensor, torch.float32, tensor.is_contiguous())
     values = x.new_empty(len(h), k)
-    places = torch.empty(len(h), k, dtype=torch.int64)
+    indices = torch.empty(len(h), k, dtype=torch.int64)
     proven = torch.empty(len(h), dtype=torch.bool)
-    sizes = x.shape[1], k
-    _call(
-        "certified_topk", h, *_shape(h), errors, x, rows, *sizes, values, places, proven
-    )
-    return values, places, proven
+    shape, outputs = (len(h), h.stride(0), h.shape[1]), (values, indices, proven)
+    _call("certified_topk", h, *shape, errors, x, rows, x.shape[1], k, *outputs)
+    return outputs
 
 
 def _check(x: Tensor, dtype: torch.dtype, is_contiguous: bool) -> None:
@@ -117,13 +102,9 @@ def _check(x: Tensor, dtype: torch.dtype, is_contiguous: bool) -> None:
         )
 
 
-def _shape(h: Tensor) -> tuple[int, int, int]:
-    return len(h), h.stride(0), h.shape[1]
-
-
 def _call(name: str, *arguments: Tensor | int) -> None:
     kernel = _kernel()
-    assert kernel is not None  # `is_available` was asked
+    assert kernel is not None  # Callers check `is_available` first.
     converted = [
         ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a)
         for a in arguments
@@ -137,21 +118,21 @@ def _kernel() -> ctypes.CDLL | None:
         return None
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        logger.info("No C++ compiler was found: PyTorch selects the largest latents.")
+        logger.info("No C++ compiler found; using PyTorch to select latents.")
         return None
     try:
         library = _compiled(compiler)
         try:
             return ctypes.CDLL(str(library))
         except OSError:
-            library.unlink()  # it is torn, and will be compiled anew
+            library.unlink()  # The file is damaged: compile it again.
             return ctypes.CDLL(str(_compiled(compiler)))
-    # A RuntimeError says that there is no home folder.
+    # `Path.home` raises RuntimeError if there is no home folder.
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or ""
         logger.warning(
-            "The C++ kernel could not be compiled and loaded, and PyTorch is used "
-            "instead, which is slower: %s\n%s",
+            "Could not compile and load the C++ kernel; using PyTorch, which is "
+            "slower: %s\n%s",
             error,
             output,
         )
@@ -159,7 +140,7 @@ def _kernel() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: str) -> Path:
-    """The compiled kernel, from the cache if this source was compiled before."""
+    """Path of the compiled kernel, from the cache if source and flags are the same."""
     vectors = _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     command = [*compiler.split(), *_FLAGS, *vectors]
     key = hashlib.sha256(" ".join(command).encode() + _SOURCE.read_bytes()).hexdigest()
@@ -168,7 +149,7 @@ def _compiled(compiler: str) -> Path:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            # Another process may do the same now: each has its own, the last one stays.
+            # Each process compiles in its own folder; the last one replaces the file.
             built = Path(folder) / library.name
             subprocess.run(
                 [*command, str(_SOURCE), "-o", str(built)],

@@ -1,7 +1,7 @@
-"""Products with activations of which a few per vector are not zero.
+"""Matrix products with activations that have k non-zero entries per vector.
 
-`SparseActs` touches only those; `DenseActs` does the same with matrix products, which
-are faster where a sizeable share of the latents is used.
+`SparseActs` reads only those entries; `DenseActs` has the same methods and uses dense
+matrix products, which are faster if k is a sizeable share of the latents.
 """
 
 import warnings
@@ -17,7 +17,7 @@ _DENSE_SHARE = 8
 
 
 class SparseActs:
-    """Activations of a tile as a matrix [act, latent] with k stored entries per row."""
+    """Activations as a matrix [act, latent] with k stored entries per row."""
 
     def __init__(
         self,
@@ -29,23 +29,23 @@ class SparseActs:
         self.indices = indices
         self.n_latents = n_latents
 
-    def times(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
-        """The sum of the rows of the active latents, weighted by the values."""
+    def matmul(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
+        """Sum of the rows of the active latents, weighted by the activations."""
         return weighted_row_sum(self.values, self.indices, rows)
 
     def dots(
         self, x: Float[Tensor, "act d_in"], rows: Float[Tensor, "latent d_in"]
     ) -> Float[Tensor, "act k"]:
-        """The product of each vector with the row of each of its latents."""
+        """Dot product of each vector with the row of each stored latent."""
         return row_dots(x, rows, self.indices)
 
-    def add_transposed_product(
+    def add_transposed_matmul(
         self,
         out: Float[Tensor, "latent d_in"],
         values: Float[Tensor, "act k"],
         x: Float[Tensor, "act d_in"],
     ) -> None:
-        """Add to each latent's row of `out` its vectors, weighted by `values`."""
+        """Add `values^T x` to `out`; `values` are stored at the same entries."""
         order, acts, starts = self._by_latent
         values = values.flatten()[order]
         if not has_sparse_products(x):
@@ -62,14 +62,14 @@ class SparseActs:
     def add_sums(
         self, out: Float[Tensor, " latent"], values: Float[Tensor, "act k"]
     ) -> None:
-        """Add to each latent's entry of `out` the sum of its `values`."""
+        """Add to `out` the sum of the `values` of each latent."""
         out.index_add_(0, self.indices.flatten(), values.flatten())
 
     @cached_property
     def _by_latent(
         self,
     ) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Int[Tensor, " start"]]:
-        """Entries sorted by latent: order, rows, and where each latent starts."""
+        """Entries sorted by latent: their order, their vectors, each latent's start."""
         flat = self.indices.flatten()
         order = flat.sort(stable=True).indices
         counts = flat.bincount(minlength=self.n_latents)
@@ -78,7 +78,7 @@ class SparseActs:
 
 
 class DenseActs:
-    """The same operations on a dense matrix [act, latent]."""
+    """The methods of `SparseActs` for a dense matrix [act, latent]."""
 
     def __init__(
         self,
@@ -89,36 +89,32 @@ class DenseActs:
         dense = values.new_zeros(values.shape[0], n_latents)
         self.values = dense.scatter_(1, indices, values)
 
-    def times(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
-        """The sum of the rows of the latents, weighted by the values."""
+    def matmul(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
         return self.values @ rows
 
     def dots(
         self, x: Float[Tensor, "act d_in"], rows: Float[Tensor, "latent d_in"]
     ) -> Float[Tensor, "act latent"]:
-        """The product of each vector with the row of each latent."""
         return x @ rows.T
 
-    def add_transposed_product(
+    def add_transposed_matmul(
         self,
         out: Float[Tensor, "latent d_in"],
         values: Float[Tensor, "act latent"],
         x: Float[Tensor, "act d_in"],
     ) -> None:
-        """Add to each latent's row of `out` the vectors, weighted by `values`."""
         out.addmm_(values.T, x)
 
     def add_sums(
         self, out: Float[Tensor, " latent"], values: Float[Tensor, "act latent"]
     ) -> None:
-        """Add to each latent's entry of `out` the sum of its `values`."""
         out += values.sum(dim=0)
 
 
-def as_matrix(
+def make_acts(
     values: Float[Tensor, "act k"], indices: Int[Tensor, "act k"], n_latents: int
 ) -> SparseActs | DenseActs:
-    """The faster of the two forms for k entries out of `n_latents` per row."""
+    """Use the faster of the two forms for k of `n_latents` entries per row."""
     dense = n_latents <= _DENSE_SHARE * values.shape[1]
     return (DenseActs if dense else SparseActs)(values, indices, n_latents)
 
@@ -154,14 +150,14 @@ def gathered_row_dots(
     rows: Float[Tensor, "latent d_in"],
     indices: Int[Tensor, "act k"],
 ) -> Float[Tensor, "act k"]:
-    """`row_dots` for any device: gathers a bounded number of rows at a time."""
-    n_at_once = max(1, _GATHER_ELEMENTS // (indices.shape[1] * x.shape[1]))
-    parts = zip(x.split(n_at_once), indices.split(n_at_once), strict=True)
+    """`row_dots` for any device; gathers at most 2^26 numbers at a time."""
+    chunk_size = max(1, _GATHER_ELEMENTS // (indices.shape[1] * x.shape[1]))
+    parts = zip(x.split(chunk_size), indices.split(chunk_size), strict=True)
     return torch.cat([torch.bmm(rows[i], y.unsqueeze(2)).squeeze(2) for y, i in parts])
 
 
 def has_sparse_products(x: Tensor) -> bool:
-    """Whether torch multiplies CSR matrices where `x` is: on CUDA, and by MKL."""
+    """Whether torch can multiply CSR matrices on the device of `x` (CUDA, or MKL)."""
     return x.device.type == "cuda" or (
         x.device.type == "cpu" and torch.backends.mkl.is_available()
     )
@@ -173,7 +169,7 @@ def _csr(
     values: Float[Tensor, " entry"],
     shape: tuple[int, int],
 ) -> Tensor:
-    """A CSR matrix, without torch's two warnings that such matrices are in beta."""
+    """A CSR matrix, without torch's warnings that such matrices are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(

@@ -1,7 +1,7 @@
-"""The multi-layer TopK autoencoder written plainly: the definition.
+"""Definition of the multi-layer TopK autoencoder: dense, with autograd, slow.
 
-Dense, differentiable by autograd and slow. `sparse.py` computes the same numbers and is
-compared with this file, value by value and gradient by gradient.
+`sparse.py` and `step.py` compute the same numbers fast; tests compare every value and
+gradient with this file.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class TopKLosses:
     mse_loss: Float[Tensor, ""]
     """Mean over layers of the mean squared error over the layer's variance."""
     aux_loss: Float[Tensor, ""]
-    """AuxK loss, not yet multiplied by its coefficient; 0 if no latent is dead."""
+    """AuxK loss, not multiplied by its coefficient; 0 if no latent is dead."""
 
 
 def standardize(
@@ -89,14 +89,13 @@ def training_loss(
     losses are in the space of `z`.
 
     Args:
-        z: Vectors of a batch, tokens aligned across layers.
-        dead_latents: True where a latent is dead; None if none is.
-        standardize_inputs: False takes mean 0 and std + eps = std = 1.
+        dead_latents: True for dead latents; None if there are none.
+        standardize_inputs: False uses u = z, mean 0 and std 1.
 
     References:
         Lawson et al. (2024), arXiv:2409.04185, section 3; AuxK is Gao et al. (2024),
-        arXiv:2406.04093, appendix A.2. The paper's code adds the bias to `e_hat` and
-        does not multiply it by std, so that it is in another space than `e`.
+        arXiv:2406.04093, appendix A.2. Unlike here, the paper's code adds the bias to
+        `e_hat` and does not multiply it by std, so it is in another space than `e`.
     """
     if standardize_inputs:
         u, mean, std = standardize(z)

@@ -1,12 +1,8 @@
-"""The multi-layer TopK autoencoder computed from its k active latents: the fast path.
+"""Inference with the multi-layer TopK autoencoder from its k active latents.
 
-Plain PyTorch for any device. `reference.py` is the definition; `training_step` adds the
-gradients of `reference.training_loss` in closed form, without an autograd graph.
-
-`W_enc [d_in, d_sae]` is fastest when its memory holds one row of `d_in` numbers for
-each latent, that is when `W_enc.T` is contiguous; any strides are right. Parameters of
-less than 32 bits are taken as the float32 numbers they stand for, and their gradients
-are rounded once.
+Plain PyTorch for any device; `reference.py` is the definition. `W_enc [d_in, d_sae]` is
+fastest if `W_enc.T` is contiguous, so that each latent has one row of `d_in` numbers;
+any strides give the same result.
 """
 
 from dataclasses import dataclass
@@ -17,25 +13,14 @@ from torch import Tensor
 
 from sae_lens_multilayer.topk.products import weighted_row_sum
 from sae_lens_multilayer.topk.select import make_encoder
-from sae_lens_multilayer.topk.step import TopKStep, training_step
 from sae_lens_multilayer.topk.tile import compute_dtype, make_tile, row_chunks
-
-__all__ = [
-    "TopKActs",
-    "TopKStep",
-    "decode_topk",
-    "encode_topk",
-    "normalize_decoder",
-    "project_decoder_gradient",
-    "training_step",
-]
 
 _INFERENCE_ROWS = 4096
 
 
 @dataclass
 class TopKActs:
-    """The k activations of each vector, and what takes a reconstruction back to z."""
+    """The k activations of each vector, and the statistics that decoding needs."""
 
     values: Float[Tensor, "*batch k"]
     """Activations, after the ReLU, in no particular order."""
@@ -57,15 +42,10 @@ def encode_topk(
     standardize_inputs: bool = True,
     certified: bool | None = None,
 ) -> TopKActs:
-    """`ReLU(TopK_k((u - b_dec) W_enc))` as values and indices; has no gradient.
+    """`ReLU(TopK_k((u - b_dec) W_enc))` as values and indices, without gradients.
 
-    Never holds more than one tile of pre-activations.
-
-    Args:
-        certified: As in `training_step`.
-
-    Returns:
-        Activations, in the wider dtype of `z` and `W_enc`.
+    Holds at most one block of pre-activations. Activations have the wider dtype of `z`
+    and `W_enc`. For `certified` see `step.training_step`.
     """
     dtype = compute_dtype(W_enc)
     flat = z.reshape(-1, z.shape[-1])
@@ -100,10 +80,7 @@ def decode_topk(
 
 @torch.no_grad()
 def project_decoder_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Remove from `W_dec.grad` the component along each row, in place.
-
-    Rows must have unit norm: call `normalize_decoder` first.
-    """
+    """Remove from `W_dec.grad` the component along each unit-norm row, in place."""
     if W_dec.grad is None:
         return
     for rows, grad in zip(row_chunks(W_dec), row_chunks(W_dec.grad), strict=True):
@@ -113,6 +90,6 @@ def project_decoder_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
 
 @torch.no_grad()
 def normalize_decoder(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Scale each row of `W_dec` to unit norm, in place; a row of zeros stays so."""
+    """Scale each row of `W_dec` to unit norm, in place; rows of zeros stay zero."""
     norm = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
     W_dec.div_(norm.masked_fill_(norm == 0, 1))

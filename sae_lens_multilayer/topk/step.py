@@ -28,12 +28,12 @@ from sae_lens_multilayer.topk.tile import (
 )
 
 Transform = Callable[[Tensor, int], Tensor]
-"""Maps raw vectors [act, d_in] of a layer, given with its index, before all else."""
+"""Maps raw vectors [act, d_in] of a layer, given the layer's index in the batch."""
 
 
 @dataclass
 class TopKStep:
-    """Losses and statistics of one training batch; sums are over the whole batch."""
+    """Losses and statistics of one training batch, summed over the whole batch."""
 
     loss: Float[Tensor, ""]
     """`mse_loss + aux_coefficient * aux_loss`."""
@@ -74,24 +74,24 @@ def training_step(
 ) -> TopKStep:
     """Add the gradients of `reference.training_loss` to `.grad` of the parameters.
 
-    Walks layer by layer and tile by tile. Variances are those of the whole batch, so
-    the result does not depend on `micro_batch_size`; memory does not grow with the
-    batch. Input that is not finite gives losses that are NaN: the caller checks.
+    In closed form, layer by layer and tile by tile. Variances are those of the whole
+    batch, so the result does not depend on `micro_batch_size`. Memory does not grow
+    with the batch. Losses are NaN if an input is not finite. Parameters of less than 32
+    bits are converted to float32, and their gradients are rounded once.
 
     Args:
-        micro_batch_size: Tokens of one layer computed at a time. No more
-            pre-activations than [micro_batch_size, d_sae] are held.
+        micro_batch_size: Tokens of one layer computed at a time; at most
+            [micro_batch_size, d_sae] pre-activations are held.
         certified: True chooses candidates from a bfloat16 encoder product, computes
             their values in float32 and proves for each vector that the k largest are
-            among them; a vector without proof is computed in float32. False computes
-            all in the dtype of the parameters. None is True where that is faster; see
-            `select.is_certified_faster`.
-        transform: Applied to each tile before all else, such as a tuned lens.
-        ranks: Each holds as many other tokens of the batch; losses, gradients and
-            statistics are those of all, and `.grad` before it is added up too.
+            among them, or computes the vector in float32. False computes all in the
+            dtype of the parameters. None chooses by `select.is_certified_faster`.
+        transform: Applied first to each tile, such as a tuned lens.
+        ranks: Each rank passes equally many tokens of the batch; losses, gradients and
+            statistics are those of all ranks, and previous `.grad` are summed too.
     """
     dtype = compute_dtype(W_enc)
-    dead = _find_dead(W_enc, W_dec, dead_latents, k_aux)
+    dead = _gather_dead(W_enc, W_dec, dead_latents, k_aux)
     encoder = make_encoder(
         W_enc.T.to(dtype).contiguous(),
         k,
@@ -119,33 +119,26 @@ def training_step(
     return batch.result(aux_coefficient)
 
 
+@dataclass
 class _Batch:
-    """Walks over a batch and gathers gradients and statistics."""
+    """Accumulates the gradients and statistics of a batch."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        W_dec: Float[Tensor, "d_sae d_in"],
-        b_dec: Float[Tensor, " d_in"],
-        gradients: LatentGradients,
-        aux: AuxK | None,
-        standardize_inputs: bool,
-        ranks: Ranks,
-    ) -> None:
-        self.encoder = encoder
-        self.W_dec = W_dec
-        self.b_dec = b_dec
-        self.gradients = gradients
-        self.aux = aux
-        self.standardize_inputs = standardize_inputs
-        self.ranks = ranks
-        self.b_dec_gradient = torch.zeros_like(b_dec)
-        self.max_acts = W_dec.new_zeros(len(W_dec))
+    encoder: Encoder
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, " d_in"]
+    gradients: LatentGradients
+    aux: AuxK | None
+    standardize_inputs: bool
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.b_dec_gradient = torch.zeros_like(self.b_dec)
+        self.max_acts = self.W_dec.new_zeros(len(self.W_dec))
         self.fire_counts = torch.zeros_like(self.max_acts, dtype=torch.int64)
         self.sums: list[Tensor] = []
 
     def add_layers(self, layers: list[Callable[[], Iterable[Tensor]]]) -> None:
-        """Add all layers, given functions that start over their tiles."""
+        """Add all layers, each given as a function that iterates over its tiles."""
         own = [reduce(add, map(LayerMoments.of, tiles())) for tiles in layers]
         self.moments = LayerMoments.stack(own).over_ranks(self.ranks)
         weights = 2 / (len(layers) * self.moments.n_entries * self.moments.variance)
@@ -170,11 +163,11 @@ class _Batch:
     def _add_tile(
         self, tile: Tile, selection: Selection, weight: Float[Tensor, ""]
     ) -> Float[Tensor, " 3"]:
-        """Add one tile; returns its squared error, active latents and activations."""
+        """Add one tile; returns its sums of squared error, active latents and acts."""
         values = selection.values.relu()
         acts = SparseActs(values, selection.indices, len(self.W_dec))
-        # z_hat - z, without adding the mean only to subtract it again
-        residual = (acts.times(self.W_dec).add_(self.b_dec)).mul_(tile.std)
+        # z_hat - z; both contain the mean, which is left out here.
+        residual = (acts.matmul(self.W_dec).add_(self.b_dec)).mul_(tile.std)
         residual.sub_(tile.centred)
         gradient = residual * (tile.std * weight)
         self.gradients.add(acts, gradient, tile.v, self.W_dec)
@@ -191,8 +184,8 @@ class _Batch:
         )
 
     def write_gradients(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
-        """Add over ranks, and add to `.grad` what is not there yet."""
-        self.gradients.finish()
+        """Sum over ranks, and add to `.grad` unless accumulated there already."""
+        self.gradients.flush()
         h_gradient = self.gradients.h
         through_encoder = self.encoder.W_enc_rows.T @ h_gradient
         b_dec_gradient = self.b_dec_gradient - through_encoder
@@ -203,7 +196,6 @@ class _Batch:
             _grad(W_dec).add_(self.gradients.W_dec)
 
     def result(self, aux_coefficient: float) -> TopKStep:
-        """The losses and statistics of all layers."""
         sums = torch.stack(self.sums, dim=1)
         self.ranks.sum_(sums, self.fire_counts)
         self.ranks.max_(self.max_acts)
@@ -237,7 +229,7 @@ def _tiles(
         yield wide if transform is None else transform(wide, layer)
 
 
-def _find_dead(
+def _gather_dead(
     W_enc: Float[Tensor, "d_in d_sae"],
     W_dec: Float[Tensor, "d_sae d_in"],
     dead_latents: Bool[Tensor, " d_sae"] | None,
@@ -260,7 +252,7 @@ def _find_dead(
 def _start_gradients(
     W_enc: Float[Tensor, "d_in d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
 ) -> LatentGradients:
-    """Accumulators that are the parameters' `.grad` themselves, if wide enough."""
+    """Accumulate into the parameters' `.grad` directly if its dtype is wide enough."""
     dtype = compute_dtype(W_enc)
     if W_enc.dtype != dtype:
         return LatentGradients.zeros_like(W_dec.to(dtype))

@@ -1,4 +1,4 @@
-"""A tile of vectors before and after the encoder, shared by inference and training."""
+"""Inputs of the encoder in tiles, and moments of layers; for inference and training."""
 
 import math
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ _CHUNK_ELEMENTS = 2**17
 
 @dataclass
 class Tile:
-    """Vectors, centred and standardised."""
+    """Some vectors of one layer, centred and standardised."""
 
     centred: Float[Tensor, "act d_in"]
     mean: Float[Tensor, "act 1"]
     std: Float[Tensor, "act 1"]
     v: Float[Tensor, "act d_in"]
-    """What the encoder multiplies; contiguous, whatever the vectors were."""
+    """Input of the encoder: standardised, minus the bias; contiguous."""
 
 
 def make_tile(
@@ -32,15 +32,13 @@ def make_tile(
     b_dec: Float[Tensor, " d_in"],
     standardize_inputs: bool,
 ) -> Tile:
-    """Standardise vectors as `reference.standardize` does and subtract the bias.
-
-    The norm of the centred vectors is vectorised on the CPU, `Tensor.std` is not.
-    """
+    """Standardise vectors as `reference.standardize` does and subtract the bias."""
     if not standardize_inputs:
         ones = z.new_ones(len(z), 1)
         return Tile(z, torch.zeros_like(ones), ones, (z - b_dec).contiguous())
     mean = z.mean(dim=1, keepdim=True)
     centred = z - mean
+    # Unlike `Tensor.std`, the norm is vectorised on the CPU.
     norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
     std = norm / math.sqrt(z.shape[1] - 1)
     v = torch.div(centred, std + STANDARDIZE_EPS) - b_dec
@@ -53,29 +51,28 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of sums over a batch: float64 where the device has it."""
+    """The dtype of sums over a batch: float64 if the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sum_of_squares(x: Float[Tensor, "act d_in"]) -> Float[Tensor, ""]:
-    """Sum of squares of all entries: a vectorised norm of each row, then a wide sum."""
+    """Sum of squares of all entries, by the norm of each row and a sum in float64."""
     norms = torch.linalg.vector_norm(x, dim=1)
     return norms.to(sum_dtype(x.device)).square().sum()
 
 
 def row_chunks(rows: Float[Tensor, "row d_in"]) -> tuple[Tensor, ...]:
-    """Rows in pieces that stay in the cache of a CPU; all at once elsewhere."""
+    """Split rows into pieces that fit the cache of a CPU; no split on other devices."""
     on_cpu = rows.device.type == "cpu"
     return rows.split(max(1, _CHUNK_ELEMENTS // rows.shape[1]) if on_cpu else len(rows))
 
 
 @dataclass
 class LayerMoments:
-    """Spread of the vectors of a layer, or of each of several, over some tokens.
+    """Mean and spread over tokens of the vectors of one layer, or of several layers.
 
-    `a + b` is that over the tokens of both. Squares are taken about the mean of each
-    part and combined with the distance between the means (Chan et al. 1979), which
-    loses nothing where the mean is large.
+    `a + b` has the moments over the tokens of both, by the update of Chan et al.
+    (1979), which is accurate even if the mean is large.
     """
 
     n_tokens: int
@@ -85,14 +82,12 @@ class LayerMoments:
 
     @classmethod
     def of(cls, z: Float[Tensor, "token d_in"]) -> "LayerMoments":
-        """The moments of the vectors of one layer."""
         mean = z.mean(dim=0)
         squares = sum_of_squares(z - mean)
         return cls(len(z), mean.to(squares.dtype), squares)
 
     @classmethod
     def stack(cls, layers: Sequence["LayerMoments"]) -> "LayerMoments":
-        """The moments of several layers over the same tokens."""
         return cls(
             layers[0].n_tokens,
             torch.stack([layer.mean for layer in layers]),
@@ -101,12 +96,12 @@ class LayerMoments:
 
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
         n_tokens = self.n_tokens + other.n_tokens
-        share = other.n_tokens / n_tokens
-        step = other.mean - self.mean
-        between = step.square().sum(-1) * (other.n_tokens * (1 - share))
+        weight = other.n_tokens / n_tokens
+        difference = other.mean - self.mean
+        between = difference.square().sum(-1) * (other.n_tokens * (1 - weight))
         return LayerMoments(
             n_tokens,
-            self.mean + step * share,
+            self.mean + difference * weight,
             self.sum_sq_deviation + other.sum_sq_deviation + between,
         )
 
@@ -123,12 +118,12 @@ class LayerMoments:
         return squares / (self.n_entries - 1)
 
     def over_ranks(self, ranks: Ranks) -> "LayerMoments":
-        """The moments of all ranks' tokens, of which each has as many."""
+        """Moments over the tokens of all ranks, which have equally many each."""
         if ranks.is_alone:
             return self
-        both = torch.cat([self.mean, self.sum_sq_deviation.unsqueeze(-1)], dim=-1)
+        packed = torch.cat([self.mean, self.sum_sq_deviation.unsqueeze(-1)], dim=-1)
         parts = [
             LayerMoments(self.n_tokens, part[..., :-1], part[..., -1])
-            for part in ranks.gather(both)
+            for part in ranks.gather(packed)
         ]
         return reduce(add, parts)

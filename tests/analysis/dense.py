@@ -1,4 +1,4 @@
-"""Analyses fed with activations known in full, so that brute force can judge."""
+"""Analyses of given activations, to compare with brute force."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from sae_lens_multilayer.analysis.stream import TokenBatch
 
 
 def sae_of(acts: torch.Tensor) -> Any:
-    """An SAE with as many layers and latents as these activations have."""
+    """An SAE with the number of layers and latents of these activations."""
     _, n_layers, d_sae = acts.shape
     hook_names = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
     metadata = SAEMetadata(hook_names=hook_names, model_name="tiny")
@@ -21,7 +21,7 @@ def sae_of(acts: torch.Tensor) -> Any:
 
 
 def random_sparse(seed: int, *shape: int) -> torch.Tensor:
-    """Activations of which most are 0, as whole numbers so that some are equal."""
+    """Sparse activations; whole numbers, so that some are equal."""
     generator = torch.Generator().manual_seed(seed)
     acts = torch.randint(-12, 5, shape, generator=generator)
     return acts.clamp(min=0).double()
@@ -41,7 +41,7 @@ def batch_of(
     first_prompt: int = 0,
     kept: torch.Tensor | None = None,
 ) -> TokenBatch:
-    """A batch of prompts; by default one prompt of tokens that all count."""
+    """A batch of prompts; by default one prompt whose tokens all count."""
     if prompts is None:
         prompts = torch.arange(len(acts)).unsqueeze(0)
     if kept is None:
@@ -53,14 +53,14 @@ def batch_of(
 
 
 def accumulate(accumulator: Any, batches: Iterable[TokenBatch]) -> Any:
-    """The result of an analysis of these batches."""
+    """Run an accumulator over batches and return its result."""
     for batch in batches:
         accumulator.update(batch)
     return accumulator.compute()
 
 
 def split(acts: torch.Tensor, cuts: Sequence[int]) -> list[TokenBatch]:
-    """The tokens in batches that end at these places."""
+    """Split the tokens into batches that end at these indices."""
     parts = acts.tensor_split(sorted(cuts))
     return [batch_of(part) for part in parts if len(part)]
 

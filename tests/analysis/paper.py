@@ -12,7 +12,7 @@ def paper_numbers(name: str) -> Path:
 
 
 def paper_acts() -> torch.Tensor:
-    """[token, layer, d_sae]: what the paper's autoencoder makes of its tokens."""
+    """Activations of the paper's autoencoder on its tokens, [token, layer, d_sae]."""
     sae = load_file(PAPER_DATA / "plain.safetensors")
     x = load_file(PAPER_DATA / "activations.safetensors")["resid_post"]
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Authorities: brute force over the whole tensor, and the paper's `dists`."""
+"""References: brute force over the whole tensor, and the paper's `dists`."""
 
 import pandas as pd
 import pytest

@@ -1,4 +1,4 @@
-"""Authority: all activations sorted by hand."""
+"""Reference: all activations sorted by hand."""
 
 import json
 

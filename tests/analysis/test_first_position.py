@@ -1,4 +1,4 @@
-"""Authority: the norms of the vectors themselves."""
+"""Reference: the norms of the vectors themselves."""
 
 import pytest
 import torch

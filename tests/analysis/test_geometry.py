@@ -1,4 +1,4 @@
-"""Authorities: brute force over the whole matrix, and the paper's `mmcs`."""
+"""References: brute force over the whole matrix, and the paper's `mmcs`."""
 
 from typing import Any
 
@@ -121,6 +121,6 @@ def test_a_row_without_direction_is_an_error(value):
         decoder_similarity(W_dec)
 
 
-def test_what_cannot_be_compared_is_an_error():
+def test_invalid_rows_are_an_error():
     with pytest.raises(ValueError, match="same width; got 4 and 5"):
         token_similarity(torch.randn(2, 4), torch.randn(9, 5))

@@ -1,4 +1,4 @@
-"""Authority: brute force over the whole tensor."""
+"""Reference: brute force over the whole tensor."""
 
 import pandas as pd
 import torch

@@ -1,4 +1,4 @@
-"""Authorities: brute force over the whole tensor, and the paper's `variances`."""
+"""References: brute force over the whole tensor, and the paper's `variances`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Authority: brute force over the whole tensor."""
+"""Reference: brute force over the whole tensor."""
 
 import pandas as pd
 import pytest
@@ -110,7 +110,7 @@ def test_by_chance_is_what_shuffled_tokens_give():
     ]
     mean = pd.DataFrame([result.loc["token"] for result in results]).mean()
     assert mean.explained == pytest.approx(mean.by_chance, rel=0.05)
-    # Each position is there once, so chance explains all that tokens can.
+    # Each position occurs once, so chance explains as much as tokens do.
     of_positions = results[0].loc["position"]
     assert of_positions.explained == pytest.approx(of_positions.by_chance)
     assert of_positions.explained > 2 * mean.explained
@@ -136,7 +136,7 @@ def test_bins_hold_about_as_many_tokens():
     assert table.n_tokens.between(1150, 1400).all()
     assert table.index[0] == "1-50"
     assert table.index[-1] == "88-100"  # half of the tokens of id 86 are below 3/4
-    # The middle of an id's tokens says which bin it is in, not the first of them.
+    # The bin of a token id is decided by its middle occurrence, not its first.
     ids = torch.tensor([[0, 1, 1, 1]])
     few = accumulate(TokenClassSums(sae_of(acts), [0]), [batch_of(acts[:4], ids)])
     assert few.by("frequency", 0, n_bins=2).n_tokens.to_dict() == {"1": 1, "3": 3}

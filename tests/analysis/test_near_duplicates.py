@@ -1,4 +1,4 @@
-"""Authority: brute force over all pairs."""
+"""Reference: brute force over all pairs."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Authorities: brute force over the whole tensor, and the paper's `resid_cos_sim`."""
+"""References: brute force over the whole tensor, and the paper's `resid_cos_sim`."""
 
 import json
 

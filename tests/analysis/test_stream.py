@@ -1,4 +1,4 @@
-"""What an analysis sees of a model: `run_with_cache` and dense encoding say."""
+"""The batches of an analysis, compared with `run_with_cache` and dense encoding."""
 
 import pytest
 import torch
@@ -134,21 +134,23 @@ def test_a_store_is_read_as_it_is_needed(model, token_dataset, make_config):
     tokens = torch.tensor(token_dataset[:]["input_ids"])
     expected = layer_distributions(sae, model, tokens[:10], batch_size_prompts=4)
     assert dists.to_dataframe().equals(expected.to_dataframe())
-    # The next analysis goes on in the dataset.
+    # The next analysis continues in the dataset.
     dists = layer_distributions(sae, model, store, n_prompts=2)
     expected = layer_distributions(sae, model, tokens[10:12])
     assert dists.to_dataframe().equals(expected.to_dataframe())
     assert layer_distributions(sae, model, store).n_tokens == 4 * N_CTX
 
 
-def test_a_store_that_ends_gives_what_it_has(model, token_dataset, make_config):
+def test_a_store_that_ends_gives_the_remaining_prompts(
+    model, token_dataset, make_config
+):
     store = make_store(model, token_dataset, make_config)
     with pytest.warns(UserWarning, match="ended after 64 of the 1000 prompts"):
         dists = layer_distributions(random_sae(), model, store, n_prompts=1000)
     assert dists.n_tokens == 64 * N_CTX
 
 
-def test_what_a_store_excludes_is_left_out(model, make_config):
+def test_tokens_that_a_store_excludes_are_left_out(model, make_config):
     ids = torch.randint(1, D_VOCAB, (8, N_CTX))
     ids[:, ::3] = 0  # the end-of-text token
     dataset = Dataset.from_dict({"input_ids": ids.tolist()})
@@ -162,7 +164,7 @@ def test_what_a_store_excludes_is_left_out(model, make_config):
     assert dists.n_tokens == ids.numel()
 
 
-def test_batches_say_where_their_tokens_are(model, tokens):
+def test_batches_have_the_prompt_and_position_of_their_tokens(model, tokens):
     tokens[2:4] = 0
     _, cache = model.run_with_cache(tokens)
     stream = TokenStream(
@@ -196,7 +198,7 @@ def test_wrong_input_is_an_early_error(model, tokens):
         analyze(random_sae(d_in=8), model, tokens, sums)
 
 
-def test_what_is_not_finite_is_an_error_that_names_the_hook(model, tokens):
+def test_values_that_are_not_finite_are_an_error_that_names_the_hook(model, tokens):
     sae = random_sae()
     with torch.no_grad():
         model.get_parameter("blocks.1.mlp.b_out")[0] = torch.nan

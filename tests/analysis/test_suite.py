@@ -1,4 +1,4 @@
-"""Authority: each analysis called by itself."""
+"""Reference: each analysis called by itself."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -98,7 +98,9 @@ def test_each_is_the_analysis_by_itself(model, tokens, single_layers):
         )
 
 
-def test_what_is_known_is_not_run_again(model, tokens, single_layers, monkeypatch):
+def test_given_results_are_not_computed_again(
+    model, tokens, single_layers, monkeypatch
+):
     suite = Suite(random_sae(), model, tokens, single_layers=single_layers, **OPTIONS)
     known = suite.run()
     calls = count_calls(monkeypatch, model, "forward")
@@ -141,7 +143,9 @@ def test_prompts_that_predict_nothing_are_found_before_any_pass(
     assert not calls
 
 
-def test_what_an_sae_does_not_allow_is_not_available(model, tokens, single_layers):
+def test_analyses_that_an_sae_does_not_allow_are_unavailable(
+    model, tokens, single_layers
+):
     sae = random_sae()
     available = Suite(sae, model, tokens).available()
     assert {"evaluation", "redundancy"} <= set(available)

@@ -1,4 +1,4 @@
-"""Authorities: `reconstruction_metrics` and `evaluate` of each SAE by itself."""
+"""References: `reconstruction_metrics` and `evaluate` of each SAE by itself."""
 
 from functools import partial
 from typing import Any
