@@ -3,7 +3,9 @@
 Reads lines `WHAT FOLDER SECONDS`; for each it forks a process (importing everything
 anew would take longer than the run) that trains, or goes on, and ends with
 FOLDER/output; or that harvests FOLDER/cache (WHAT is `harvest`) or trains on it
-(`cached`).
+(`cached`). Other values of WHAT are runs of another kind: with a tuned lens (`lens`),
+of a stock architecture (`stock`), on a streamed dataset (`streamed`), with a thread
+that reads ahead (`prefetch`).
 Each step and each part of a checkpoint takes SECONDS longer, so that a kill is as
 likely in the one as in the other. Prints `started PID` once the process is about to
 train, and `ended STATUS` when it is no more.
@@ -18,9 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import N_CTX, PAPER_DATA, tiny_model, tiny_sae_config
+from conftest import D_MODEL, N_CTX, PAPER_DATA, tiny_model, tiny_sae_config
 from datasets import Dataset
-from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+)
+from saes import random_lens
 from transformers import AutoTokenizer
 
 from sae_lens_multilayer import (
@@ -52,8 +59,14 @@ def main(
 ) -> None:
     slow_down(MultiLayerTrainer, "step", seconds)
     slow_down(files, "_flush", seconds)
+    sae: Any = tiny_sae_config(dead_after_tokens=500)
+    if what == "stock":
+        sae = BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4)
+    torch.manual_seed(0)
     config = MultiLayerConfig(
-        sae=tiny_sae_config(dead_after_tokens=500),
+        sae=sae,
+        tuned_lens=random_lens(alignment="tuned_lens") if what == "lens" else None,
+        prefetch_llm_batches=what == "prefetch",
         model_name="tiny",
         context_size=N_CTX,
         training_tokens=3200,
@@ -81,7 +94,7 @@ def main(
         return
     runner = LanguageModelSAETrainingRunner(
         config,
-        override_dataset=data,
+        override_dataset=data.to_iterable_dataset() if what == "streamed" else data,
         override_model=None if what == "cached" else tiny_model(tokenizer),
     )
     print("started", os.getpid(), flush=True)
