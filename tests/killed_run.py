@@ -2,7 +2,9 @@
 
 Reads lines `TASK FOLDER SECONDS`. For each line it forks a process (faster than
 importing everything again), which starts or resumes the task: `train` writes
-FOLDER/output, `harvest` writes FOLDER/cache, and `cached` trains on that cache.
+FOLDER/output, `harvest` writes FOLDER/cache, and `cached` trains on that cache. Tasks
+like `train` are `lens` (with a tuned lens), `stock` (a stock architecture), `streamed`
+(a streamed dataset) and `prefetch` (batches are read in a thread).
 Each step and each part of a checkpoint takes SECONDS longer, so that kills are equally
 likely in both. Prints `started PID` just before the task starts, and `ended STATUS`
 when the process has ended.
@@ -17,9 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import N_CTX, PAPER_DATA, tiny_model, tiny_sae_config
+from conftest import D_MODEL, N_CTX, PAPER_DATA, tiny_model, tiny_sae_config
 from datasets import Dataset
-from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+)
+from saes import random_lens
 from transformers import AutoTokenizer
 
 from sae_lens_multilayer import (
@@ -51,8 +58,14 @@ def main(
 ) -> None:
     slow_down(MultiLayerTrainer, "step", seconds)
     slow_down(files, "_flush", seconds)
+    sae: Any = tiny_sae_config(dead_after_tokens=500)
+    if task == "stock":
+        sae = BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4)
+    torch.manual_seed(0)
     config = MultiLayerConfig(
-        sae=tiny_sae_config(dead_after_tokens=500),
+        sae=sae,
+        tuned_lens=random_lens(alignment="tuned_lens") if task == "lens" else None,
+        prefetch_llm_batches=task == "prefetch",
         model_name="tiny",
         context_size=N_CTX,
         training_tokens=3200,
@@ -80,7 +93,7 @@ def main(
         return
     runner = LanguageModelSAETrainingRunner(
         config,
-        override_dataset=data,
+        override_dataset=data.to_iterable_dataset() if task == "streamed" else data,
         override_model=None if task == "cached" else tiny_model(tokenizer),
     )
     print("started", os.getpid(), flush=True)

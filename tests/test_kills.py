@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
-N_KILLS = int(os.environ.get("KILLS", "5"))
+N_KILLS = int(os.environ.get("KILLS", "3"))
 STEP_SECONDS = 0.01
 
 
@@ -77,16 +77,18 @@ def saved(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_kills_at_any_moment_do_not_change_where_a_run_ends(runs, tmp_path):
-    runs.start(tmp_path / "whole", 0)
+@pytest.mark.parametrize("what", ["train", "lens", "stock", "streamed", "prefetch"])
+def test_kills_at_any_moment_do_not_change_where_a_run_ends(runs, tmp_path, what):
+    runs.start(tmp_path / "whole", 0, what)
     assert runs.wait() == 0
     expected = saved(tmp_path / "whole")
     assert set(expected) >= {"W_enc", "W_dec", "b_dec", "sparsity"}
+    assert any(name.startswith("lens.") for name in expected) == (what == "lens")
     choose = random.Random(0)
     n_kills = n_while_writing = n_runs = 0
     while n_kills < N_KILLS:
         folder = tmp_path / f"killed-{n_runs}"
-        process = runs.start(folder, STEP_SECONDS)
+        process = runs.start(folder, STEP_SECONDS, what)
         time.sleep(choose.uniform(0, 70 * STEP_SECONDS))
         if runs.kill(process):
             n_kills += 1
@@ -95,7 +97,10 @@ def test_kills_at_any_moment_do_not_change_where_a_run_ends(runs, tmp_path):
             assert saved(folder) == expected
             n_runs += 1
     folder = tmp_path / f"killed-{n_runs}"
-    runs.start(folder, 0)
+    runs.start(folder, 0, what)
     assert runs.wait() == 0
     assert saved(folder) == expected
-    print(f"{n_kills} kills ({n_while_writing} while saving), {n_runs + 1} whole runs")
+    print(
+        f"{what}: {n_kills} kills ({n_while_writing} while saving), "
+        f"{n_runs + 1} whole runs"
+    )

@@ -7,10 +7,12 @@ for bit, for what is resumed.
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from killed_run import documents
 from ranked_runs import steps
 from sae_lens import SAE
 from safetensors.torch import load_file
+from test_kills import N_KILLS
 
 from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of, own_device
 from sae_lens_multilayer.training.run_ranks import (
@@ -248,6 +251,23 @@ class TestRuns:
         newest = max(killed.glob("checkpoints/*/[0-9]*"), key=lambda p: int(p.name))
         assert SAE.load_from_disk(newest).cfg.d_sae == 256
         ranked.run("train", killed, resume_from_checkpoint="latest")
+        assert saved(killed) == saved(whole)
+
+    def test_kills_of_any_rank_do_not_change_where_a_run_ends(self, ranked, tmp_path):
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        ranked.run("train", whole)
+        choose, n_kills = random.Random(0), 0
+        settings = {"n_checkpoints": 12, "resume_from_checkpoint": "latest"}
+        while n_kills < N_KILLS:
+            pids = ranked.start("train", killed, 2, seconds=0.05, **settings)
+            time.sleep(choose.uniform(0, 1.5))
+            with suppress(ProcessLookupError):
+                os.kill(choose.choice(pids), signal.SIGKILL)
+            n_kills += signal.SIGKILL in ranked.wait()
+            if (killed / "output").exists():
+                assert saved(killed) == saved(whole)
+                killed.rename(tmp_path / f"ended-{n_kills}")
+        ranked.run("train", killed, **settings)
         assert saved(killed) == saved(whole)
 
     def test_an_error_on_one_rank_ends_all_without_a_checkpoint(self, ranked, tmp_path):
