@@ -28,26 +28,25 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_settings_file(path: str | Path) -> Any:
-    """What a JSON or YAML file says, such as a run's `runner_cfg.json`.
+def read_settings_file(path: str | Path) -> dict[str, Any]:
+    """Read names and values from a JSON or YAML file, such as a `runner_cfg.json`.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is neither.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON or YAML, or holds something else.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a JSON or YAML file; it is not there.")
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise ValueError(
-            f"{path} must be a JSON or YAML file, and end in .json, .yaml or .yml."
-        )
+        raise FileNotFoundError(f"{path} must be a JSON or YAML file; there is none.")
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        return yaml.load(path.read_text(), _Loader)  # a SafeLoader
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text()
+        is_json = path.suffix == ".json"
+        settings = json.loads(text) if is_json else yaml.load(text, _Loader)  # safe
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold names and values; got {settings!r:.80}.")
+    return settings  # pyright: ignore[reportUnknownVariableType]
 
 
 def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:

@@ -18,6 +18,7 @@ from sae_lens.training._interruption import InterruptedException
 from examples.local_hub import put
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.analysis import ANALYSES
+from sae_lens_multilayer.cli import releases, train
 from sae_lens_multilayer.ranks import AgreedError, RankError
 
 
@@ -142,10 +143,10 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 def test_a_stop_by_the_user_is_one_line(monkeypatch, capsys):
-    def stop(arguments):
+    def stop(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "releases", stop)
+    monkeypatch.setattr(releases, "run", stop)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["releases"])
 
@@ -158,19 +159,21 @@ def test_a_stop_by_the_user_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "message", "others_say_it"),
     [
-        (InterruptedException(), "stopped after a whole step, as asked for.", False),
+        (InterruptedException(), "stopped after a whole step, as requested.", False),
         (AgreedError("Rank 1 has failed: no."), "Rank 1 has failed: no.", False),
         (RankError("Rank 1 has lost 0."), "Rank 1 has lost 0.", True),
     ],
 )
-def test_the_first_rank_says_what_all_know(monkeypatch, error, message, others_say_it):
+def test_the_first_rank_prints_shared_errors(
+    monkeypatch, error, message, others_say_it
+):
     def fail(arguments):
         raise error
 
     # Later tests have the level that they had.
     package = logging.getLogger("sae_lens_multilayer")
     monkeypatch.setattr(package, "setLevel", lambda level: None)
-    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    monkeypatch.setattr(train, "run", fail)
     said: list[Any] = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

@@ -460,7 +460,7 @@ class TestBadInput:
     @pytest.mark.parametrize("size", [2.0, "8", True])
     def test_a_batch_size_of_the_wrong_type(self, model, tokens, size):
         with pytest.raises(ValueError, match=f"must be at least 1; got {size!r}"):
-            unannotated(take_prompts)(model, "tiny", tokens, None, size)
+            unannotated(take_prompts)(model, tokens, None, size)
 
     def test_tokens_longer_than_the_context(self, model):
         tokens = torch.ones(1, N_CTX + 1, dtype=torch.long)

@@ -18,7 +18,7 @@ from sae_lens_multilayer.lens.carrier import check_lenses
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.shape import check_widths
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.text.prompts import PromptBatches, Tokens
+from sae_lens_multilayer.text.prompts import Tokens, take_prompts
 
 _CALLS_FROM_USER = 7
 """`stacklevel` of a warning about the lens, from the caller of one analysis."""
@@ -90,10 +90,7 @@ class PassOptions(TypedDict, total=False):
 
 
 class TokenStream:
-    """Iterates over batches of prompts with the model's vectors.
-
-    Iterating again yields the same prompts if `repeatable`.
-    """
+    """Iterates over batches of prompts with the model's vectors."""
 
     def __init__(
         self,
@@ -103,7 +100,6 @@ class TokenStream:
         *,
         encoder: LayerEncoder | None = None,
         sae: SAE[Any] | None = None,
-        repeatable: bool = False,
         n_prompts: int | None = None,
         batch_size_prompts: int = 8,
         exclude_tokens: Sequence[int] | None = None,
@@ -114,7 +110,6 @@ class TokenStream:
         Args:
             encoder: Encodes the vectors, for analyses of what it makes of them.
             sae: An SAE whose vectors are wanted; None: the encoder's, if there is one.
-            repeatable: Keep the token ids of a store in memory.
 
         Raises:
             ValueError: If the model lacks a hook, has another width than the SAE or has
@@ -129,20 +124,18 @@ class TokenStream:
         check_lenses(model, [] if sae is None else [sae], _CALLS_FROM_USER)
         model.own_hook_names(hook_names)
         head_index = None if sae is None else sae.cfg.metadata.hook_head_index
-        model_name = "the model" if sae is None else str(sae.cfg.metadata.model_name)
         self.hook_names = list(hook_names)
         self._model, self._encoder = model, encoder
         self._heads = [head_index] * len(self.hook_names)
-        self._batches = PromptBatches(
+        prompts = take_prompts(
             model,
-            model_name,
             tokens,
             n_prompts,
             batch_size_prompts,
             exclude_tokens,
             exclude_positions,
-            repeatable,
         )
+        self._batches = prompts.split(batch_size_prompts)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[TokenBatch]:

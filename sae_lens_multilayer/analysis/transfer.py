@@ -183,10 +183,7 @@ def compare_with_single_layers(
         ValueError: If a hook is not the multi-layer SAE's, or as `evaluate`.
     """
     saes = single_layers_of(multi_layer, saes)
-    model_name = str(multi_layer.cfg.metadata.model_name)
-    prompts = take_prompts(
-        model, model_name, tokens, n_prompts, batch_size_prompts, **options
-    )
+    prompts = take_prompts(model, tokens, n_prompts, batch_size_prompts, **options)
     multi, single = (
         evaluate(
             sae, model, prompts, batch_size_prompts=batch_size_prompts

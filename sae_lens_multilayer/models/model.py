@@ -96,8 +96,10 @@ class Model(ABC):
         ]
 
     def _run(self, tokens: Tensor, own_names: list[str], **kwargs: Any) -> Any:
+        # Decides what is padding if the tokenizer pads on the left: all leading pad
+        # tokens, but not the last one if it is also the BOS, as in `logits` by default.
         return self.module.run_with_cache(
-            tokens.to(self.device), names_filter=own_names, prepend_bos=False, **kwargs
+            tokens.to(self.device), names_filter=own_names, prepend_bos=True, **kwargs
         )
 
     def logits(

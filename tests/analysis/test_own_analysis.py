@@ -9,7 +9,7 @@ from conftest import D_VOCAB, N_CTX, count_calls
 from saes import HOOK_NAMES, random_sae
 
 from examples.own_analysis import SHARED_LATENTS, SharedLatentCounts, SharedLatents
-from sae_lens_multilayer import SweepEvaluation, cli
+from sae_lens_multilayer import Prompts, SweepEvaluation, cli
 from sae_lens_multilayer.analysis import (
     ANALYSES,
     Suite,
@@ -17,7 +17,7 @@ from sae_lens_multilayer.analysis import (
     load_results,
     save_results,
 )
-from sae_lens_multilayer.sweeps.evaluation import HeldOut, measure, summary
+from sae_lens_multilayer.sweeps.evaluation import measure, numbers_of
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_the_command_line_offers_runs_and_draws_it(offline, capsys):
 
 def test_a_sweep_reports_its_numbers(model, tokens):
     evaluation = SweepEvaluation(analyses=("shared_latents",))
-    data = HeldOut(tokens, [])
-    metrics, results = measure(random_sae(), model, data, evaluation)
-    found = summary(metrics, results)["next_layer_jaccard"]
+    prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    results = measure(random_sae(), model, prompts, evaluation)
+    found = numbers_of(results)["next_layer_jaccard"]
     assert found == results["shared_latents"].to_dataframe().loc[0, 1]
