@@ -246,7 +246,7 @@ class TestErrors:
             reconstruction_metrics(train(), model, tokens)
 
     def test_no_prompts(self, train, model, tokens):
-        with pytest.raises(ValueError, match=r"one prompt .* got shape \(0, 16\)"):
+        with pytest.raises(ValueError, match=r"one prompt .* got .*shape \(0, 16\)"):
             reconstruction_metrics(train(), model, tokens[:0])
 
     def test_batches_of_no_prompts(self, train, model, tokens):

@@ -154,7 +154,6 @@ class TestPoints:
             ([{"expansion_factor": 0.3}], "must give a whole number of latents"),
             ([{"expansion_factor": "2"}], "must give a whole number of latents"),
             ([{"expansion_factor": 2, "d_sae": 3}], "not both; got 2 and 3"),
-            ([{"k": 1, "sae": {"k": 2}}], r"\['k'\] must be in `sae` or beside"),
             ([{"name": "../up"}], "`name` must consist of letters"),
             ([{"layers": [0, 0]}], "each once"),
             ([{"architecture": "foo"}], "`architecture` must be one of"),

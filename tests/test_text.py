@@ -3,6 +3,8 @@
 Authority: the training store of a run with the same settings.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import N_CTX
@@ -210,7 +212,7 @@ def test_not_counted_is_as_excluded(model, token_dataset):
     sae = random_sae()
     ids = torch.tensor(token_dataset["input_ids"][:5])
     counted = counted_positions(ids, [7], [0])
-    excluded = {"exclude_tokens": [7], "exclude_positions": [0]}
+    excluded: Any = {"exclude_tokens": [7], "exclude_positions": [0]}
     given = Prompts(ids, counted)
     for measure in (evaluate, reconstruction_metrics):
         found = measure(sae, model, given, batch_size_prompts=3)
@@ -233,7 +235,7 @@ def test_a_store_excludes_in_evaluations_what_it_does_in_training(
         sae, model, store(seqpos_slice=(2, None), exclude_special_tokens=[9])
     )
     ids = store().get_batch_tokens(4)
-    options = {"exclude_tokens": [9], "exclude_positions": [0, 1]}
+    options: Any = {"exclude_tokens": [9], "exclude_positions": [0, 1]}
     expected = evaluate(sae, model, ids, **options)
     assert_frame_equal(found.to_dataframe(), expected.to_dataframe())
 
@@ -245,7 +247,8 @@ def test_an_evaluation_in_training_leaves_out_what_is_not_trained_on(
     runner = LanguageModelSAETrainingRunner(cfg, token_dataset, model)
     ids = runner.activations_store.get_batch_tokens(4)
     runner._set_sae_metadata()
-    found = runner.evaluator._evaluate(runner.sae, ids)
+    evaluator: Any = runner.evaluator
+    found = evaluator._evaluate(runner.sae, ids)
     expected = evaluate(runner.sae, model, ids, exclude_positions=[0, 1])
     assert_frame_equal(found.to_dataframe(), expected.to_dataframe())
 

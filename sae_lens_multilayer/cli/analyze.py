@@ -118,12 +118,7 @@ def _write(
 
 
 def with_saved_settings(folder: str | Path, options: T) -> T:
-    """Options with the values that the analyses in a folder were run with.
-
-    Raises:
-        FileNotFoundError: If it is not a folder of analyses.
-        ValueError: If an option is given another value, or the record is damaged.
-    """
+    """Options with the values that the analyses in a folder were run with."""
     saved, given = Record.read(folder, KIND).settings, vars(options)
     try:
         parts = {name: _as_saved(given[name], saved[name], folder) for name in _PARTS}

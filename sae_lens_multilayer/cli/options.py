@@ -70,9 +70,6 @@ class ModelOptions:
 
         Args:
             hook_names: Hooks to install on a Hugging Face model; None: all.
-
-        Raises:
-            ValueError: If neither has a model name, or the model is unknown.
         """
         name = self.model_name or metadata.model_name
         if name is None:
@@ -139,16 +136,7 @@ class Inputs:
 
     @classmethod
     def load(cls, options: Any) -> "Inputs":
-        """Load the inputs of a command.
-
-        Args:
-            options: Has `sae`, `model` and `text`.
-
-        Raises:
-            ValueError: If a setting is neither given nor in the metadata, or does not
-                fit.
-            OSError: If a file is missing.
-        """
+        """Load the inputs of a command whose options have `sae`, `model` and `text`."""
         model_options: ModelOptions = options.model
         model_options.check_device()
         sae = load_sae(options.sae.sae, options.sae.sae_id, model_options.device)

@@ -85,9 +85,7 @@ def train_and_compare(
 
     Args:
         base: Settings of the runs, as in `sweep`; `layers` are those compared.
-        folder: Folder of the sweep.
         evaluation: Held-out text to measure on. Its analyses are not run.
-        override_model, override_dataset, override_evaluation_dataset: As in `sweep`.
 
     Raises:
         ValueError: As `sweep`, or if there are fewer than two layers.

@@ -60,13 +60,7 @@ class Point:
 
 
 def grid(**values: Any) -> list[dict[str, Any]]:
-    """Every combination of the values of some settings, the last one varying fastest.
-
-    Args:
-        values: A list of values for each setting.
-
-    Raises:
-        ValueError: If a setting has no list of values.
+    """Every combination of lists of values of settings, the last one varying fastest.
 
     Example:
         >>> grid(expansion_factor=[4, 8], k=[16])
@@ -96,14 +90,10 @@ def combine(points: Sequence[Settings], others: Sequence[Settings]) -> list[Sett
 def make_points(
     base: Settings, points: Sequence[Settings], shape: ModelShape | None = None
 ) -> list[Point]:
-    """The runs of a sweep, with validated configs; no model is loaded.
+    """The runs of a sweep (see there), with validated configs; no model is loaded.
 
     Args:
-        base, points: As in `sweep`.
         shape: Shape of a model that is given instead of named.
-
-    Raises:
-        ValueError: If a setting is unknown or invalid, or two points are the same.
     """
     made: list[Point] = []
     for point in points:
@@ -156,10 +146,7 @@ def _split(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a run without its SAE, and those of the SAE."""
     beside = {n: v for n, v in settings.items() if n not in _OF_RUN}
     of_run = {n: v for n, v in settings.items() if n in _OF_RUN and n != "sae"}
-    inside = mapping(settings, "sae")
-    if both := sorted(beside.keys() & inside.keys()):
-        raise ValueError(f"{both} must be in `sae` or beside it, not in both.")
-    return of_run, {**inside, **beside}
+    return of_run, {**mapping(settings, "sae"), **beside}
 
 
 def _flat(varied: Settings) -> dict[str, Any]:

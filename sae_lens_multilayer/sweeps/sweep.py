@@ -63,25 +63,20 @@ def sweep(
     """Train, evaluate and analyse an SAE for each of many choices of settings.
 
     Each point has a folder, named by its settings, with its SAE (`sae`), its
-    checkpoints and its `analysis`, as `train` and `analyze` write them; beside these
-    folders are `table.csv` and `sweep.png`. A point that fails does not end the sweep.
-
-    A second call resumes the sweep: points that are done are skipped, an interrupted
-    run is resumed from its newest checkpoint (see `n_checkpoints`), and failed points
-    are retried.
+    checkpoints and its `analysis`; beside these folders are `table.csv` and
+    `sweep.png`. A point that fails does not end the sweep. A second call resumes it:
+    points that are done are skipped, an interrupted run is resumed from its newest
+    checkpoint (see `n_checkpoints`), and failed points are retried.
 
     Args:
         base: Settings of all points: fields of `MultiLayerConfig` and, in `sae` or
             beside them, of the SAE's config. `expansion_factor` may replace `d_sae`;
             `d_in` is the model's width if omitted.
         points: Settings of each point that differ from the base, such as `grid`
-            returns; also `name`, the name of its folder instead of one made of the
-            settings.
-        folder: Folder of the sweep.
-        evaluation: What is measured, and on which text.
+            returns, and optionally `name`, the name of its folder.
         override_model: Used by all points instead of loading `model_name`.
-        override_dataset: Trained on by all points instead of `dataset_path`. It is not
-            checked that a resumed sweep receives the same one.
+        override_dataset: Trained on by all points instead of `dataset_path`. A resumed
+            sweep must receive the same one, which is not checked.
         override_evaluation_dataset: Held-out text or tokens, instead of
             `evaluation.dataset_path`.
 
@@ -139,17 +134,13 @@ class Sweep:
         self._check_data()
         self._check_models()
 
-    def folder_of(self, point: Point) -> Path:
-        """Folder of a point."""
-        return self.folder / point.name
-
     def analysis_of(self, point: Point) -> Path:
         """Folder of the results of a point: complete or absent."""
-        return self.folder_of(point) / "analysis"
+        return self.folder / point.name / "analysis"
 
     def sae_of(self, point: Point) -> SAE[Any]:
         """The trained SAE of a point."""
-        path = self.folder_of(point) / "sae"
+        path = self.folder / point.name / "sae"
         return SAE.load_from_disk(path, device=point.cfg.device)
 
     def _check_folder(self) -> None:
@@ -170,7 +161,7 @@ class Sweep:
 
     def _check_point_folder(self, point: Point) -> None:
         """Raise ValueError if a point's folder was written with other settings."""
-        folder = self.folder_of(point)
+        folder = self.folder / point.name
         if (folder / RECORD_FILENAME).exists():
             found = Record.read(folder, _POINT_KIND)
             if changed := found.differences(_point_record(point)):
@@ -207,21 +198,18 @@ class Sweep:
                 text.load_dataset()
 
     def _check_models(self) -> None:
-        if (
-            self._given_model is not None
-            and len({p.model_key for p in self.points}) > 1
-        ):
+        given = self._given_model
+        if given is not None and len({p.model_key for p in self.points}) > 1:
             raise ValueError(
                 "The settings of the model must not vary, as a model is given. Sweep "
                 "over models by name."
             )
         for point in self.points:
             lens = lens_of_run(point.cfg)
-            if self._given_model is None:
+            if given is None:
                 loading.check_named_model(point.cfg, lens)
             else:
-                shape = as_model(self._given_model).shape
-                loading.check_shape(point.cfg, shape, lens)
+                loading.check_shape(point.cfg, as_model(given).shape, lens)
 
     def _is_done(self, point: Point) -> bool:
         return self.analysis_of(point).is_dir()
@@ -252,10 +240,7 @@ class Sweep:
         return self._model, self._prompts
 
     def _hook_names(self, point: Point) -> list[str] | None:
-        """The hooks of all points with the model of this one; None if unknown.
-
-        A Hugging Face model has only the hooks that it is loaded with.
-        """
+        """The hooks of all points that share a Hugging Face model; None if unknown."""
         shape = loading.named_shape(point.cfg)
         if shape is None:
             return None
@@ -264,11 +249,7 @@ class Sweep:
         return list(dict.fromkeys(names))
 
     def run(self) -> pd.DataFrame:
-        """Run the points that are not done; returns the table, also written each time.
-
-        Raises:
-            BlockingIOError: If another process uses the folder.
-        """
+        """Run the points that are not done; returns the table, also written to disk."""
         keys = [point.model_key for point in self.points]
         in_order = sorted(self.points, key=lambda point: keys.index(point.model_key))
         with locked(self.folder):
@@ -284,7 +265,7 @@ class Sweep:
         return _table(rows)
 
     def _run_point(self, point: Point) -> None:
-        folder = self.folder_of(point)
+        folder = self.folder / point.name
         logger.info("%s", folder)
         if not (folder / RECORD_FILENAME).exists():
             _point_record(point).write(folder)
@@ -305,7 +286,7 @@ class Sweep:
             logger.error("%s has failed: %s", folder, message)
 
     def _train(self, point: Point, model: Any) -> None:
-        folder, cfg = self.folder_of(point), copy.copy(point.cfg)
+        folder, cfg = self.folder / point.name, copy.copy(point.cfg)
         cfg.output_path = str(folder / "sae")
         cfg.checkpoint_path = str(folder / "checkpoints")
         cfg.resume_from_checkpoint = LATEST
@@ -333,9 +314,10 @@ class Sweep:
                 )
 
     def _row(self, point: Point) -> dict[str, Any]:
-        folder, is_done = self.folder_of(point), self._is_done(point)
-        file = folder / _ERROR_FILE
-        error = file.read_text().split("\n\n")[0] if file.exists() else None
+        folder, is_done = self.folder / point.name, self._is_done(point)
+        file, error = folder / _ERROR_FILE, None
+        if file.exists() and not is_done:
+            error = file.read_text().split("\n\n")[0]
         not_done = "waiting" if error is None else "failed"
         cost = vars(read_cost(folder / _COST_FILE))
         return {

@@ -195,7 +195,8 @@ def read_rows(dataset: HfDataset, start: int) -> Iterator[dict[str, Any]]:
     data: Any = dataset
     if isinstance(data, Dataset) and start >= len(data):
         return
-    row, rows = start, iter(data.skip(start) if start else data)
+    row = start
+    rows: Iterator[Any] = iter(data.skip(start) if start else data)
     while True:
         try:
             values = next(rows)

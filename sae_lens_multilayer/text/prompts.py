@@ -104,14 +104,7 @@ class Text:
         return cls(**values)
 
     def load_dataset(self, dataset: HfDataset | None = None) -> HfDataset | str:
-        """The dataset to read, with rows that fit the context size.
-
-        Args:
-            dataset: Used instead of `dataset_path`.
-
-        Raises:
-            ValueError: If there is neither, or as `resolve_dataset`.
-        """
+        """The dataset to read (or the given one), its rows fitted to the context."""
         if dataset is None and not self.dataset_path:
             raise ValueError("Give `dataset_path`, or a dataset.")
         return resolve_dataset(
@@ -152,7 +145,6 @@ class Text:
         """The first prompts of the text, on the CPU.
 
         Args:
-            model: The model that will run them; its tokenizer is used.
             n_tokens: Tokens of text, rounded up to whole prompts.
             dataset: Used instead of `dataset_path`.
 
@@ -160,11 +152,8 @@ class Text:
             ValueError: If the text is too short, or the context too long for the model.
         """
         _check_at_least_one("n_tokens", n_tokens)
-        reader, n_wanted = (
-            self.reader(model, dataset),
-            -(-n_tokens // self.context_size),
-        )
-        ids, ended = next_rows(reader, n_wanted)
+        reader = self.reader(model, dataset)
+        ids, ended = next_rows(reader, -(-n_tokens // self.context_size))
         if ids is None or ended:
             n_there = 0 if ids is None else len(ids)
             raise ValueError(
@@ -238,8 +227,6 @@ def take_prompts(
     """The prompts to measure on, validated.
 
     Args:
-        model: The model that will run them.
-        tokens: See `Tokens`.
         n_prompts: Prompts to take from a store; None: one model batch of it.
         batch_size_prompts: Only validated.
         exclude_tokens, exclude_positions: See `mark_counted`.
