@@ -195,7 +195,7 @@ def test_a_name_on_the_hub_passes_through(name):
     ["/no/such/path", "./no", "../no", "~/no", "data/part/no.jsonl", "no.jsonl"],
 )
 def test_a_path_with_nothing_there_is_an_error(name):
-    with pytest.raises(FileNotFoundError, match="`dataset_path` .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"`dataset_path` .* does not exist"):
         resolve_dataset(name, N_CTX)
 
 
