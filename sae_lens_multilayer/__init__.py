@@ -34,9 +34,8 @@ from sae_lens_multilayer.sweeps.compare import (
 )
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import grid
-from sae_lens_multilayer.sweeps.run import sweep
-from sae_lens_multilayer.text.prompts import Prompts
-from sae_lens_multilayer.text.text import Text
+from sae_lens_multilayer.sweeps.sweep import sweep
+from sae_lens_multilayer.text.prompts import Prompts, Text
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 __version__ = "0.1.0.dev0"

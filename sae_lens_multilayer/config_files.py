@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from sae_lens_multilayer.sae.config import ARCHITECTURE
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML takes `1e-4` for a text, as it lacks the point."""
+    """Reads numbers as YAML 1.2: PyYAML reads `1e-4`, without a point, as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -28,38 +28,36 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_settings_file(path: str | Path) -> Any:
-    """What a JSON or YAML file says, such as a run's `runner_cfg.json`.
+def read_settings_file(path: str | Path) -> dict[str, Any]:
+    """Read names and values from a JSON or YAML file, such as a `runner_cfg.json`.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is neither.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not JSON or YAML, or holds something else.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a JSON or YAML file; it is not there.")
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise ValueError(
-            f"{path} must be a JSON or YAML file, and end in .json, .yaml or .yml."
-        )
+        raise FileNotFoundError(f"{path} must be a JSON or YAML file; there is none.")
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        return yaml.load(path.read_text(), _Loader)  # a SafeLoader
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text()
+        is_json = path.suffix == ".json"
+        settings = json.loads(text) if is_json else yaml.load(text, _Loader)  # safe
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold names and values; got {settings!r:.80}.")
+    return settings  # pyright: ignore[reportUnknownVariableType]
 
 
 def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
-    """A new run's config from plain values, which may leave out what has a default.
+    """The config of a new run from plain values; missing ones have their defaults.
 
     Args:
         settings: Fields of `MultiLayerConfig`; `sae` and `logger` hold those of their
-            own configs, and `sae["architecture"]` is "multilayer" if left out.
+            own configs, and `sae["architecture"]` is "multilayer" by default.
 
     Raises:
-        ValueError: If a field is unknown, the SAE has no sizes, or as
-            `MultiLayerConfig`.
+        ValueError: If a field is unknown or invalid, or the SAE has no sizes.
     """
     sae = {"architecture": ARCHITECTURE, **mapping(settings, "sae")}
     logger = mapping(settings, "logger")
@@ -75,15 +73,14 @@ def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
         )
     cfg = MultiLayerConfig.from_dict({**settings, "sae": sae, "logger": logger})
     if settings.get("checkpoint_path") is not None:
-        # `from_dict` leaves it as it is, as that of a run which goes on; each new run
-        # has a folder of its own in it, as one that is begun from Python.
+        # `from_dict` keeps it, as of a resumed run; a new run has its own folder in it.
         run_id = cfg.logger.wandb_id or uuid4().hex[:8]
         cfg.checkpoint_path = str(Path(settings["checkpoint_path"]) / run_id)
     return cfg
 
 
 def check_known(given: Sequence[str] | dict[str, Any], known: Sequence[str]) -> None:
-    """Raise ValueError if there is a name that is not known, with the nearest ones."""
+    """Raise ValueError if a name is unknown; lists the nearest ones."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known) or sorted(known)
@@ -91,11 +88,7 @@ def check_known(given: Sequence[str] | dict[str, Any], known: Sequence[str]) -> 
 
 
 def sae_config_class(architecture: str) -> type[TrainingSAEConfig]:
-    """The training config of an architecture.
-
-    Raises:
-        ValueError: If there is none; lists the known ones.
-    """
+    """The training config of an architecture."""
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise ValueError(
             f"`architecture` must be one of {sorted(SAE_TRAINING_CLASS_REGISTRY)}; "
@@ -104,12 +97,8 @@ def sae_config_class(architecture: str) -> type[TrainingSAEConfig]:
     return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
 
 
-def mapping(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """The names and values under a name; none where it is left out.
-
-    Raises:
-        ValueError: If something else is there.
-    """
+def mapping(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The names and values under a name; empty if it is missing."""
     value: Any = settings.get(name, {})
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must hold names and values; got {value!r}.")

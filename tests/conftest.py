@@ -154,7 +154,7 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def offline(model, token_dataset, tmp_path, monkeypatch):
     """The tiny model under any name, its SAE and its text in files."""
-    monkeypatch.setattr(loading, "load_model", lambda *_: model)
+    monkeypatch.setattr(loading, "load_by_name", lambda *_: model)
     monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
     token_dataset.to_parquet(tmp_path / "text.parquet")
     from saes import random_sae  # imports this file

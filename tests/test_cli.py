@@ -18,6 +18,7 @@ from sae_lens.training._interruption import InterruptedException
 from examples.local_hub import put
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.analysis import ANALYSES
+from sae_lens_multilayer.cli import releases, train
 from sae_lens_multilayer.ranks import AgreedError, RankError
 
 
@@ -141,11 +142,11 @@ def test_a_closed_pipe_is_no_error():
     assert process.wait() == 128 + signal.SIGPIPE
 
 
-def test_a_keyboard_interrupt_is_a_one_line_message(monkeypatch, capsys):
-    def stop(arguments):
+def test_a_stop_by_the_user_is_one_line(monkeypatch, capsys):
+    def stop(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "releases", stop)
+    monkeypatch.setattr(releases, "run", stop)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["releases"])
 
@@ -158,12 +159,12 @@ def test_a_keyboard_interrupt_is_a_one_line_message(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "message", "others_say_it"),
     [
-        (InterruptedException(), "stopped after a whole step, as asked for.", False),
+        (InterruptedException(), "stopped after a whole step, as requested.", False),
         (AgreedError("Rank 1 has failed: no."), "Rank 1 has failed: no.", False),
         (RankError("Rank 1 has lost 0."), "Rank 1 has lost 0.", True),
     ],
 )
-def test_only_the_first_rank_prints_errors_of_all_ranks(
+def test_the_first_rank_prints_shared_errors(
     monkeypatch, error, message, others_say_it
 ):
     def fail(arguments):
@@ -172,7 +173,7 @@ def test_only_the_first_rank_prints_errors_of_all_ranks(
     # Restores the log level after the test.
     package = logging.getLogger("sae_lens_multilayer")
     monkeypatch.setattr(package, "setLevel", lambda level: None)
-    monkeypatch.setitem(cli.COMMANDS, "train", fail)
+    monkeypatch.setattr(train, "run", fail)
     said: list[Any] = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

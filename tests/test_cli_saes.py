@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import pytest
 import torch
-from conftest import D_MODEL, N_CTX, N_LAYERS
+from conftest import D_MODEL, N_CTX, N_LAYERS, count_calls
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from published_files import transformer_files
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
@@ -21,12 +24,13 @@ from sae_lens_multilayer.analysis import (
     TransferMatrix,
     compare_with_single_layers,
 )
-from sae_lens_multilayer.cli.inputs import SAEOptions, load_sae
+from sae_lens_multilayer.cli.options import TextOptions
+from sae_lens_multilayer.cli.saved_sae import load_sae
 from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.loading import check_named_model, load_model
+from sae_lens_multilayer.models.loading import check_named_model, load_by_name
 
 SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
 
@@ -62,7 +66,7 @@ def test_every_architecture_has_its_own_options():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("content", "message"),
     [
         ("{d_im: 3}", r"no setting 'd_im'.*"),
         ("{sae: {d_in: 16, d_sae: 64, kk: 3}}", r"no setting 'kk'. Known: \['k'"),
@@ -73,17 +77,17 @@ def test_every_architecture_has_its_own_options():
         ("{", "run.yaml cannot be read"),
     ],
 )
-def test_a_wrong_file_is_an_error(settings, message, tmp_path):
-    (tmp_path / "run.yaml").write_text(settings)
+def test_a_wrong_file_is_an_error(content, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         parse_config(["--config", str(tmp_path / "run.yaml")])
 
 
 def test_only_settings_files_are_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match="it is not there"):
+    with pytest.raises(FileNotFoundError, match="must be a JSON or YAML file"):
         read_settings_file(tmp_path / "run.yaml")
-    (tmp_path / "run.py").write_text("")
-    with pytest.raises(ValueError, match=r"end in \.json, \.yaml or \.yml"):
+    (tmp_path / "run.py").write_text("import sys")
+    with pytest.raises(ValueError, match=r"run\.py must hold names and values"):
         read_settings_file(tmp_path / "run.py")
 
 
@@ -159,7 +163,7 @@ def test_evaluate_gives_what_the_function_gives(
     table = pd.read_csv("new/e.csv", index_col=0)
     pd.testing.assert_frame_equal(table, expected, rtol=1e-6)
     assert "All layers replaced at once" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"evaluate: new/e\.csv is there already"):
+    with pytest.raises(SystemExit, match=r"evaluate: new/e\.csv exists"):
         cli.main(["evaluate", "sae", *offline, "--output_path", "new/e.csv"])
 
 
@@ -308,14 +312,14 @@ def test_long_first_positions_are_a_warning(offline, model, caplog):
     assert "The vectors at position 0 are up to" in caplog.text
     caplog.clear()
     cli.main(["evaluate", "sae", *offline, "--exclude_positions", "0"])
-    assert not caplog.text
+    assert "position 0" not in caplog.text
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["nowhere"], "nowhere must be the folder of a saved SAE"),
-        (["empty"], r"empty must be the folder of a saved SAE; cfg\.json is not there"),
+        (["empty"], r"empty must be the folder of a saved SAE; cfg\.json is missing"),
         (["sae", "--device", "nope"], "--device nope cannot be used here: "),
         (["sae", "--n_tokens", "0"], "`n_tokens` must be at least 1"),
         (
@@ -338,15 +342,23 @@ def test_wrong_input_is_a_one_line_error(changes, message, offline):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("sae_weights.safetensors", None, r"sae_weights\.safetensors is not there"),
-        ("sae_weights.safetensors", b"torn", "must hold a whole SAE .* SafetensorErr"),
-        ("cfg.json", b'{"d_sae":', "must hold a whole SAE that .* JSONDecodeError"),
+        ("sae_weights.safetensors", None, r"sae_weights\.safetensors is missing"),
+        (
+            "sae_weights.safetensors",
+            b"torn",
+            "a complete SAE .* SafetensorErr",
+        ),
+        ("cfg.json", b'{"d_sae":', r"cfg\.json must be JSON; "),
         (
             "cfg.json",
             {"architecture": "new"},
-            "must hold a whole SAE .* KeyError: 'new",
+            "`architecture` must be one of .*; got 'new'",
         ),
-        ("cfg.json", {"d_sae": 65}, "must hold a whole SAE .* size mismatch for W_dec"),
+        (
+            "cfg.json",
+            {"d_sae": 65},
+            "a complete SAE .* size mismatch for W_dec",
+        ),
     ],
 )
 @pytest.mark.parametrize("option", [["other"], ["sae", "--single_layers", "other"]])
@@ -366,10 +378,71 @@ def test_a_damaged_sae_is_a_one_line_error(file, change, message, option, offlin
     assert "\n" not in str(e.value)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 99) | st.floats() | st.text(max_size=3),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v),
+    max_leaves=4,
+)
+SETTINGS = [*random_sae().cfg.to_dict(), "context_size", "dataset_path", "hook_name",
+    "model_class_name", "seqpos_slice", "model_from_pretrained_kwargs"]  # fmt: skip
+
+
+@given(name=st.sampled_from(SETTINGS), in_metadata=st.booleans(), value=JSON)
+@example("model_from_pretrained_kwargs", True, "trust_remote_code")
+@example("hook_names", True, [5])
+@example("model_name", True, [])
+@example("dataset_path", True, 5)
+@example("metadata", False, 3)
+@example("architecture", False, [])
+@example("k", False, None)
+@settings(max_examples=60, deadline=None)
+def test_any_value_in_a_config_is_read_or_one_line(name, in_metadata, value):
+    with TemporaryDirectory() as folder:
+        random_sae().save_model(folder)
+        path = Path(folder, "cfg.json")
+        cfg = json.loads(path.read_text())
+        (cfg["metadata"] if in_metadata else cfg)[name] = value
+        path.write_text(json.dumps(cfg))
+        message = ""
+        try:
+            metadata = load_sae(folder, None, "cpu").cfg.metadata
+            TextOptions("a", context_size=8).text(metadata)
+        except ValueError as error:
+            message = str(error)
+        assert "\n" not in message
+        assert len(message) < 500
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"text"', "3"])
+def test_a_config_that_is_not_an_object_is_one_line(offline, content):
+    Path("sae/cfg.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"cfg\.json must be a JSON object"):
+        cli.main(["evaluate", "sae", *offline])
+
+
+def test_a_context_that_is_too_long_is_found_before_text_is_read(offline):
+    options = ["sae", *offline[:2], "--context_size", "1000000000"]
+    with pytest.raises(SystemExit, match=f"`context_size` must be at most {N_CTX}"):
+        cli.main(["evaluate", *options])
+
+
+def test_arguments_that_can_run_code_need_an_option(offline, monkeypatch, caplog):
+    saved = {"trust_remote_code": True, "quantization_config": {}, "revision": "main"}
+    sae = random_sae()
+    sae.cfg.metadata.model_from_pretrained_kwargs = saved
+    sae.save_model("other")
+    loads = count_calls(monkeypatch, loading, "load_by_name")
+    cli.main(["evaluate", "other", *offline])
+    assert loads[-1][0][2] == {"revision": "main"}
+    assert "not used: {'quantization_config': {}, 'trust_remote_code'" in caplog.text
+    cli.main(["evaluate", "other", *offline, "--trust_remote_code"])
+    assert loads[-1][0][2] == saved
+
+
 def test_published_files_are_taken_from_a_folder(tmp_path):
     for name, content in transformer_files().items():
         (tmp_path / name).write_bytes(content)
-    sae = load_sae(SAEOptions(str(tmp_path)), "cpu")
+    sae = load_sae(str(tmp_path), None, "cpu")
     assert isinstance(sae, MultiLayerSAE)
     assert len(sae.views()) == 5
 
@@ -381,7 +454,7 @@ def test_published_files_are_taken_from_a_folder(tmp_path):
 def test_a_model_unknown_to_transformer_lens_is_a_one_line_error(
     command, offline, monkeypatch
 ):
-    monkeypatch.setattr(loading, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_by_name", load_by_name)
     monkeypatch.setattr(loading, "check_named_model", check_named_model)
     dataset = offline[:2]
     with pytest.raises(SystemExit) as stop:

@@ -7,6 +7,7 @@ the design; and `sae_lens.evals.run_evals` on a view.
 import pytest
 import torch
 from conftest import D_MODEL, D_VOCAB, N_CTX, N_LAYERS, tiny_model, tiny_sae_config
+from pandas.testing import assert_frame_equal
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     HookedSAETransformer,
@@ -16,10 +17,12 @@ from sae_lens import (
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
+from saes import random_sae
 
 from sae_lens_multilayer import (
     LayerMetrics,
     MultiLayerActivationsStore,
+    evaluate,
     reconstruction_metrics,
     views,
 )
@@ -243,7 +246,7 @@ class TestErrors:
             reconstruction_metrics(train(), model, tokens)
 
     def test_no_prompts(self, train, model, tokens):
-        with pytest.raises(ValueError, match=r"one prompt .* got shape \(0, 16\)"):
+        with pytest.raises(ValueError, match=r"one prompt .* got .*shape \(0, 16\)"):
             reconstruction_metrics(train(), model, tokens[:0])
 
     def test_batches_of_no_prompts(self, train, model, tokens):
@@ -264,3 +267,18 @@ class TestErrors:
         other = tiny_model(tokenizer, n_layers=1)
         with pytest.raises(ValueError, match=r"no hook 'blocks.1.hook_resid_post'"):
             reconstruction_metrics(train(), other, tokens)
+
+
+def test_the_padding_side_does_not_matter_without_padding(model, tokens, monkeypatch):
+    sae = random_sae()
+    tokens[:, 0] = model.tokenizer.pad_token_id  # also its BOS
+    assert model.tokenizer.bos_token_id == model.tokenizer.pad_token_id
+    found = {}
+    for side in ("right", "left"):
+        monkeypatch.setattr(model.tokenizer, "padding_side", side)
+        found[side] = [
+            measure(sae, model, tokens).to_dataframe()
+            for measure in (evaluate, reconstruction_metrics)
+        ]
+    for left, right in zip(*found.values(), strict=True):
+        assert_frame_equal(left, right, rtol=1e-4)

@@ -194,8 +194,8 @@ def test_a_name_on_the_hub_passes_through(name):
     "name",
     ["/no/such/path", "./no", "../no", "~/no", "data/part/no.jsonl", "no.jsonl"],
 )
-def test_a_path_that_does_not_exist_is_an_error(name):
-    with pytest.raises(FileNotFoundError, match=r"`dataset_path` names .*is not there"):
+def test_a_path_with_nothing_there_is_an_error(name):
+    with pytest.raises(FileNotFoundError, match=r"`dataset_path` .* does not exist"):
         resolve_dataset(name, N_CTX)
 
 

@@ -267,7 +267,7 @@ def test_the_command_leaves_out_a_long_first_position(offline, model, capsys):
     page = Path("r.html").read_text()
     assert "Positions [0] of each prompt are excluded" in page
     assert "60 of 64" in page
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists"):
         cli.main(["report", "sae", *offline, "--output_path", "r.html"])
 
 

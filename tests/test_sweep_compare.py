@@ -27,7 +27,7 @@ from sae_lens_multilayer.analysis import (
 )
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.sweeps import run as run_module
+from sae_lens_multilayer.sweeps import sweep as run_module
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 N_LAYERS = 3
@@ -111,7 +111,7 @@ def test_the_chosen_layers_are_compared_and_the_run_resumes(run, monkeypatch, tm
     assert second.transfer is not None
     assert second.transfer.hook_names == first.comparison.hook_names
     with pytest.raises(
-        ValueError, match=r"(?s)multi_layer was begun with other.*`layers`: \[0, 2\]"
+        ValueError, match=r"(?s)multi_layer has other.*`layers`: \[0, 2\]"
     ):
         run(layers=[0, 1])
 
@@ -160,7 +160,7 @@ def test_the_command_and_the_folders_that_analyze_takes(
     deep, token_dataset, held_out, tmp_path, monkeypatch, offline, capsys
 ):
     # `offline` has replaced the models by one of two layers.
-    monkeypatch.setattr(loading, "load_model", lambda *_: deep)
+    monkeypatch.setattr(loading, "load_by_name", lambda *_: deep)
     monkeypatch.setattr(loading, "shape_by_name", lambda *_: as_model(deep).shape)
     token_dataset.to_parquet(tmp_path / "train.parquet")
     held_out.to_parquet(tmp_path / "test.parquet")

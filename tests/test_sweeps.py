@@ -25,10 +25,12 @@ from sae_lens_multilayer import (
 )
 from sae_lens_multilayer.analysis import Variances, active_layers, decoder_similarity
 from sae_lens_multilayer.analysis import variances as variances_of
+from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.files import locked
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.sweeps import run as run_module
+from sae_lens_multilayer.sweeps import sweep as run_module
+from sae_lens_multilayer.sweeps.cost import read_cost
 from sae_lens_multilayer.sweeps.points import combine, make_points
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
@@ -101,7 +103,7 @@ class TestPoints:
 
     @pytest.mark.parametrize("values", [3, [], "ab"])
     def test_grid_needs_lists(self, values):
-        with pytest.raises(ValueError, match="`k` must have a list of values"):
+        with pytest.raises(ValueError, match="`k` must be a list of values"):
             grid(k=values)
 
     @pytest.mark.parametrize(
@@ -143,8 +145,8 @@ class TestPoints:
     @pytest.mark.parametrize(
         ("points", "message"),
         [
-            ([], "needs at least one point"),
-            ([{"k": 2}, {"k": 2}], r"must differ; \['k2'\] are repeated"),
+            ([], "needs one or more points"),
+            ([{"k": 2}, {"k": 2}], r"differ; \['k2'\] are repeated"),
             ([{"kk": 2}], "no setting 'kk'"),
             ([{"layer": [0]}], r"no setting 'layer'. Known: \['layers'"),
             ([{"output_path": "x"}], r"must not set \['output_path'\]"),
@@ -152,8 +154,7 @@ class TestPoints:
             ([{"expansion_factor": 0.3}], "must give a whole number of latents"),
             ([{"expansion_factor": "2"}], "must give a whole number of latents"),
             ([{"expansion_factor": 2, "d_sae": 3}], "not both; got 2 and 3"),
-            ([{"k": 1, "sae": {"k": 2}}], r"\['k'\] must stand in `sae` or beside"),
-            ([{"name": "../up"}], "`name` must be of letters"),
+            ([{"name": "../up"}], "`name` must consist of letters"),
             ([{"layers": [0, 0]}], "each once"),
             ([{"architecture": "foo"}], "`architecture` must be one of"),
         ],
@@ -188,7 +189,7 @@ class TestSweep:
             metrics = evaluate(sae, model, tokens, exclude_positions=[0])
             for column, value in metrics.mean().items():
                 assert row[column] == pytest.approx(value, rel=1e-6), column
-            saved = pd.read_csv(folder / "analysis/evaluation.csv", index_col=0)
+            saved = SpliceMetrics.load(folder / "analysis/evaluation").to_dataframe()
             pd.testing.assert_frame_equal(saved, metrics.to_dataframe(), rtol=1e-6)
             spread = variances_of(sae, model, tokens, exclude_positions=[0])
             assert row.token_ratio == pytest.approx(spread.summary.token_ratio)
@@ -234,21 +235,15 @@ class TestSweep:
         assert (len(trainings), len(steps)) == (2, 6)
         written = pd.read_csv(tmp_path / "sweep/table.csv", index_col="point")
         assert list(written.status) == ["done", "waiting", "waiting"]
+        first = read_cost(tmp_path / "sweep/R2_k4/cost.json")
 
         table = run(POINTS[:3])
 
         assert (table.status == "done").all()
         assert (len(trainings), len(steps)) == (4, 12)
-        sessions = json.loads((tmp_path / "sweep/R2_k4/cost.json").read_text())[
-            "sessions"
-        ]
-        assert len(sessions) == 2
-        assert table.loc["R2_k4", "training_seconds"] == pytest.approx(
-            sum(session["seconds"] for session in sessions)
-        )
-        assert table.loc["R2_k4", "training_peak_memory_mib"] == max(
-            session["peak_memory_mib"] for session in sessions
-        )
+        total = read_cost(tmp_path / "sweep/R2_k4/cost.json")
+        assert table.loc["R2_k4", "training_seconds"] == total.seconds > first.seconds
+        assert total.peak_memory_mib >= first.peak_memory_mib
         interrupted = load_file(tmp_path / "sweep/R2_k4/sae/sae_weights.safetensors")
         (tmp_path / "sweep").rename(tmp_path / "before")
         run([POINTS[1]])
@@ -296,11 +291,11 @@ class TestSweep:
         [
             (
                 {"base": {"lr": 0.1}},
-                r"(?s)R2_k2 was begun with other.*`lr`: .*, 0\.1 here.*`lr_end`",
+                r"(?s)R2_k2 has other.*`lr`: .*, 0\.1 here.*`lr_end`",
             ),
             (
                 {"base": {"sae": {"k_aux": 4}}},
-                r"(?s)begun with other settings.*`sae\.k_aux`: 8 in .*, 4 here",
+                r"(?s)has other settings.*`sae\.k_aux`: 8 in .*, 4 here",
             ),
             (
                 {"evaluation": SweepEvaluation(n_tokens=N_CTX)},
@@ -351,6 +346,17 @@ class TestSweep:
         with pytest.raises(ValueError, match="must be the folder of a point of this"):
             run()
 
+    @pytest.mark.parametrize("name", ["table.csv", "sweep.png", "comparison"])
+    def test_files_of_the_user_are_not_overwritten(
+        self, run, tmp_path, name, trainings
+    ):
+        (tmp_path / "sweep").mkdir()
+        (tmp_path / "sweep" / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=name):
+            run(POINTS[:1])
+        assert (tmp_path / "sweep" / name).read_text() == "mine"
+        assert trainings == []
+
     def test_text_settings_that_vary_do_not_change_the_measured_tokens(
         self, run, tmp_path
     ):
@@ -370,7 +376,7 @@ class TestSweep:
             ({"points": [{"layers": [2]}]}, r"in \[0, 2\) for 'tiny'; got \[2\]"),
             ({"points": [{"d_in": 8, "d_sae": 8, "k": 1}]}, "`d_in` must be 16"),
             ({"points": [{"context_size": 99}]}, "must be at most 16 tokens"),
-            ({"points": grid(model_name=["a", "b"])}, "must not vary. Sweep over"),
+            ({"points": grid(model_name=["a", "b"])}, "must not vary"),
         ],
     )
     def test_wrong_settings_fail_before_anything_runs(
@@ -412,14 +418,14 @@ class TestModels:
         }
         loaded: list[str] = []
 
-        def load(cfg: MultiLayerConfig[Any], hook_names: Any = None) -> Any:
-            loaded.append(cfg.model_name)
-            return models[cfg.model_name]
+        def load(class_name, name, *_) -> Any:
+            loaded.append(name)
+            return models[name]
 
         def shape(model_class_name, model_name, kwargs=None):
             return as_model(models[model_name]).shape
 
-        monkeypatch.setattr(loading, "load_model", load)
+        monkeypatch.setattr(loading, "load_by_name", load)
         monkeypatch.setattr(loading, "shape_by_name", shape)
         token_dataset.to_parquet(tmp_path / "train.parquet")
         held_out.to_parquet(tmp_path / "test.parquet")
@@ -482,9 +488,9 @@ class TestModels:
         [
             ({"grids": {}}, "no setting 'grids'"),
             ({"points": {"k": 1}}, "`points` must be a list of settings"),
-            ({"grid": {"k": 1}}, "`k` must have a list of values"),
+            ({"grid": {"k": 1}}, "`k` must be a list of values"),
             ({"grid": {"layers": [[7]]}}, r"in \[0, 2\)"),
-            ({"evaluation": {"dataset_path": "./no.parquet"}}, "which is not there"),
+            ({"evaluation": {"dataset_path": "./no.parquet"}}, "does not exist"),
             ({"evaluation": {"n_token": 3}}, "no setting 'n_token'"),
         ],
     )

@@ -3,7 +3,7 @@
 Reference: the training store of a run with the same settings.
 """
 
-from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +17,20 @@ from saes import random_sae
 from sae_lens_multilayer import (
     MultiLayerActivationsStore,
     MultiLayerCacheActivationsRunner,
+    SweepEvaluation,
+    Text,
     cli,
     evaluate,
     reconstruction_metrics,
+    sweep,
 )
 from sae_lens_multilayer.analysis import layer_distributions
-from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
-from sae_lens_multilayer.sweeps.run import sweep
+from sae_lens_multilayer.cli import analyze as cli_analyze
+from sae_lens_multilayer.cli import evaluate as cli_evaluate
+from sae_lens_multilayer.cli import report as cli_report
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.sweeps import evaluation as sweep_evaluation
 from sae_lens_multilayer.text.prompts import Prompts, counted_positions
-from sae_lens_multilayer.text.text import Text
-from sae_lens_multilayer.training import run_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -64,8 +68,8 @@ def cfg(request, model, make_config, text_dataset, tmp_path, monkeypatch):
     )
     template = "w3 {% for m in messages %}{{ m['content'] }} w4{% endfor %}"
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
-    monkeypatch.setattr(run_model, "load_any_model", lambda cfg: model)
-    monkeypatch.setattr(run_model, "check_named_model", lambda cfg, lens: None)
+    monkeypatch.setattr(loading, "load_by_name", lambda *_: model)
+    monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return make_config(
         dataset_path=str(folder / "text.parquet"),
@@ -100,15 +104,12 @@ def used(monkeypatch) -> list[Prompts]:
 
         return record
 
-    for module_name, name in [
-        ("cli.evaluate", "evaluate_sae"),
-        ("cli.analyze", "Suite"),
-        ("cli.report", "layer_distributions"),
-        ("sweeps.evaluation", "evaluate"),
-        ("sweeps.evaluation", "Suite"),
+    for module, name in [
+        (cli_evaluate, "evaluate"),
+        (cli_analyze, "Suite"),
+        (cli_report, "layer_distributions"),
+        (sweep_evaluation, "Suite"),
     ]:
-        # The package `cli` has functions of the same names as its modules.
-        module = import_module(f"sae_lens_multilayer.{module_name}")
         monkeypatch.setattr(module, name, recording(getattr(module, name)))
     return found
 
@@ -122,7 +123,7 @@ def assert_same(found: Prompts, expected: Prompts) -> None:
 def test_commands_use_the_prompts_of_training(model, cfg, expected, used):
     LanguageModelSAETrainingRunner(cfg).run()
     saved = SAE.load_from_disk(cfg.output_path).cfg.metadata
-    assert Text.from_metadata(saved) == Text.from_config(cfg)
+    assert Text.from_settings(saved) == Text.from_config(cfg)
 
     options = [str(cfg.output_path), "--n_tokens", str(N_PROMPTS * N_CTX)]
     cli.main(["evaluate", *options])
@@ -144,9 +145,8 @@ def test_sweeps_use_the_prompts_of_training(model, cfg, expected, used, tmp_path
         override_model=model,
     )
     assert list(table.status) == ["done"]
-    assert len(used) == 2
-    for prompts in used:
-        assert_same(prompts, expected)
+    (prompts,) = used
+    assert_same(prompts, expected)
 
 
 def test_a_cache_has_the_prompts_of_training(model, cfg, expected, tmp_path):
@@ -168,7 +168,7 @@ def test_given_settings_come_first_then_the_metadata_then_defaults():
     metadata = SAEMetadata(
         dataset_path="theirs", context_size=8, prepend_bos=False, seqpos_slice=[1, None]
     )
-    text = Text.from_metadata(metadata, dataset_path="given", context_size=None)
+    text = Text.from_settings(metadata, dataset_path="given", context_size=None)
     assert text == Text(
         context_size=8,
         dataset_path="given",
@@ -180,9 +180,9 @@ def test_given_settings_come_first_then_the_metadata_then_defaults():
 
 def test_no_separator_in_the_metadata_is_a_setting():
     metadata = SAEMetadata(dataset_path="a", context_size=8)
-    assert Text.from_metadata(metadata).sequence_separator_token == "bos"
+    assert Text.from_settings(metadata).sequence_separator_token == "bos"
     metadata.sequence_separator_token = None
-    assert Text.from_metadata(metadata).sequence_separator_token is None
+    assert Text.from_settings(metadata).sequence_separator_token is None
 
 
 @pytest.mark.parametrize("name", ["dataset_path", "context_size"])
@@ -190,7 +190,7 @@ def test_a_setting_missing_in_both_is_an_error(name):
     metadata = SAEMetadata(dataset_path="a", context_size=8)
     metadata[name] = None
     with pytest.raises(ValueError, match=f"give --{name}"):
-        Text.from_metadata(metadata)
+        Text.from_settings(metadata)
 
 
 def test_a_text_that_is_too_short_is_an_error(model, token_dataset):
@@ -212,7 +212,7 @@ def test_not_counted_is_as_excluded(model, token_dataset):
     sae = random_sae()
     ids = torch.tensor(token_dataset["input_ids"][:5])
     counted = counted_positions(ids, [7], [0])
-    excluded = {"exclude_tokens": [7], "exclude_positions": [0]}
+    excluded: Any = {"exclude_tokens": [7], "exclude_positions": [0]}
     given = Prompts(ids, counted)
     for measure in (evaluate, reconstruction_metrics):
         found = measure(sae, model, given, batch_size_prompts=3)
@@ -235,7 +235,7 @@ def test_a_store_excludes_the_same_tokens_in_evaluation_and_training(
         sae, model, store(seqpos_slice=(2, None), exclude_special_tokens=[9])
     )
     ids = store().get_batch_tokens(4)
-    options = {"exclude_tokens": [9], "exclude_positions": [0, 1]}
+    options: Any = {"exclude_tokens": [9], "exclude_positions": [0, 1]}
     expected = evaluate(sae, model, ids, **options)
     assert_frame_equal(found.to_dataframe(), expected.to_dataframe())
 
@@ -247,7 +247,8 @@ def test_an_evaluation_in_training_leaves_out_what_is_not_trained_on(
     runner = LanguageModelSAETrainingRunner(cfg, token_dataset, model)
     ids = runner.activations_store.get_batch_tokens(4)
     runner._set_sae_metadata()
-    found = runner.evaluator._evaluate(runner.sae, ids)
+    evaluator: Any = runner.evaluator
+    found = evaluator._evaluate(runner.sae, ids)
     expected = evaluate(runner.sae, model, ids, exclude_positions=[0, 1])
     assert_frame_equal(found.to_dataframe(), expected.to_dataframe())
 
@@ -257,7 +258,7 @@ def test_a_stock_architecture_keeps_the_text_too(model, make_config, token_datas
     cfg = make_config(sae, seqpos_slice=(2, None), disable_concat_sequences=True)
     LanguageModelSAETrainingRunner(cfg, token_dataset, model).run()
     metadata = SAE.load_from_disk(cfg.output_path).cfg.metadata
-    assert Text.from_metadata(metadata, dataset_path="a") == Text(
+    assert Text.from_settings(metadata, dataset_path="a") == Text(
         N_CTX,
         "a",
         prepend_bos=False,

@@ -164,7 +164,7 @@ def residual_stream(
             f"The lens must be of the hooks {list(hook_names)}; got "
             f"{lens.hook_names}. Use `lens.select(hook_names)`."
         )
-    stream = TokenStream(model, hook_names, tokens, repeatable=True, **options)
+    stream = TokenStream(model, hook_names, tokens, **options)
     (means,) = stream.run(LayerMeans(lens))
     return stream.run(ResidualSums(hook_names, means, lens))[0]
 

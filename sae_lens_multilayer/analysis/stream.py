@@ -18,7 +18,7 @@ from sae_lens_multilayer.lens.carrier import check_lenses
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.shape import check_widths
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.text.prompts import PromptBatches, Tokens
+from sae_lens_multilayer.text.prompts import Tokens, take_prompts
 
 _CALLS_FROM_USER = 7
 """`stacklevel` of a warning about the lens, from the caller of one analysis."""
@@ -72,8 +72,7 @@ class PassOptions(TypedDict, total=False):
     """The tokens of a pass; a setting for all analyses of tokens is added here."""
 
     n_prompts: int | None
-    """Prompts to take from a store, fewer with a warning if its dataset ends; None: one
-    model batch of it."""
+    """Prompts to take from a store; None: one model batch of it."""
     batch_size_prompts: int
     """Prompts in a forward pass, 8 by default; does not affect results."""
     exclude_tokens: Sequence[int] | None
@@ -83,14 +82,7 @@ class PassOptions(TypedDict, total=False):
 
 
 class TokenStream:
-    """Iterates over batches of prompts with the model's vectors.
-
-    Args:
-        encoder: Encodes the vectors, for analyses of activations.
-        sae: An SAE of the vectors' width; None: the encoder's, if there is one.
-        repeatable: Keep the token ids of a store in memory; iterating again yields the
-            same prompts.
-    """
+    """Iterates over batches of prompts with the model's vectors."""
 
     def __init__(
         self,
@@ -100,9 +92,19 @@ class TokenStream:
         *,
         encoder: LayerEncoder | None = None,
         sae: SAE[Any] | None = None,
-        repeatable: bool = False,
-        **options: Unpack[PassOptions],
+        n_prompts: int | None = None,
+        batch_size_prompts: int = 8,
+        exclude_tokens: Sequence[int] | None = None,
+        exclude_positions: Sequence[int] = (),
     ) -> None:
+        """Check the model, the hooks and the tokens.
+
+        Args:
+            encoder: Encodes the vectors, for analyses of activations.
+            sae: An SAE of the vectors' width; None: the encoder's, if there is one.
+            n_prompts, batch_size_prompts, exclude_tokens, exclude_positions: See
+                `PassOptions`.
+        """
         sae = encoder.saes[0] if encoder is not None else sae
         self._d_in: int | None = None if sae is None else sae.cfg.d_in
         model = as_model(model)
@@ -112,13 +114,18 @@ class TokenStream:
         check_lenses(model, [] if sae is None else [sae], _CALLS_FROM_USER)
         model.own_hook_names(hook_names)
         head_index = None if sae is None else sae.cfg.metadata.hook_head_index
-        model_name = "the model" if sae is None else str(sae.cfg.metadata.model_name)
         self.hook_names = list(hook_names)
         self._model, self._encoder = model, encoder
         self._heads = [head_index] * len(self.hook_names)
-        self._batches = PromptBatches(
-            model, model_name, tokens, repeatable=repeatable, **options
+        prompts = take_prompts(
+            model,
+            tokens,
+            n_prompts,
+            batch_size_prompts,
+            exclude_tokens,
+            exclude_positions,
         )
+        self._batches = prompts.split(batch_size_prompts)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[TokenBatch]:

@@ -196,10 +196,11 @@ def compare_with_single_layers(
         options: `exclude_tokens` and `exclude_positions` of `evaluate`.
     """
     saes = single_layers_of(multi_layer, saes)
-    name, n = str(multi_layer.cfg.metadata.model_name), batch_size_prompts
-    prompts = take_prompts(model, name, tokens, n_prompts, n, **options)
+    prompts = take_prompts(model, tokens, n_prompts, batch_size_prompts, **options)
     multi, single = (
-        evaluate(sae, model, prompts, batch_size_prompts=n).to_dataframe()
+        evaluate(
+            sae, model, prompts, batch_size_prompts=batch_size_prompts
+        ).to_dataframe()
         for sae in (multi_layer, saes)
     )
     return Comparison.of_tables(multi, single)

@@ -1,7 +1,8 @@
-"""The command line: arguments -> one library function; the only place that prints.
+"""The command line: a module for each command, and one handling of errors.
 
-A command is a function of its own arguments, with its own parser, in `COMMANDS`. The
-first line of its docstring is its line of help.
+The module of a command has the dataclass `Options`, from which its parser is made, and
+`run(options)`, which computes, prints and writes. A module without `Options` parses the
+arguments that `run` receives itself.
 """
 
 import argparse
@@ -9,47 +10,67 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 from sae_lens.training._interruption import InterruptedException
+from simple_parsing import ArgumentParser
 
-from sae_lens_multilayer.cli.analyze import analyze
-from sae_lens_multilayer.cli.cache import cache
-from sae_lens_multilayer.cli.evaluate import evaluate
-from sae_lens_multilayer.cli.lens import lens
-from sae_lens_multilayer.cli.parsing import PROG, help_of
-from sae_lens_multilayer.cli.published import evals, releases
-from sae_lens_multilayer.cli.report import report
-from sae_lens_multilayer.cli.sweep import compare, sweep
-from sae_lens_multilayer.cli.train import train
 from sae_lens_multilayer.ranks import AgreedError, RankError, check_one_process
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "train": train,
-    "cache": cache,
-    "evaluate": evaluate,
-    "lens": lens,
-    "analyze": analyze,
-    "report": report,
-    "sweep": sweep,
-    "compare": compare,
-    "evals": evals,
-    "releases": releases,
-}
+PROG = "sae-lens-multilayer"
 
+COMMANDS = {
+    "train": "Train one SAE on many layers of a model, and save it.",
+    "cache": "Store the activations of a run's text on disk, to train on them often.",
+    "evaluate": "Splice an SAE into each layer and compare with the clean run.",
+    "lens": "Fit a tuned lens to a model, to train an SAE with.",
+    "analyze": "Run analyses of an SAE, and write results and pictures.",
+    "report": "Write one HTML file with the evaluation, the analyses and the latents.",
+    "sweep": "Train, evaluate and analyse an SAE for each of many choices of settings.",
+    "compare": "Train one SAE for all layers and one for each, and compare them.",
+    "evals": "Run SAELens' own evaluations on published SAEs.",
+    "releases": "List the published SAEs that `SAE.from_pretrained` can load.",
+}
+"""Modules of this package and what their commands do."""
 
 _STOPPED_BY_PIPE, _STOPPED_BY_USER = 128 + signal.SIGPIPE, 128 + signal.SIGINT
-"""What a shell gives for a program that ends by these signals."""
+"""Exit statuses that shells give programs that end by these signals."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command that the arguments name.
+    """Run the command that the arguments name; None: those of the process."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    is_first = os.environ.get("RANK", "0") == "0"  # set by torchrun
+    level = logging.INFO if is_first else logging.WARNING
+    logging.getLogger("sae_lens_multilayer").setLevel(level)
+    try:
+        _run(options.command, options.arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has ended; Python would flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_STOPPED_BY_PIPE)
+    except InterruptedException:
+        message = f"{PROG} {options.command}: stopped after a whole step, as requested."
+        sys.exit(message if is_first else 1)
+    except KeyboardInterrupt:
+        if options.traceback:
+            raise
+        print(f"\n{PROG} {options.command}: stopped.", file=sys.stderr)
+        sys.exit(_STOPPED_BY_USER)
+    except (ValueError, OSError, ModuleNotFoundError, RankError) as error:
+        # Wrong input; the message is enough.
+        if options.traceback:
+            raise
+        is_printed_by_first = isinstance(error, AgreedError) and not is_first
+        sys.exit(1 if is_printed_by_first else f"{PROG} {options.command}: {error}")
 
-    Args:
-        arguments: None: those of the process.
-    """
+
+def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{help_of(f)}" for name, f in COMMANDS.items()]
+    lines = [f"  {name:{width}}{line}" for name, line in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog=PROG,
         description="Multi-layer sparse autoencoders for SAELens.",
@@ -57,38 +78,28 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--traceback", action="store_true", help="show where an error comes from"
+        "--traceback", action="store_true", help="show the traceback of an error"
     )
     parser.add_argument("command", choices=COMMANDS, metavar="command")
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="see: command --help"
     )
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
-    is_first = os.environ.get("RANK", "0") == "0"  # of what torchrun has started
-    level = logging.INFO if is_first else logging.WARNING
-    logging.getLogger("sae_lens_multilayer").setLevel(level)
-    try:
-        if options.command != "train":
-            check_one_process(f"`{options.command}`")
-        COMMANDS[options.command](options.arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Who read the output, such as `head`, has seen enough. Python would flush what
-        # is left once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_STOPPED_BY_PIPE)
-    except KeyboardInterrupt:
-        if options.traceback:
-            raise
-        print(f"\n{PROG} {options.command}: stopped.", file=sys.stderr)
-        sys.exit(_STOPPED_BY_USER)
-    except InterruptedException:
-        message = f"{PROG} {options.command}: stopped after a whole step, as asked for."
-        sys.exit(message if is_first else 1)
-    except (ValueError, OSError, ModuleNotFoundError, RankError) as error:
-        # What the library says of wrong input; the way it took there is of no help.
-        if options.traceback:
-            raise
-        is_said_by_first = isinstance(error, AgreedError) and not is_first
-        sys.exit(1 if is_said_by_first else f"{PROG} {options.command}: {error}")
+    return parser
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command != "train":
+        check_one_process(f"`{command}`")
+    module = import_module(f"{__name__}.{command}")
+    options: Any = getattr(module, "Options", None)
+    if options is None:
+        module.run(arguments)
+        return
+    parser = ArgumentParser(
+        prog=f"{PROG} {command}",
+        description=COMMANDS[command],
+        epilog=getattr(module, "help_epilog", str)(),
+    )
+    parser.add_arguments(options, dest="options")
+    parsed: Any = parser.parse_args(arguments)
+    module.run(parsed.options)

@@ -1,27 +1,36 @@
-"""Run the analyses of an SAE."""
+"""Runs analyses of an SAE; a report can be made from the folder they are saved in."""
 
-import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
-from sae_lens_multilayer.analysis import (
-    ANALYSES,
-    Suite,
-    save_results,
-)
-from sae_lens_multilayer.cli.analysis_folder import write_record
-from sae_lens_multilayer.cli.inputs import (
+from sae_lens_multilayer.analysis import ANALYSES, Suite, save_results
+from sae_lens_multilayer.cli.options import (
     Inputs,
     ModelOptions,
     SAEOptions,
     TextOptions,
-    load_inputs,
-    load_sae,
 )
-from sae_lens_multilayer.cli.parsing import new_folder, parse
+from sae_lens_multilayer.cli.outputs import new_folder
+from sae_lens_multilayer.cli.saved_sae import load_sae
 from sae_lens_multilayer.files import complete_or_absent, free_path
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
+from sae_lens_multilayer.record import (
+    Record,
+    as_lines,
+    hash_of_json,
+    hash_of_tensors,
+)
 
-logger = logging.getLogger(__name__)
+KIND = "analyses"
+
+_WITHOUT_EFFECT = ("device", "batch_size_prompts", "trust_remote_code")
+"""Options on which no result depends."""
+
+_PARTS = ("model", "text", "analysis")
+"""The options that are recorded, each a dataclass."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,30 +63,8 @@ class Options:
     """New folder for the results, one folder each, and their pictures."""
 
 
-def analyze(arguments: list[str]) -> None:
-    """Run analyses of an SAE, and write results and pictures."""
-    options = parse(analyze, Options, arguments, epilog=_list_of_analyses())
-    if not options.analyses:
-        raise ValueError("`analyses` must name at least one analysis, or be all.")
-    output = new_folder(options.output_path)
-    inputs = load_inputs(options.sae, options.model, options.text)
-    if warning := inputs.first_position_warning(options.analysis.exclude_positions):
-        logger.warning("%s --exclude_positions 0 excludes it.", warning)
-    names = None if options.analyses == ["all"] else options.analyses
-    results = suite_of(inputs, options.text, options.analysis).run(names)
-    output = free_path(output)
-    with complete_or_absent(output) as folder:
-        save_results(results, folder, inputs.model.tokenizer)
-        write_record(folder, inputs, options)
-        for name, picture in pictures_of(results, text_of=inputs.text_of).items():
-            save_figure(draw(picture), folder / f"{name}.png")
-    for name, result in results.items():
-        if table := ANALYSES[name].table:
-            print(table(result).to_string(float_format="{:.4f}".format))
-        print(f"Written: {output / name}, a {type(result).__name__}")
-
-
-def _list_of_analyses() -> str:
+def help_epilog() -> str:
+    """The list of analyses, for the help."""
     lines = ["analyses:"]
     for name, row in ANALYSES.items():
         needs = ", ".join(need.description for need in row.needs)
@@ -85,18 +72,98 @@ def _list_of_analyses() -> str:
     return "\n".join(lines)
 
 
-def suite_of(inputs: Inputs, text: TextOptions, options: AnalysisOptions) -> Suite:
-    """The suite for these options."""
+def run(options: Options) -> None:
+    """Run the command."""
+    if not options.analyses:
+        raise ValueError("`analyses` must name at least one analysis, or be all.")
+    output = new_folder(options.output_path)
+    inputs = Inputs.load(options)
+    inputs.warn_of_first_position(options.analysis.exclude_positions)
+    names = None if options.analyses == ["all"] else options.analyses
+    results = suite_of(inputs, options).run(names)
+    output = free_path(output)
+    _write(results, output, inputs, options)
+    for name, result in results.items():
+        if table := ANALYSES[name].table:
+            print(table(result).to_string(float_format="{:.4f}".format))
+        print(f"Written: {output / name}, a {type(result).__name__}")
+
+
+def suite_of(inputs: Inputs, options: Any) -> Suite:
+    """The suite for options that have `text` and `analysis`."""
+    analysis: AnalysisOptions = options.analysis
     device = str(inputs.sae.device)
     return Suite(
         inputs.sae,
         inputs.model,
         inputs.prompts,
-        latents=options.latents,
-        n_examples=options.n_examples,
-        single_layers=[
-            load_sae(SAEOptions(folder), device) for folder in options.single_layers
-        ],
-        batch_size_prompts=text.batch_size_prompts,
-        exclude_positions=options.exclude_positions,
+        latents=analysis.latents,
+        n_examples=analysis.n_examples,
+        single_layers=[load_sae(path, None, device) for path in analysis.single_layers],
+        batch_size_prompts=options.text.batch_size_prompts,
+        exclude_positions=analysis.exclude_positions,
     )
+
+
+def _write(
+    results: dict[str, Any], output: Path, inputs: Inputs, options: Options
+) -> None:
+    settings = {name: _settings(getattr(options, name)) for name in _PARTS}
+    with complete_or_absent(output) as folder:
+        save_results(results, folder, inputs.model.tokenizer)
+        Record(KIND, settings, _fingerprints(inputs)).write(folder)
+        for name, picture in pictures_of(results, text_of=inputs.text_of).items():
+            save_figure(draw(picture), folder / f"{name}.png")
+
+
+def with_saved_settings(folder: str | Path, options: T) -> T:
+    """Options with the values that the analyses in a folder were run with."""
+    saved, given = Record.read(folder, KIND).settings, vars(options)
+    try:
+        parts = {name: _as_saved(given[name], saved[name], folder) for name in _PARTS}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The record of {folder} is damaged: {error!r}.") from error
+    return type(options)(**{**given, **parts})
+
+
+def check_same_inputs(folder: str | Path, inputs: Inputs) -> None:
+    """Raise ValueError unless a folder's analyses are of this SAE and these tokens."""
+    found = Record.read(folder, KIND)
+    found.warn_of_versions(Path(folder))
+    if differences := found.differences(Record(KIND, {}, _fingerprints(inputs))):
+        raise ValueError(
+            f"The analyses in {folder} must be of the same SAE and text; they differ:"
+            f"{as_lines(differences)}\nRun `analyze` again."
+        )
+
+
+def _as_saved(given: Any, saved: dict[str, Any], folder: str | Path) -> Any:
+    default, mine = _settings(type(given)()), _settings(given)
+    for name, value in saved.items():
+        if mine[name] not in (default[name], value):
+            raise ValueError(
+                f"--{name} was {value!r} for the analyses in {folder}; got "
+                f"{mine[name]!r}. Leave it out, or run `analyze` again."
+            )
+    return replace(given, **saved)
+
+
+def _settings(options: Any) -> dict[str, Any]:
+    """Options on which a result depends, with absolute paths."""
+    values = vars(options).items()
+    return {n: _absolute(v) for n, v in values if n not in _WITHOUT_EFFECT}
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, str) and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().resolve())
+    return value
+
+
+def _fingerprints(inputs: Inputs) -> dict[str, str]:
+    values = inputs.sae.cfg.to_dict().items()
+    settings = {n: str(v) for n, v in values if n not in ("device", "metadata")}
+    sae = hash_of_json([settings, hash_of_tensors(inputs.sae.state_dict())])
+    return {"SAE": sae, "text": inputs.prompts.fingerprint}

@@ -1,19 +1,15 @@
-"""Evaluate an SAE."""
+"""Evaluates an SAE."""
 
-import logging
 from dataclasses import dataclass, field
 
-from sae_lens_multilayer.cli.inputs import (
+from sae_lens_multilayer.cli.options import (
+    Inputs,
     ModelOptions,
     SAEOptions,
     TextOptions,
-    load_inputs,
 )
-from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
-from sae_lens_multilayer.evaluation.evaluation import Ablation
-from sae_lens_multilayer.evaluation.evaluation import evaluate as evaluate_sae
-
-logger = logging.getLogger(__name__)
+from sae_lens_multilayer.cli.outputs import new_file, write_new
+from sae_lens_multilayer.evaluation.evaluation import Ablation, evaluate
 
 
 @dataclass
@@ -24,29 +20,27 @@ class Options:
     model: ModelOptions
     text: TextOptions
     exclude_positions: list[int] = field(default_factory=list)
-    """Positions in a prompt that keep their own vectors and are left out of all
-    averages: 0 where the vectors of the first position are many times longer than all
+    """Positions in a prompt that keep their own vectors and are excluded from all
+    averages: 0 if the vectors of the first position are many times longer than all
     others."""
     keep_positions: list[int] = field(default_factory=list)
-    """Positions in a prompt that keep their own vectors and are left out of the metrics
-    of reconstruction."""
+    """Positions in a prompt that keep their own vectors and are excluded from the
+    metrics of reconstruction."""
     ablation: Ablation = "zero"
-    """What the ablated runs replace a layer's vectors by."""
+    """Replacement of a layer's vectors in the ablated runs."""
     together: bool = False
     """Measure one more run with all layers replaced at once."""
     output_path: str | None = None
     """New CSV file for the table."""
 
 
-def evaluate(arguments: list[str]) -> None:
-    """Splice an SAE into each layer and compare with the clean run."""
-    options = parse(evaluate, Options, arguments)
-    path = new_file(options.output_path, ".csv")
-    inputs = load_inputs(options.sae, options.model, options.text)
-    left_out = [*options.exclude_positions, *options.keep_positions]
-    if warning := inputs.first_position_warning(left_out):
-        logger.warning("%s --exclude_positions 0 excludes it.", warning)
-    metrics = evaluate_sae(
+def run(options: Options) -> None:
+    """Run the command."""
+    output = options.output_path
+    file = None if output is None else new_file(output, ".csv")
+    inputs = Inputs.load(options)
+    inputs.warn_of_first_position([*options.exclude_positions, *options.keep_positions])
+    metrics = evaluate(
         inputs.sae,
         inputs.model,
         inputs.prompts,
@@ -64,5 +58,5 @@ def evaluate(arguments: list[str]) -> None:
         print("\nAll layers replaced at once:")
         for name, value in metrics.together.items():
             print(f"{name}  {value:.4f}")
-    if path is not None:
-        write_new(path, table.to_csv())
+    if file is not None:
+        write_new(file, table.to_csv())

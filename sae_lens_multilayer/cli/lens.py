@@ -1,20 +1,13 @@
-"""Fit a tuned lens."""
+"""Fits a tuned lens."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_lens_multilayer import hooks
-from sae_lens_multilayer.cli.inputs import (
-    ModelOptions,
-    TextOptions,
-    load_model,
-    text_of,
-)
-from sae_lens_multilayer.cli.parsing import new_folder, parse
+from sae_lens_multilayer.cli.options import ModelOptions, TextOptions
+from sae_lens_multilayer.cli.outputs import new_folder
 from sae_lens_multilayer.lens.fit import fit_tuned_lens
-from sae_lens_multilayer.text.text import check_n_tokens
 
 
 @dataclass
@@ -25,28 +18,24 @@ class Options:
     text: TextOptions
     output_path: str = "lens"
     """New folder for the lens, in tuned-lens' format."""
-    hook_name: str = hooks.DEFAULT_HOOK_NAME
-    """Template of the hook after a block; for AutoModelForCausalLM such as
-    model.layers.{layer}"""
     n_steps: int = 250
     """Optimiser steps."""
     n_prompts_per_step: int | None = None
     """Prompts in a step; None: 2**18 tokens' worth, or all if they are fewer."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """The paper's is sgd."""
+    """The paper uses sgd."""
     lr: float | None = None
     """Largest learning rate; None: 1.0 for SGD and 1e-3 for Adam."""
     seed: int = 0
-    """Of the order of the prompts."""
+    """Seed of the order of the prompts."""
 
 
-def lens(arguments: list[str]) -> None:
-    """Fit a tuned lens to a model, to train an SAE with."""
-    options = parse(lens, Options, arguments)
+def run(options: Options) -> None:
+    """Run the command."""
     output = new_folder(options.output_path)
-    check_n_tokens(options.text.n_tokens)
-    text = text_of(SAEMetadata(), options.text)
-    model = load_model(SAEMetadata(), options.model, hook_name=options.hook_name)
+    options.model.check_device()
+    text = options.text.text(SAEMetadata())
+    model = options.model.load(SAEMetadata(), hook_names=None)
     fit_tuned_lens(
         model,
         text.prompts(model, options.text.n_tokens).ids,

@@ -1,23 +1,23 @@
-"""Write a report of an SAE."""
+"""Writes a report of an SAE."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sae_lens_multilayer.analysis import (
-    layer_distributions,
-    load_results,
+from sae_lens_multilayer.analysis import layer_distributions, load_results
+from sae_lens_multilayer.cli.analyze import (
+    AnalysisOptions,
+    check_same_inputs,
+    suite_of,
+    with_saved_settings,
 )
-from sae_lens_multilayer.cli.analysis_folder import check_same, with_settings
-from sae_lens_multilayer.cli.analyze import AnalysisOptions, suite_of
-from sae_lens_multilayer.cli.inputs import (
+from sae_lens_multilayer.cli.options import (
     Inputs,
     ModelOptions,
     SAEOptions,
     TextOptions,
-    load_inputs,
 )
-from sae_lens_multilayer.cli.parsing import new_file, parse, write_new
+from sae_lens_multilayer.cli.outputs import new_file, write_new
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.pictures.description import short_labels
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
@@ -26,39 +26,36 @@ from sae_lens_multilayer.sae.views import hook_names_of
 
 @dataclass
 class Options:
-    """What the report is of."""
+    """What the report shows."""
 
     sae: SAEOptions
     model: ModelOptions
     text: TextOptions
     analysis: AnalysisOptions
     n_latents: int = 1000
-    """Latents that can be looked at: the most active ones, and --latents."""
+    """Latents in the browser: the most active ones, and --latents."""
     analysis_path: str | None = None
-    """Folder that `analyze` wrote of this SAE: its results are shown, with its options
-    of text and analysis, and what is not there is computed. None: all is computed."""
+    """Folder that `analyze` wrote for this SAE: its results are shown, with its options
+    of text and analysis; missing results are computed."""
     output_path: str = "report.html"
     """New HTML file."""
 
 
-def report(arguments: list[str]) -> None:
-    """Write one HTML file with the evaluation, the analyses and the latents.
+def run(options: Options) -> None:
+    """Run the command.
 
     The first position of prompts is excluded if its vectors are many times longer than
     others, with a note on the page.
     """
-    options = parse(report, Options, arguments)
-    path = new_file(options.output_path, ".html")
-    assert path is not None
+    file = new_file(options.output_path, ".html")
     if options.n_latents < 1:
         raise ValueError(f"`n_latents` must be at least 1; got {options.n_latents}.")
     if options.analysis_path is not None:
-        options = with_settings(options.analysis_path, options)
-    inputs = load_inputs(options.sae, options.model, options.text)
+        options = with_saved_settings(options.analysis_path, options)
+    inputs = Inputs.load(options)
     if options.analysis_path is not None:
-        check_same(options.analysis_path, inputs)
-    content = _content(inputs, options)
-    write_new(path, report_html(content))
+        check_same_inputs(options.analysis_path, inputs)
+    write_new(file, report_html(_content(inputs, options)))
 
 
 def _content(inputs: Inputs, options: Options) -> ReportContent:
@@ -66,16 +63,13 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     names = hook_names_of(sae)
     positions, notes = _excluded(inputs, options)
     analysis = replace(options.analysis, exclude_positions=positions)
-    suite = suite_of(inputs, options.text, analysis)
+    suite = suite_of(inputs, replace(options, analysis=analysis))
     known = {} if options.analysis_path is None else load_results(options.analysis_path)
     results = suite.run(["evaluation", *suite.available()], known)
     evaluation = results.pop("evaluation")
     assert isinstance(evaluation, SpliceMetrics)
     prompt = layer_distributions(
-        sae,
-        inputs.model,
-        prompts[:1],
-        exclude_positions=positions,
+        sae, inputs.model, prompts[:1], exclude_positions=positions
     )
     labels = short_labels(names)
     model_name = Path(str(sae.cfg.metadata.model_name)).name
@@ -111,7 +105,7 @@ def _excluded(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
     notes: list[str] = []
     special = inputs.text.excluded_token_ids(inputs.model.tokenizer)
     if special:
-        notes.append(f"{len(special)} special tokens are left out everywhere.")
+        notes.append(f"{len(special)} special tokens are excluded everywhere.")
     if inputs.text.seqpos_slice != (None,):
         notes.append(
             f"Only positions in the SAE's `seqpos_slice` {inputs.text.seqpos_slice} "
@@ -119,7 +113,7 @@ def _excluded(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
         )
     positions = options.analysis.exclude_positions
     warning = inputs.first_position_warning(positions)
-    # The analyses of a folder keep the positions that they were made with.
+    # The analyses in a folder keep their own positions.
     if warning and options.analysis_path is None:
         positions = [*positions, 0]
     if warning:

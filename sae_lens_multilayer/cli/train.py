@@ -1,4 +1,4 @@
-"""Train an SAE: every field of the config is an option."""
+"""Trains an SAE: every field of the config is an option."""
 
 import argparse
 from dataclasses import field, make_dataclass
@@ -8,7 +8,7 @@ from sae_lens import LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from simple_parsing import ArgumentParser
 
-from sae_lens_multilayer.cli.parsing import PROG, help_of
+from sae_lens_multilayer.cli import COMMANDS, PROG
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.config_files import (
     config_from_settings,
@@ -20,24 +20,19 @@ from sae_lens_multilayer.sae.config import ARCHITECTURE
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 _FOLLOWS = {"device": ("llm_device", "act_store_device"), "lr": ("lr_end",)}
-"""Fields that a saved config took from another; they follow it if it is given."""
+"""Fields of a saved config that are derived from another, and anew if that is given."""
 
 
-def train(arguments: list[str]) -> None:
-    """Train one SAE on many layers of a model, and save it.
-
-    Options are the fields of `MultiLayerConfig`, of the SAE's config and of SAELens'
-    `LoggingConfig`; those that are given win over those of the file `--config`.
-    """
+def run(arguments: list[str]) -> None:
+    """Run the command."""
     MultiLayerSAETrainingRunner(parse_config(arguments)).run()
 
 
 def parse_config(arguments: list[str]) -> MultiLayerConfig[Any]:
-    """The config of a run from its options.
+    """The config of a run.
 
-    Raises:
-        ValueError: If a setting is unknown or wrong.
-        FileNotFoundError: If the file is not there.
+    Options are the fields of `MultiLayerConfig`, of the SAE's config and of SAELens'
+    `LoggingConfig`; given options replace settings of the file `--config`.
     """
     first = argparse.ArgumentParser(prog=f"{PROG} train", add_help=False)
     first.add_argument(
@@ -51,23 +46,21 @@ def parse_config(arguments: list[str]) -> MultiLayerConfig[Any]:
     )
     options, rest = first.parse_known_args(arguments)
     settings = {} if options.config is None else read_settings_file(options.config)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{options.config} must hold names and values.")
     in_file = mapping(settings, "sae").get("architecture", ARCHITECTURE)
     architecture = options.architecture or in_file
-    # Both are typed more narrowly than they are: parents may be argparse's.
+    # Typed too narrowly: parents may be argparse's, and the default a constant.
     parents: Any = [first]
     only_given: Any = argparse.SUPPRESS
     parser = ArgumentParser(
-        prog=f"{PROG} train", description=help_of(train), parents=parents
+        prog=f"{PROG} train", description=COMMANDS["train"], parents=parents
     )
-    # Only what is given comes back, so that the rest can come from the file.
     parser.add_arguments(_options(architecture), dest="given", default=only_given)
     found: Any = parser.parse_args(rest)
     given: dict[str, Any] = getattr(found, "given", {})
-    for name, from_it in _FOLLOWS.items():
-        if name in given:
-            settings = {k: v for k, v in settings.items() if k not in from_it}
+    derived = {
+        name for source in _FOLLOWS if source in given for name in _FOLLOWS[source]
+    }
+    settings = {name: value for name, value in settings.items() if name not in derived}
     for name in ("sae", "logger"):
         given[name] = {**mapping(settings, name), **given.get(name, {})}
     given["sae"]["architecture"] = architecture
@@ -82,7 +75,7 @@ def _options(architecture: str) -> type:
         bases=(sae_config_class(architecture),),
         namespace={"__doc__": f"The SAE, of the architecture {architecture!r}."},
     )
-    # Without a docstring, a dataclass has all of its fields in one line as its own.
+    # Without a docstring, the help would show all fields in one line.
     logger = make_dataclass(
         "LoggingConfig",
         [],

@@ -108,7 +108,6 @@ def evaluate(
     splicer = make_splicer(model, encoder.hook_names, _PROMPTS_PER_BLOCK, from_middle)
     prompts = take_prompts(
         model,
-        encoder.model_name,
         tokens,
         n_prompts,
         batch_size_prompts,
@@ -170,7 +169,6 @@ def reconstruction_metrics(
     heads = [one.cfg.metadata.hook_head_index for one in encoder.saes]
     prompts = take_prompts(
         model,
-        encoder.model_name,
         tokens,
         n_prompts,
         batch_size_prompts,

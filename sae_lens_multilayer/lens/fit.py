@@ -178,7 +178,7 @@ def _check_input(
 ) -> Int[Tensor, "prompt pos"]:
     model.check_no_saes_attached()
     check_size("forward_batch_size_prompts", forward_batch_size_prompts)
-    return check_prompts(model, model.name, tokens)
+    return check_prompts(model, tokens)
 
 
 def _optimizer(

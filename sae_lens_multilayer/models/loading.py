@@ -21,30 +21,48 @@ _HUB_KWARGS = ("revision", "trust_remote_code", "token", "cache_dir")
 def load_model(
     cfg: MultiLayerConfig[Any], hook_names: Sequence[str] | None = None
 ) -> Any:
-    """Load the model of a run: one of the kinds of SAELens, or a TransformerBridge.
+    """Load the model of a run.
 
     Args:
         hook_names: The hooks to install on a Hugging Face model; None: the run's.
-
-    Raises:
-        ValueError: If the model or `model_class_name` is unknown, or the model lacks a
-            hook.
     """
-    kwargs = cfg.model_from_pretrained_kwargs or {}
-    if cfg.model_class_name == "TransformerBridge":
-        from transformer_lens.model_bridge import TransformerBridge
-
-        return TransformerBridge.boot_transformers(
-            cfg.model_name, device=cfg.llm_device, **kwargs
-        )
     if hook_names is None and cfg.model_class_name == "AutoModelForCausalLM":
         shape = named_shape(cfg)
         hook_names = None if shape is None else cfg.resolve_hook_names(shape.n_layers)
-    with _short_unknown_model_error(cfg.model_name):
+    return load_by_name(
+        cfg.model_class_name,
+        cfg.model_name,
+        cfg.model_from_pretrained_kwargs,
+        cfg.llm_device,
+        hook_names,
+    )
+
+
+def load_by_name(
+    model_class_name: str,
+    model_name: str,
+    kwargs: dict[str, Any] | None,
+    device: str | None,
+    hook_names: Sequence[str] | None = None,
+) -> Any:
+    """Load a model of one of SAELens' classes, or a TransformerBridge.
+
+    Args:
+        hook_names: The hooks to install on a Hugging Face model; None: all modules.
+
+    Raises:
+        ValueError: If the model or its class is unknown, or the model lacks a hook.
+    """
+    kwargs = kwargs or {}
+    if model_class_name == "TransformerBridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(model_name, device=device, **kwargs)
+    with _short_unknown_model_error(model_name):
         return sae_lens.load_model.load_model(
-            cfg.model_class_name,
-            cfg.model_name,
-            device=cfg.llm_device,
+            model_class_name,
+            model_name,
+            device=device,
             model_from_pretrained_kwargs=kwargs,
             hook_names=None if hook_names is None else list(hook_names),
         )

@@ -21,9 +21,8 @@ from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.buffer import ShuffleBuffer
 from sae_lens_multilayer.store.place import Harvest, Place, still_waiting
-from sae_lens_multilayer.text.prompts import counted_positions, next_rows
+from sae_lens_multilayer.text.prompts import Text, counted_positions, next_rows
 from sae_lens_multilayer.text.stream import ResumableTokens
-from sae_lens_multilayer.text.text import Text
 
 logger = logging.getLogger(__name__)
 

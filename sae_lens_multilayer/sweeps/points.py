@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,9 @@ from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.sae.config import ARCHITECTURE
 
-EXPANSION_FACTOR = "expansion_factor"
-NAME = "name"
-SIZES = (EXPANSION_FACTOR, "d_sae", "k")
-"""Settings that stand in the table of any sweep."""
-_SHORT = {EXPANSION_FACTOR: "R", "k": "k"}
+SIZES = ("expansion_factor", "d_sae", "k")
+"""Settings that are columns of every sweep's table."""
+_SHORT = {"expansion_factor": "R", "k": "k"}
 _OUTPUTS = fields_of("outputs")
 _LONGEST_NAME = 100
 _OF_RUN = [field.name for field in fields(MultiLayerConfig)]
@@ -37,20 +36,31 @@ class Point:
     """One run of a sweep."""
 
     name: str
-    """The name of its folder."""
+    """Name of its folder."""
     varied: dict[str, Any]
     """The settings in which it differs from the base, and their values."""
     cfg: MultiLayerConfig[Any]
 
+    @property
+    def model_key(self) -> str:
+        """The same for all points that can share a loaded model."""
+        names = fields_of("model", "model run")
+        return json.dumps([getattr(self.cfg, name) for name in names])
+
+    def setting(self, name: str) -> Any:
+        """A setting as given to the point, or else as in its config."""
+        if name in self.varied:
+            return self.varied[name]
+        sae: Any = self.cfg.sae
+        if name == "expansion_factor":
+            return sae.d_sae / sae.d_in
+        if name == "architecture":
+            return sae.architecture()
+        return getattr(self.cfg if name in _OF_RUN else sae, name, None)
+
 
 def grid(**values: Any) -> list[dict[str, Any]]:
-    """Every combination of the values of some settings, the last one varying fastest.
-
-    Args:
-        values: A list of values for each setting.
-
-    Raises:
-        ValueError: If a setting has no list of values.
+    """Every combination of lists of values of settings, the last one varying fastest.
 
     Example:
         >>> grid(expansion_factor=[4, 8], k=[16])
@@ -59,24 +69,20 @@ def grid(**values: Any) -> list[dict[str, Any]]:
     for name, given in values.items():
         if not isinstance(given, (list, tuple, range)) or not given:
             raise ValueError(
-                f"`{name}` must have a list of values to take in turn; got {given!r}. "
-                "One choice of layers is a list inside that list."
+                f"`{name}` must be a list of values; got {given!r}. One choice of "
+                "layers is a list inside that list."
             )
     combinations = itertools.product(*values.values())
     return [dict(zip(values, chosen, strict=True)) for chosen in combinations]
 
 
 def combine(points: Sequence[Settings], others: Sequence[Settings]) -> list[Settings]:
-    """Each point with the settings of each of the others.
-
-    Raises:
-        ValueError: If both set the same.
-    """
+    """Each point combined with each of the others; no setting may be in both."""
     combined: list[Settings] = []
     for point, other in itertools.product(points, others):
         if both := sorted(point.keys() & other.keys()):
             raise ValueError(f"`points` and `grid` must not both vary {both}.")
-        name = {NAME: f"{point[NAME]}_{_name(other)}"} if NAME in point else {}
+        name = {"name": f"{point['name']}_{_name(other)}"} if "name" in point else {}
         combined.append({**point, **other, **name})
     return combined
 
@@ -84,33 +90,30 @@ def combine(points: Sequence[Settings], others: Sequence[Settings]) -> list[Sett
 def make_points(
     base: Settings, points: Sequence[Settings], shape: ModelShape | None = None
 ) -> list[Point]:
-    """The runs of a sweep, with checked configs; no model is loaded.
+    """The runs of a sweep (see there), with validated configs; no model is loaded.
 
     Args:
-        base: What all have in common: fields of `MultiLayerConfig`, as in the file of
-            `train --config`. Fields of the SAE may stand in `sae` or beside the
-            others; `expansion_factor` may stand for `d_sae`, and `d_in` is the width
-            of the model if left out.
-        points: What each sets otherwise, in the same names, and `name`, if the name of
-            its folder is not to be made of the settings.
-        shape: Of the model, if it is given and not named.
-
-    Raises:
-        ValueError: If a setting is unknown or wrong, or two points are the same.
+        shape: Shape of a model that is given instead of named.
     """
-    if not points:
-        raise ValueError("A sweep needs at least one point; got none.")
     made: list[Point] = []
     for point in points:
-        varied = {name: value for name, value in point.items() if name != NAME}
-        _check_places(varied)
+        varied = {name: value for name, value in point.items() if name != "name"}
+        if wrong := [name for name in _OUTPUTS if name in varied]:
+            raise ValueError(
+                f"A point must not set {wrong}: each point is saved and resumed in its "
+                "own folder inside the sweep's."
+            )
         settings, name = _merge(base, varied, shape), _name(point)
         log = {"run_name": name, **mapping(settings, "logger")}
         cfg = config_from_settings({**settings, "logger": log})
         made.append(Point(name, _flat(varied), cfg))
     names = [point.name for point in made]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"The points of a sweep must differ; {repeated} are repeated.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or not made:
+        raise ValueError(
+            "A sweep needs one or more points that differ; "
+            + (f"{repeated} are repeated." if repeated else "got none.")
+        )
     return made
 
 
@@ -119,41 +122,22 @@ def varied_settings(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(name for point in points for name in point.varied))
 
 
-def setting_of(point: Point, name: str) -> Any:
-    """A setting as the point was given it, or else as it is in its config."""
-    if name in point.varied:
-        return point.varied[name]
-    sae: Any = point.cfg.sae
-    if name == EXPANSION_FACTOR:
-        return sae.d_sae / sae.d_in
-    if name == "architecture":
-        return sae.architecture()
-    return getattr(point.cfg if name in _OF_RUN else sae, name, None)
-
-
-def _check_places(varied: Settings) -> None:
-    if wrong := [name for name in _OUTPUTS if name in varied]:
-        raise ValueError(
-            f"A point must not set {wrong}: each is saved and resumed in a folder of "
-            "its own, under that of the sweep."
-        )
-
-
 def _merge(
     base: Settings, varied: Settings, shape: ModelShape | None
 ) -> dict[str, Any]:
     """The settings of a run, with those of its SAE in `sae`."""
-    # What the base says of places, as a saved run's config does, is not of a point.
+    # Output paths in the base, such as those of a saved run's config, are not used.
     of_run, of_sae = _split({n: v for n, v in base.items() if n not in _OUTPUTS})
     changed_run, changed_sae = _split(varied)
-    if changed_sae.keys() & {EXPANSION_FACTOR, "d_sae"}:
-        of_sae = {
-            n: v for n, v in of_sae.items() if n not in (EXPANSION_FACTOR, "d_sae")
-        }
+    if changed_sae.keys() & {"expansion_factor", "d_sae"}:
+        for name in ("expansion_factor", "d_sae"):
+            of_sae.pop(name, None)
     of_run, of_sae = {**of_run, **changed_run}, {**of_sae, **changed_sae}
-    _check_names(of_run, of_sae)
+    sae_class = sae_config_class(of_sae.get("architecture", ARCHITECTURE))
+    known = [*_OF_RUN, *(f.name for f in fields(sae_class))]
+    check_known(of_sae, [*known, "architecture", "expansion_factor"])
     if "d_in" not in of_sae:
-        found = _shape_of(of_run) if shape is None else shape
+        found = shape or _named_shape(of_run)
         of_sae |= {} if found is None else {"d_in": found.d_model}
     return {**of_run, "sae": _with_d_sae(of_sae)}
 
@@ -162,10 +146,7 @@ def _split(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a run without its SAE, and those of the SAE."""
     beside = {n: v for n, v in settings.items() if n not in _OF_RUN}
     of_run = {n: v for n, v in settings.items() if n in _OF_RUN and n != "sae"}
-    inside = mapping(dict(settings), "sae")
-    if both := sorted(beside.keys() & inside.keys()):
-        raise ValueError(f"{both} must stand in `sae` or beside it, not in both.")
-    return of_run, {**inside, **beside}
+    return of_run, {**mapping(settings, "sae"), **beside}
 
 
 def _flat(varied: Settings) -> dict[str, Any]:
@@ -176,76 +157,60 @@ def _flat(varied: Settings) -> dict[str, Any]:
     return flat
 
 
-def _check_names(of_run: Settings, of_sae: Settings) -> None:
-    architecture = of_sae.get("architecture", ARCHITECTURE)
-    known = [field.name for field in fields(sae_config_class(architecture))]
-    check_known([*of_sae], [*_OF_RUN, *known, "architecture", EXPANSION_FACTOR])
-
-
-def _shape_of(of_run: Settings) -> ModelShape | None:
-    def setting(name: str) -> Any:
-        return of_run.get(name, getattr(MultiLayerConfig, name, None))
-
-    return loading.shape_by_name(
-        setting("model_class_name"),
-        setting("model_name"),
-        of_run.get("model_from_pretrained_kwargs"),
+def _named_shape(of_run: Settings) -> ModelShape | None:
+    class_name, name, kwargs = (
+        of_run.get(name, getattr(MultiLayerConfig, name, None))
+        for name in ("model_class_name", "model_name", "model_from_pretrained_kwargs")
     )
+    return loading.shape_by_name(str(class_name), str(name), kwargs)
 
 
 def _with_d_sae(of_sae: dict[str, Any]) -> dict[str, Any]:
-    if EXPANSION_FACTOR not in of_sae:
+    if "expansion_factor" not in of_sae:
         return of_sae
     if "d_sae" in of_sae:
         raise ValueError(
-            f"Give `{EXPANSION_FACTOR}` or `d_sae`, not both; got "
-            f"{of_sae[EXPANSION_FACTOR]} and {of_sae['d_sae']}."
+            f"Give `expansion_factor` or `d_sae`, not both; got "
+            f"{of_sae['expansion_factor']} and {of_sae['d_sae']}."
         )
-    of_sae = dict(of_sae)
-    factor, d_in = of_sae.pop(EXPANSION_FACTOR), of_sae.get("d_in")
+    rest = {n: v for n, v in of_sae.items() if n != "expansion_factor"}
+    factor, d_in = of_sae["expansion_factor"], of_sae.get("d_in")
     if d_in is None:
-        return of_sae  # missing sizes are one error for all
+        return rest  # missing sizes are reported together
     d_sae = factor * d_in if isinstance(factor, (int, float)) else math.nan
     if not d_sae > 0 or d_sae != int(d_sae):
         raise ValueError(
-            f"`{EXPANSION_FACTOR}` must give a whole number of latents, with `d_in` = "
+            "`expansion_factor` must give a whole number of latents, with `d_in` = "
             f"{d_in}; got {factor!r}."
         )
-    return {**of_sae, "d_sae": int(d_sae)}
+    return {**rest, "d_sae": int(d_sae)}
 
 
 def _name(point: Settings) -> str:
-    """A name that the same settings always have, and that a folder can have."""
-    if NAME not in point:
-        parts = [_part(name, value) for name, value in _flat(point).items()]
-        return _short_enough("_".join(parts) or "base")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.%-]*", str(point[NAME])):
-        raise ValueError(
-            f"`{NAME}` must be of letters, digits, '.', '-' and '_'; got "
-            f"{point[NAME]!r}."
-        )
-    return _short_enough(str(point[NAME]))
+    """A folder name that depends on the settings only."""
+    if "name" in point:
+        name = str(point["name"])
+        if not re.fullmatch(r"[A-Za-z0-9][\w.%-]*", name):
+            raise ValueError(
+                f"`name` must consist of letters, digits, '.', '-', '_'; got {name!r}."
+            )
+    else:
+        parts = [
+            f"{_SHORT[n]}{_text(v)}" if n in _SHORT else f"{n}-{_text(v, n)}"
+            for n, v in _flat(point).items()
+        ]
+        name = "_".join(parts) or "base"
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: _LONGEST_NAME - 9]}-{digest}"
 
 
-def _part(name: str, value: Any) -> str:
+def _text(value: Any, name: str = "") -> str:
     if name == "layers" and value is None:
-        return "layers-all"
-    return (
-        f"{_SHORT[name]}{_text(value)}" if name in _SHORT else f"{name}-{_text(value)}"
-    )
-
-
-def _text(value: Any) -> str:
+        return "all"
     if isinstance(value, (list, tuple, range)):
         return "-".join(map(_text, value))
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
     return quote(str(value), safe="")
-
-
-def _short_enough(name: str) -> str:
-    if len(name) <= _LONGEST_NAME:
-        return name
-    return (
-        f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    )

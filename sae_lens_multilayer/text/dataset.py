@@ -44,11 +44,9 @@ def resolve_dataset(
     Args:
         dataset: A dataset, a local path, or a name on the Hugging Face hub, which is
             returned unchanged for SAELens to load.
-        context_size: Tokens per prompt.
-        streaming: Read files while they are needed.
         disable_concat_sequences: Skip token rows shorter than the context instead of
             joining them.
-        use_chat_formatting: Read conversations; token columns stay as they are.
+        use_chat_formatting: Read conversations; token columns are unchanged.
 
     Raises:
         ValueError: If the dataset is empty or has less than one context of tokens, or
@@ -102,11 +100,8 @@ def _load_local(name: str, streaming: bool) -> Any:
 
 def _is_path(name: str) -> bool:
     """Whether a name can only be a path: on the hub it is `name` or `owner/name`."""
-    if "://" in name:
-        return False
-    has_too_many_parts = name.count("/") > 1
-    return (
-        has_too_many_parts
+    return "://" not in name and (
+        name.count("/") > 1
         or name.startswith(("/", "./", "../", "~"))
         or ("/" not in name and Path(name).suffix in _BUILDER_OF_SUFFIX)
     )
@@ -163,12 +158,8 @@ def _rows_reach(dataset: Any, column: str, context_size: int) -> bool:
 def _of_whole_contexts(
     dataset: Any, column: str, context_size: int, join: bool
 ) -> IterableDataset:
-    kwargs = {
-        "dataset": dataset,
-        "column": column,
-        "context_size": context_size,
-        "join": join,
-    }
+    kwargs = {"dataset": dataset, "column": column}
+    kwargs |= {"context_size": context_size, "join": join}
     contexts = IterableDataset.from_generator(_contexts, gen_kwargs=kwargs)
     if next(iter(contexts), None) is None:
         found = "all rows together are" if join else "every row (not joined) is"
@@ -196,18 +187,16 @@ def _contexts(
 
 
 def read_rows(dataset: HfDataset, start: int) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset from row `start` on.
+    """The rows of a dataset from row `start` on; RuntimeError names an unreadable row.
 
-    A map-style dataset starts there at once. A stream is read from its beginning, which
-    is the only exact way for every stream, such as a shuffled one.
-
-    Raises:
-        RuntimeError: If a row cannot be read; names the row.
+    A stream is read from its beginning, which is the only exact way for every stream,
+    such as a shuffled one.
     """
     data: Any = dataset
     if isinstance(data, Dataset) and start >= len(data):
         return
-    row, rows = start, iter(data.skip(start) if start else data)
+    row = start
+    rows: Iterator[Any] = iter(data.skip(start) if start else data)
     while True:
         try:
             values = next(rows)

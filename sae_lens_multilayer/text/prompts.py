@@ -1,18 +1,23 @@
-"""Prompts to measure on, and which of their positions count."""
+"""Text -> prompts to measure on, and which of their positions count."""
 
 import operator
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
+from sae_lens.config import HfDataset
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
+from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.record import hash_of_tensors
+from sae_lens_multilayer.text.dataset import resolve_dataset
+from sae_lens_multilayer.text.stream import ResumableTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +27,7 @@ class Prompts:
     ids: Int[Tensor, "prompt pos"]
     counted: Bool[Tensor, "prompt pos"]
     """Positions that do not count keep their own vectors when a layer is replaced, and
-    are left out of all averages."""
+    are excluded from all averages."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,6 +54,122 @@ Tokens: TypeAlias = Int[Tensor, "prompt pos"] | Prompts | ActivationsStore
 """Prompts to measure on, or a store to take them from."""
 
 
+@dataclass(frozen=True)
+class Text:
+    """What is tokenised and how, and which tokens count.
+
+    The fields have the meaning of those of `MultiLayerConfig`. The training store of a
+    config makes the same prompts as its `Text`.
+    """
+
+    context_size: int
+    dataset_path: str = ""
+    streaming: bool = True
+    use_chat_formatting: bool = False
+    prepend_bos: bool = True
+    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
+    disable_concat_sequences: bool = False
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    exclude_special_tokens: bool | list[int] = False
+
+    @classmethod
+    def from_config(cls, cfg: MultiLayerConfig[Any]) -> "Text":
+        """The text of a training run."""
+        return cls(**{field.name: getattr(cfg, field.name) for field in fields(cls)})
+
+    @classmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any] | SAEMetadata, **given: Any
+    ) -> "Text":
+        """The text of a saved SAE or of settings of a run, with changes.
+
+        Args:
+            settings: An SAE's metadata or settings; what they lack has its default.
+            given: Fields to use instead, unless they are None.
+
+        Raises:
+            ValueError: If neither has `dataset_path` or `context_size`.
+        """
+        values = {name: value for name, value in given.items() if value is not None}
+        for name in (field.name for field in fields(cls) if field.name not in values):
+            # None is a value of `sequence_separator_token`: no separator.
+            is_separator = name == "sequence_separator_token" and name in settings
+            if is_separator or settings.get(name) not in (None, ""):
+                values[name] = settings.get(name)
+        for name in ("dataset_path", "context_size"):
+            if name not in values:
+                raise ValueError(f"The SAE's metadata has no `{name}`: give --{name}.")
+        # JSON has no tuples.
+        values["seqpos_slice"] = tuple(values.get("seqpos_slice", (None,)))
+        return cls(**values)
+
+    def load_dataset(self, dataset: HfDataset | None = None) -> HfDataset | str:
+        """The dataset to read (or the given one), its rows fitted to the context."""
+        if dataset is None and not self.dataset_path:
+            raise ValueError("Give `dataset_path`, or a dataset.")
+        return resolve_dataset(
+            self.dataset_path if dataset is None else dataset,
+            self.context_size,
+            self.streaming,
+            self.disable_concat_sequences,
+            self.use_chat_formatting,
+        )
+
+    def reader(self, model: Any, dataset: HfDataset | None = None) -> ResumableTokens:
+        """Read the contexts that a training store makes of this text."""
+        lm = as_model(model)
+        lm.shape.check_context_size(self.context_size, lm.name)
+        excluded = self.excluded_token_ids(getattr(model, "tokenizer", None))
+        own = ("dataset_path", "exclude_special_tokens")
+        return ResumableTokens(
+            model=model,
+            dataset=self.load_dataset(dataset),
+            exclude_special_tokens=torch.tensor(excluded, dtype=torch.long),
+            **{name: value for name, value in vars(self).items() if name not in own},
+            # The rest concerns the vectors, which are not read.
+            hook_name="",
+            hook_head_index=None,
+            d_in=0,
+            n_batches_in_buffer=1,
+            total_training_tokens=0,
+            store_batch_size_prompts=1,
+            train_batch_size_tokens=1,
+            normalize_activations="none",
+            device=torch.device("cpu"),
+            dtype="float32",
+        )
+
+    def prompts(
+        self, model: Any, n_tokens: int, dataset: HfDataset | None = None
+    ) -> Prompts:
+        """The first prompts of the text, on the CPU.
+
+        Args:
+            n_tokens: Tokens of text, rounded up to whole prompts.
+            dataset: Used instead of `dataset_path`.
+
+        Raises:
+            ValueError: If the text is too short, or the context too long for the model.
+        """
+        _check_at_least_one("n_tokens", n_tokens)
+        reader = self.reader(model, dataset)
+        ids, ended = next_rows(reader, -(-n_tokens // self.context_size))
+        if ids is None or ended:
+            n_there = 0 if ids is None else len(ids)
+            raise ValueError(
+                f"`n_tokens` must be at most {n_there * self.context_size}, as the "
+                f"text has {n_there} whole prompts of {self.context_size} tokens; got "
+                f"{n_tokens}. Give more text, or shorter prompts with `context_size`."
+            )
+        return mark_counted(reader, check_prompts(model, ids).cpu())
+
+    def excluded_token_ids(self, tokenizer: Any) -> list[int]:
+        """Token ids that `exclude_special_tokens` excludes."""
+        if self.exclude_special_tokens is True:
+            return get_special_token_ids(tokenizer)
+        return list(self.exclude_special_tokens or [])
+
+
 def counted_positions(
     ids: Int[Tensor, "prompt pos"],
     exclude_tokens: Sequence[int] | Tensor = (),
@@ -73,9 +194,8 @@ def mark_counted(
     """Prompts with the positions that count.
 
     Args:
-        source: Where `ids` are from. A store's `seqpos_slice` and the counted positions
-            of `Prompts` (then `ids` are theirs) apply beside what is excluded here.
-        ids: The token ids.
+        source: The source of `ids`. A store's `seqpos_slice` and the counted positions
+            of `Prompts` apply as well.
         exclude_tokens: Token ids that do not count; None: those that a store excludes.
         exclude_positions: Positions that do not count; negative ones count from the
             end.
@@ -98,113 +218,51 @@ def mark_counted(
 
 def take_prompts(
     model: Any,
-    model_name: str,
     tokens: object,
     n_prompts: int | None,
     batch_size_prompts: int,
     exclude_tokens: Sequence[int] | None = None,
     exclude_positions: Sequence[int] = (),
 ) -> Prompts:
-    """The prompts to measure on, checked.
+    """The prompts to measure on, validated.
 
     Args:
-        model: The model that will run them.
-        model_name: For messages.
-        tokens: See `Tokens`.
         n_prompts: Prompts to take from a store; None: one model batch of it.
-        batch_size_prompts: Checked only.
+        batch_size_prompts: Only validated.
         exclude_tokens, exclude_positions: See `mark_counted`.
 
     Raises:
         ValueError: If the model cannot run the prompts, or they are too few.
     """
-    _check_numbers(tokens, n_prompts, batch_size_prompts)
+    _check_at_least_one("batch_size_prompts", batch_size_prompts)
     source: Any = tokens
     if isinstance(tokens, ActivationsStore):
         tokens = _take_from_store(tokens, n_prompts)
+    elif n_prompts is not None:
+        raise ValueError(
+            "`n_prompts` is the number of prompts to take from a store; the tokens "
+            "themselves were given."
+        )
     elif isinstance(tokens, Prompts):
         tokens = tokens.ids
-    ids = check_prompts(model, model_name, tokens)
+    ids = check_prompts(model, tokens)
     return mark_counted(source, ids, exclude_tokens, exclude_positions)
 
 
-class PromptBatches:
-    """Prompts in batches; those of a store are read batch by batch."""
-
-    def __init__(
-        self,
-        model: Any,
-        model_name: str,
-        tokens: object,
-        n_prompts: int | None = None,
-        batch_size_prompts: int = 8,
-        exclude_tokens: Sequence[int] | None = None,
-        exclude_positions: Sequence[int] = (),
-        repeatable: bool = False,
-    ) -> None:
-        """Check the prompts, or the numbers of those that a store will give.
-
-        Args:
-            model: The model that will run them.
-            model_name: For messages.
-            tokens: See `Tokens`.
-            n_prompts: Prompts to take from a store; None: one model batch of it. If its
-                dataset ends before, there are fewer, with a warning.
-            batch_size_prompts: Prompts in a batch; the last one may have fewer.
-            exclude_tokens, exclude_positions: See `mark_counted`.
-            repeatable: Keep the token ids of a store in memory, so that a second
-                iteration gives the same prompts.
-
-        Raises:
-            ValueError: If the model cannot run the prompts.
-        """
-        _check_numbers(tokens, n_prompts, batch_size_prompts)
-        self._model, self._model_name = model, model_name
-        self._batch_size = batch_size_prompts
-        self._exclude = exclude_tokens, exclude_positions
-        self._kept: list[Prompts] | None = [] if repeatable else None
-        self._is_read = False
-        if isinstance(tokens, ActivationsStore):
-            self._source: Prompts | ActivationsStore = tokens
-            self._n_prompts = n_prompts or tokens.store_batch_size_prompts
-        else:
-            self._source = take_prompts(
-                model, model_name, tokens, None, batch_size_prompts, *self._exclude
-            )
-            self._n_prompts = len(self._source)
-
-    def __len__(self) -> int:
-        """Batches, unless a store's dataset ends before."""
-        return -(-self._n_prompts // self._batch_size)
-
-    def __iter__(self) -> Iterator[Prompts]:
-        if isinstance(self._source, Prompts):
-            yield from self._source.split(self._batch_size)
-        elif self._is_read and self._kept is not None:
-            yield from self._kept
-        else:
-            yield from self._read(self._source)
-
-    def _read(self, store: ActivationsStore) -> Iterator[Prompts]:
-        self._is_read = True
-        n_read, ended = 0, False
-        while n_read < self._n_prompts and not ended:
-            n_wanted = min(self._batch_size, self._n_prompts - n_read)
-            ids, ended = next_rows(store, n_wanted)
-            if ids is None:
-                break
-            ids = check_prompts(self._model, self._model_name, ids).cpu()
-            batch = mark_counted(store, ids, *self._exclude)
-            n_read += len(batch)
-            if self._kept is not None:
-                self._kept.append(batch)
-            yield batch
-        if n_read < self._n_prompts:
-            warnings.warn(
-                f"The store's dataset ended after {n_read} of the {self._n_prompts} "
-                "prompts wanted; the result is of those.",
-                stacklevel=2,
-            )
+def _take_from_store(
+    store: ActivationsStore, n_prompts: int | None
+) -> Int[Tensor, "prompt pos"]:
+    n_wanted = store.store_batch_size_prompts if n_prompts is None else n_prompts
+    _check_at_least_one("n_prompts", n_wanted)
+    prompts, ended = next_rows(store, n_wanted)
+    if prompts is None or ended:
+        n_left = 0 if prompts is None else len(prompts)
+        raise ValueError(
+            f"`n_prompts` must be at most {n_left}, the prompts left in the "
+            f"store before its dataset repeats; got {n_wanted}. The store is at the "
+            "start of its dataset again."
+        )
+    return prompts
 
 
 def next_rows(
@@ -219,6 +277,11 @@ def next_rows(
     except StopIteration:
         return (torch.cat(rows) if rows else None), True
     return torch.cat(rows), False
+
+
+def _check_at_least_one(name: str, value: Any) -> None:
+    if not _is_integer(value) or value < 1:
+        raise ValueError(f"`{name}` must be at least 1; got {value!r}.")
 
 
 def check_integers(name: str, values: Any) -> None:
@@ -249,60 +312,27 @@ def check_positions(
         )
 
 
-def _check_numbers(tokens: object, n_prompts: Any, batch_size_prompts: Any) -> None:
-    for name, number in [
-        ("n_prompts", n_prompts),
-        ("batch_size_prompts", batch_size_prompts),
-    ]:
-        if number is not None and not (_is_integer(number) and number >= 1):
-            raise ValueError(f"`{name}` must be at least 1; got {number!r}.")
-    if n_prompts is not None and not isinstance(tokens, ActivationsStore):
-        raise ValueError(
-            "`n_prompts` is the number of prompts to take from a store; the tokens "
-            "themselves were given."
-        )
-
-
-def check_prompts(
-    model: Any, model_name: str, tokens: object
-) -> Int[Tensor, "prompt pos"]:
-    """The prompts as int64.
+def check_prompts(model: Any, tokens: object) -> Int[Tensor, "prompt pos"]:
+    """Token ids as int64.
 
     Raises:
         ValueError: If they are not integers of shape [prompt, pos], a token id is not
             in the vocabulary, or they are longer than the context.
     """
-    is_integer = isinstance(tokens, Tensor) and not (
-        tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex()
-    )
-    if not isinstance(tokens, Tensor) or not is_integer or tokens.ndim != 2:
-        found = type(tokens).__name__
-        if isinstance(tokens, Tensor):
-            found = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+    is_tensor = isinstance(tokens, Tensor)
+    found = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if is_tensor else tokens
+    floating = is_tensor and (tokens.is_floating_point() or tokens.is_complex())
+    if (
+        not isinstance(tokens, Tensor)
+        or floating
+        or tokens.dtype == torch.bool
+        or tokens.ndim != 2
+        or tokens.numel() == 0
+    ):
         raise ValueError(
-            "`tokens` must be a tensor of token ids, integers of shape [prompt, pos]; "
-            f"got {found}."
-        )
-    if tokens.numel() == 0:
-        raise ValueError(
-            "`tokens` must hold at least one prompt of at least one token; got shape "
-            f"{tuple(tokens.shape)}."
+            "`tokens` must be a tensor of token ids, integers of shape [prompt, pos] "
+            f"with at least one prompt of at least one token; got {found!s:.80}."
         )
     prompts = tokens.long()
     as_model(model).check_tokens(prompts)
-    return prompts
-
-
-def _take_from_store(
-    store: ActivationsStore, n_prompts: int | None
-) -> Int[Tensor, "prompt pos"]:
-    n_wanted = store.store_batch_size_prompts if n_prompts is None else n_prompts
-    prompts, ended = next_rows(store, n_wanted)
-    if prompts is None or ended:
-        n_left = 0 if prompts is None else len(prompts)
-        raise ValueError(
-            f"`n_prompts` must be at most {n_left}, the prompts left in the "
-            f"store before its dataset repeats; got {n_wanted}. The store is at the "
-            "start of its dataset again."
-        )
     return prompts

@@ -20,14 +20,14 @@ Tokens = Int[Tensor, " _"]
 class ResumableTokens(ActivationsStore):
     """SAELens' reading of a dataset, resumable.
 
-    Its state is the number of rows read and, where documents are joined to contexts,
-    the tokens of the last document that are in no context yet.
+    Its state is the number of rows read and, if documents are joined to contexts, the
+    tokens of the last document that are not in a context yet.
     """
 
     _n_rows_this_epoch: int
     _unread: list[Tokens]
-    """Tokens of the documents read that are in no context yet; between contexts at most
-    one document has any."""
+    """Tokens, by document, that are not in a context yet; between contexts of at most
+    one document."""
     _n_bad_rows: int = 0
 
     @override
@@ -43,7 +43,7 @@ class ResumableTokens(ActivationsStore):
 
     @property
     def unread(self) -> Tokens:
-        """Tokens of the last document that are in no context yet."""
+        """Tokens of the last document that are not in a context yet."""
         assert len(self._unread) <= 1  # a document is read once the last one is used up
         return self._unread[0] if self._unread else torch.empty(0, dtype=torch.long)
 
@@ -95,7 +95,7 @@ class ResumableTokens(ActivationsStore):
             # Log the 1st, 2nd, 4th, 8th, ... of them.
             if self._n_bad_rows & (self._n_bad_rows - 1) == 0:
                 logger.warning(
-                    "Row %d of the dataset is left out: its %r is %.50r (%d such rows "
+                    "Row %d of the dataset is skipped: its %r is %.50r (%d such rows "
                     "so far).",
                     self._n_rows_this_epoch - 1,
                     self.tokens_column,

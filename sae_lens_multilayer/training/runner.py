@@ -465,7 +465,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
         metadata, names = self.sae.cfg.metadata, self.activations_store.hook_names
-        # What `Text.from_metadata` needs, which SAELens sets in part.
+        # What `Text.from_settings` needs, which SAELens sets in part.
         for name in (*fields_of("text"), "streaming"):
             metadata[name] = getattr(self.cfg, name)
         metadata.hook_names = names

@@ -10,7 +10,7 @@ from conftest import D_VOCAB, N_CTX, count_calls
 from saes import HOOK_NAMES, random_sae
 
 from examples.own_analysis import SHARED_LATENTS, SharedLatentCounts, SharedLatents
-from sae_lens_multilayer import SweepEvaluation, cli, evaluate
+from sae_lens_multilayer import Prompts, SweepEvaluation, cli, evaluate
 from sae_lens_multilayer.analysis import (
     ANALYSES,
     Suite,
@@ -20,8 +20,7 @@ from sae_lens_multilayer.analysis import (
 )
 from sae_lens_multilayer.pictures import draw, draw_interactive
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
-from sae_lens_multilayer.sweeps.evaluation import measure, summary
-from sae_lens_multilayer.text.prompts import Prompts
+from sae_lens_multilayer.sweeps.evaluation import measure, numbers_of
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +81,7 @@ def test_both_renderers_and_the_report_show_it(model, tokens):
 
 def test_a_sweep_reports_its_numbers(model, tokens):
     evaluation = SweepEvaluation(analyses=("shared_latents",))
-    data = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    metrics, results = measure(random_sae(), model, data, evaluation)
-    found = summary(metrics, results)["next_layer_jaccard"]
+    prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    results = measure(random_sae(), model, prompts, evaluation)
+    found = numbers_of(results)["next_layer_jaccard"]
     assert found == results["shared_latents"].to_dataframe().loc[0, 1]

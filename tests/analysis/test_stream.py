@@ -127,7 +127,7 @@ def make_store(model, dataset, make_config, **changes):
     return MultiLayerActivationsStore.from_config(model, config, dataset)
 
 
-def test_a_store_is_read_as_it_is_needed(model, token_dataset, make_config):
+def test_prompts_are_taken_from_a_store(model, token_dataset, make_config):
     sae = random_sae()
     store = make_store(model, token_dataset, make_config)
     dists = layer_distributions(sae, model, store, n_prompts=10, batch_size_prompts=4)
@@ -141,13 +141,10 @@ def test_a_store_is_read_as_it_is_needed(model, token_dataset, make_config):
     assert layer_distributions(sae, model, store).n_tokens == 4 * N_CTX
 
 
-def test_a_store_that_ends_gives_the_remaining_prompts(
-    model, token_dataset, make_config
-):
+def test_a_store_with_too_few_prompts_is_an_error(model, token_dataset, make_config):
     store = make_store(model, token_dataset, make_config)
-    with pytest.warns(UserWarning, match="ended after 64 of the 1000 prompts"):
-        dists = layer_distributions(random_sae(), model, store, n_prompts=1000)
-    assert dists.n_tokens == 64 * N_CTX
+    with pytest.raises(ValueError, match="`n_prompts` must be at most 64"):
+        layer_distributions(random_sae(), model, store, n_prompts=1000)
 
 
 def test_tokens_that_a_store_excludes_are_left_out(model, make_config):

@@ -1,0 +1,340 @@
+"""Runs a sweep: each point is trained, evaluated and analysed, and is a table row."""
+
+import copy
+import gc
+import logging
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from sae_lens import SAE
+from sae_lens.config import HfDataset
+from sae_lens.training._interruption import InterruptedException
+from tqdm.auto import tqdm
+
+from sae_lens_multilayer.analysis.suite import load_results, save_results
+from sae_lens_multilayer.config import LATEST
+from sae_lens_multilayer.files import (
+    check_writable,
+    complete_or_absent,
+    locked,
+    write_whole,
+)
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.pictures import describe_sweep, draw, save_figure
+from sae_lens_multilayer.record import RECORD_FILENAME, Record, as_lines
+from sae_lens_multilayer.sweeps.cost import measured_in, read_cost
+from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation, measure, numbers_of
+from sae_lens_multilayer.sweeps.points import (
+    SIZES,
+    Point,
+    Settings,
+    make_points,
+    varied_settings,
+)
+from sae_lens_multilayer.text.prompts import Prompts, Text, check_positions
+from sae_lens_multilayer.training.run_folder import comparable_settings
+from sae_lens_multilayer.training.run_lens import lens_of_run
+from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
+
+logger = logging.getLogger(__name__)
+
+TABLE_FILE = "table.csv"
+_FIGURE_FILE = "sweep.png"
+_COST_FILE = "cost.json"
+_ERROR_FILE = "error.txt"
+
+_KIND, _POINT_KIND, _ANALYSIS_KIND = "sweep", "sweep point", "sweep analysis"
+
+
+def sweep(
+    base: Settings,
+    points: Sequence[Settings],
+    folder: str | Path,
+    *,
+    evaluation: SweepEvaluation | None = None,
+    override_model: Any | None = None,
+    override_dataset: HfDataset | None = None,
+    override_evaluation_dataset: HfDataset | None = None,
+) -> pd.DataFrame:
+    """Train, evaluate and analyse an SAE for each of many choices of settings.
+
+    Each point has a folder, named by its settings, with its SAE (`sae`), its
+    checkpoints and its `analysis`; beside these folders are `table.csv` and
+    `sweep.png`. A point that fails does not end the sweep. A second call resumes it:
+    points that are done are skipped, an interrupted run is resumed from its newest
+    checkpoint (see `n_checkpoints`), and failed points are retried.
+
+    Args:
+        base: Settings of all points: fields of `MultiLayerConfig` and, in `sae` or
+            beside them, of the SAE's config. `expansion_factor` may replace `d_sae`;
+            `d_in` is the model's width if omitted.
+        points: Settings of each point that differ from the base, such as `grid`
+            returns, and optionally `name`, the name of its folder.
+        override_model: Used by all points instead of loading `model_name`.
+        override_dataset: Trained on by all points instead of `dataset_path`. A resumed
+            sweep must receive the same one, which is not checked.
+        override_evaluation_dataset: Held-out text or tokens, instead of
+            `evaluation.dataset_path`.
+
+    Returns:
+        A row for each point, in order: the settings that vary, sizes, `status`
+        ("done", "failed" or "waiting"), means over layers of the metrics of `evaluate`,
+        numbers of the analyses, the cost of training (`Cost`), and `error`.
+
+    Raises:
+        ValueError: If a setting of any point is unknown, invalid or differs from the
+            one in the point's folder; before a model is loaded.
+        FileExistsError: If a file that is not of a sweep would be overwritten.
+        BlockingIOError: If another process uses the folder.
+        InterruptedException: After SIGINT or SIGTERM while training; a checkpoint has
+            been saved.
+    """
+    runs = Sweep(
+        base,
+        points,
+        folder,
+        evaluation or SweepEvaluation(),
+        override_model,
+        override_dataset,
+        override_evaluation_dataset,
+    )
+    table = runs.run()
+    if (table.status == "done").any():
+        picture = describe_sweep(table, varied_settings(runs.points))
+        save_figure(draw(picture), runs.folder / _FIGURE_FILE)
+    return table
+
+
+class Sweep:
+    """The points of a sweep, their folders, and the model and prompts they share."""
+
+    def __init__(
+        self,
+        base: Settings,
+        points: Sequence[Settings],
+        folder: str | Path,
+        evaluation: SweepEvaluation,
+        model: Any | None,
+        dataset: HfDataset | None,
+        held_out: HfDataset | None,
+    ) -> None:
+        """Validate all settings, folders and data; no model is loaded. See `sweep`."""
+        shape = None if model is None else as_model(model).shape
+        self.points = make_points(base, points, shape)
+        self.folder, self.evaluation = Path(folder).expanduser(), evaluation
+        self._text = evaluation.text(base)
+        self._given_model, self._dataset, self._held_out = model, dataset, held_out
+        self._model, self._loaded_key = model, ""
+        self._prompts: Prompts | None = None
+        self._check_folder()
+        self._check_data()
+        self._check_models()
+
+    def analysis_of(self, point: Point) -> Path:
+        """Folder of the results of a point: complete or absent."""
+        return self.folder / point.name / "analysis"
+
+    def sae_of(self, point: Point) -> SAE[Any]:
+        """The trained SAE of a point."""
+        path = self.folder / point.name / "sae"
+        return SAE.load_from_disk(path, device=point.cfg.device)
+
+    def _check_folder(self) -> None:
+        if (self.folder / RECORD_FILENAME).exists():
+            Record.read(self.folder, _KIND)
+        elif taken := [
+            name
+            for name in (TABLE_FILE, _FIGURE_FILE, "comparison")
+            if (self.folder / name).exists()
+        ]:
+            raise FileExistsError(
+                f"{self.folder} must be a new folder or that of a sweep; its {taken} "
+                "would be overwritten. Choose another folder."
+            )
+        check_writable(self.folder / "new", "folder")
+        for point in self.points:
+            self._check_point_folder(point)
+
+    def _check_point_folder(self, point: Point) -> None:
+        """Raise ValueError if a point's folder was written with other settings."""
+        folder = self.folder / point.name
+        if (folder / RECORD_FILENAME).exists():
+            found = Record.read(folder, _POINT_KIND)
+            if changed := found.differences(_point_record(point)):
+                raise ValueError(
+                    f"{folder} has other settings:{as_lines(changed)}\nUse those, move "
+                    "the folder away, or choose another one for this sweep."
+                )
+        elif any(folder.glob("[!.]*")):
+            raise ValueError(
+                f"{folder} must be the folder of a point of this sweep, or be absent; "
+                f"it has no {RECORD_FILENAME}."
+            )
+        if self._is_done(point):
+            found = Record.read(self.analysis_of(point), _ANALYSIS_KIND)
+            if changed := found.differences(self._analysis_record()):
+                raise ValueError(
+                    f"{folder} was evaluated with other settings:{as_lines(changed)}\n"
+                    "Use those, or move the folders 'analysis' of all points away to "
+                    "evaluate them again."
+                )
+
+    def _check_data(self) -> None:
+        path = self.evaluation.dataset_path
+        if (path is None) == (self._held_out is None):
+            raise ValueError(
+                "Points are measured on held-out text: give `dataset_path` of "
+                "`evaluation`, or a dataset to `sweep`, and not both."
+            )
+        texts = [] if path is None else [self._text]
+        if self._dataset is None:
+            texts += [Text.from_config(point.cfg) for point in self.points]
+        for number, text in enumerate(texts):
+            if text not in texts[:number]:
+                text.load_dataset()
+
+    def _check_models(self) -> None:
+        given = self._given_model
+        if given is not None and len({p.model_key for p in self.points}) > 1:
+            raise ValueError(
+                "The settings of the model must not vary, as a model is given. Sweep "
+                "over models by name."
+            )
+        for point in self.points:
+            lens = lens_of_run(point.cfg)
+            if given is None:
+                loading.check_named_model(point.cfg, lens)
+            else:
+                loading.check_shape(point.cfg, as_model(given).shape, lens)
+
+    def _is_done(self, point: Point) -> bool:
+        return self.analysis_of(point).is_dir()
+
+    def _analysis_record(self, prompts: Prompts | None = None) -> Record:
+        tokens = {} if prompts is None else {"tokens": prompts.fingerprint}
+        return Record(_ANALYSIS_KIND, self.evaluation.settings(self._text), tokens)
+
+    def load(self, point: Point) -> tuple[Any, Prompts]:
+        """The model of a point and its held-out prompts; the last ones are kept.
+
+        Raises:
+            ValueError: If the text is too short, or lacks an excluded position.
+        """
+        if self._loaded_key != point.model_key:
+            self._loaded_key, self._prompts = "", None
+            if self._given_model is None:
+                self._model = None
+                gc.collect()  # before the next one is allocated
+                self._model = loading.load_model(point.cfg, self._hook_names(point))
+            self._loaded_key = point.model_key
+        if self._prompts is None:
+            n_tokens = self.evaluation.n_tokens
+            prompts = self._text.prompts(self._model, n_tokens, self._held_out)
+            excluded = self.evaluation.exclude_positions
+            check_positions("exclude_positions", excluded, prompts.ids)
+            self._prompts = prompts
+        return self._model, self._prompts
+
+    def _hook_names(self, point: Point) -> list[str] | None:
+        """The hooks of all points that share a Hugging Face model; None if unknown."""
+        shape = loading.named_shape(point.cfg)
+        if shape is None:
+            return None
+        alike = [p for p in self.points if p.model_key == point.model_key]
+        names = [n for p in alike for n in p.cfg.resolve_hook_names(shape.n_layers)]
+        return list(dict.fromkeys(names))
+
+    def run(self) -> pd.DataFrame:
+        """Run the points that are not done; returns the table, also written to disk."""
+        keys = [point.model_key for point in self.points]
+        in_order = sorted(self.points, key=lambda point: keys.index(point.model_key))
+        with locked(self.folder):
+            if not (self.folder / RECORD_FILENAME).exists():
+                Record(_KIND, {}).write(self.folder)
+            rows = {point.name: self._row(point) for point in self.points}
+            self._write_table(rows)
+            for point in tqdm(in_order, desc="Sweep", unit="point"):
+                if not self._is_done(point):
+                    self._run_point(point)
+                    rows[point.name] = self._row(point)
+                    self._write_table(rows)
+        return _table(rows)
+
+    def _run_point(self, point: Point) -> None:
+        folder = self.folder / point.name
+        logger.info("%s", folder)
+        if not (folder / RECORD_FILENAME).exists():
+            _point_record(point).write(folder)
+        try:
+            model, prompts = self.load(point)
+            self._check_tokens(point, prompts)
+            if not (folder / "sae").is_dir():
+                self._train(point, model)
+            self._analyse(point, model, prompts)
+            (folder / _ERROR_FILE).unlink(missing_ok=True)
+        except InterruptedException:
+            raise
+        except Exception as error:
+            # Record the failure and continue with the remaining points.
+            message = f"{type(error).__name__}: {error}"
+            lines = [f"{message}\n\n", *traceback.format_exception(error)]
+            write_whole(folder / _ERROR_FILE, "".join(lines))
+            logger.error("%s has failed: %s", folder, message)
+
+    def _train(self, point: Point, model: Any) -> None:
+        folder, cfg = self.folder / point.name, copy.copy(point.cfg)
+        cfg.output_path = str(folder / "sae")
+        cfg.checkpoint_path = str(folder / "checkpoints")
+        cfg.resume_from_checkpoint = LATEST
+        with measured_in(folder / _COST_FILE):
+            MultiLayerSAETrainingRunner(
+                cfg, override_dataset=self._dataset, override_model=model
+            ).run()
+
+    def _analyse(self, point: Point, model: Any, prompts: Prompts) -> None:
+        results = measure(self.sae_of(point), model, prompts, self.evaluation)
+        with complete_or_absent(self.analysis_of(point)) as new:
+            save_results(results, new, model.tokenizer)
+            self._analysis_record(prompts).write(new)
+
+    def _check_tokens(self, point: Point, prompts: Prompts) -> None:
+        for other in self.points:
+            if not self._is_done(other) or other.model_key != point.model_key:
+                continue
+            found = Record.read(self.analysis_of(other), _ANALYSIS_KIND)
+            if found.differences(self._analysis_record(prompts)):
+                raise ValueError(
+                    f"The held-out tokens must be those that {other.name} was measured "
+                    "on; the text has changed. Use that text, or move the folders "
+                    "'analysis' of all points away to evaluate them again."
+                )
+
+    def _row(self, point: Point) -> dict[str, Any]:
+        folder, is_done = self.folder / point.name, self._is_done(point)
+        file, error = folder / _ERROR_FILE, None
+        if file.exists() and not is_done:
+            error = file.read_text().split("\n\n")[0]
+        not_done = "waiting" if error is None else "failed"
+        cost = vars(read_cost(folder / _COST_FILE))
+        return {
+            **{n: point.setting(n) for n in (*varied_settings(self.points), *SIZES)},
+            "status": "done" if is_done else not_done,
+            **(numbers_of(load_results(self.analysis_of(point))) if is_done else {}),
+            **{f"training_{name}": value for name, value in cost.items()},
+            "error": error,
+        }
+
+    def _write_table(self, rows: dict[str, dict[str, Any]]) -> None:
+        write_whole(self.folder / TABLE_FILE, _table(rows).to_csv())
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame([*rows.values()], index=pd.Index([*rows], name="point"))
+
+
+def _point_record(point: Point) -> Record:
+    return Record(_POINT_KIND, comparable_settings(point.cfg))
