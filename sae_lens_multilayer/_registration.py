@@ -43,10 +43,7 @@ def register() -> None:
     """Register the multi-layer SAE, the published checkpoints and the runner.
 
     Calling it again has no effect. If this package is reloaded, its new classes replace
-    the old ones.
-
-    Raises:
-        RuntimeError: If another package has registered the same architecture name.
+    the old ones. An architecture of this name of another package is a RuntimeError.
     """
     # A training config looks up its inference class when it is created.
     _register_once(

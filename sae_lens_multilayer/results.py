@@ -25,36 +25,20 @@ class Result(ABC):
         """The result as a table."""
 
     def save(self, path: str | Path) -> None:
-        """Write the result to a new folder, which is complete or not there.
-
-        Raises:
-            FileExistsError: If something is at `path` already.
-        """
+        """Write the result to a new folder, which is complete or not there."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         tensors = {
             name: value.detach().cpu().contiguous().clone()
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
-        settings = {
-            name: value for name, value in values.items() if name not in tensors
-        }
+        settings = {k: v for k, v in values.items() if k not in tensors}
         with complete_or_absent(path) as folder:
             save_file(tensors, folder / TENSORS_FILE)
             Record(type(self).__name__, settings).write(folder)
 
     @classmethod
     def load(cls: type[T_RESULT], path: str | Path) -> T_RESULT:
-        """Read a result that `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is of another kind, or damaged.
-        """
+        """Read a result that `save` wrote; see `Record.read` for the errors."""
         settings = Record.read(path, cls.__name__).settings
-        try:
-            return cls(**settings, **read_tensors(Path(path) / TENSORS_FILE))
-        except TypeError as error:
-            raise ValueError(
-                f"{path} must hold a {cls.__name__} as its `save` wrote it; {error}."
-            ) from error
+        return cls(**settings, **read_tensors(Path(path) / TENSORS_FILE))

@@ -18,7 +18,7 @@ from sae_lens_multilayer.analysis import first_position_warning
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.shape import check_widths
+from sae_lens_multilayer.models.model import check_widths
 from sae_lens_multilayer.published.loader import (
     has_published_files,
     own_or_mlsae_disk_loader,
