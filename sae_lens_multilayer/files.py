@@ -95,7 +95,7 @@ def locked(folder: Path) -> Generator[None, None, None]:
     Raises:
         BlockingIOError: If another process has locked it.
     """
-    # Not at the top: on Windows, where it is missing, all else works.
+    # Imported here because Windows has no fcntl; everything else works there.
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)

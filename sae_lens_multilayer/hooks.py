@@ -158,7 +158,7 @@ def stop_at_layer(hook_names: Sequence[str]) -> int | None:
 
 
 def is_residual(hook_name: str) -> bool:
-    """Whether a hook is known to be at the residual stream."""
+    """Whether the name of a hook is one at the residual stream."""
     return (
         block_end(hook_name) is not None
         or _OTHER_RESIDUAL_HOOK.fullmatch(hook_name) is not None

@@ -79,8 +79,8 @@ class Record:
         path = Path(folder) / RECORD_FILENAME
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} must be a folder written by this package, of kind {kind!r}; "
-                f"it has no {RECORD_FILENAME}."
+                f"{folder} must be a folder written by this package, of kind "
+                f"{kind or 'any'!r}; it has no {RECORD_FILENAME}."
             )
         values = read_json(path)
         if set(values) != {f.name for f in fields(cls)}:

@@ -348,7 +348,7 @@ def test_a_part_shares_memory_until_it_is_converted_or_loaded_into():
         torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
 
 
-def test_it_says_what_it_is(tuned_lens):
+def test_its_text_has_its_settings(tuned_lens):
     text = repr(layer_lens(tuned_lens))
     assert "alignment='tuned_lens'" in text
     assert repr(FOLDER) in text
@@ -417,7 +417,7 @@ def test_a_name_in_the_hub_space_is_loaded_from_the_cache(folder, tmp_path):
         assert torch.equal(lens.state_dict()[name], tensor)
 
 
-def test_a_lens_that_is_nowhere_is_an_error(tmp_path):
+def test_a_missing_lens_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="There is no tuned lens 'someone/else'"):
         layer_lens("someone/else", cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"no tuned lens.*config\.json and params\.pt"):
@@ -533,7 +533,7 @@ def test_another_unembedding_is_a_warning_that_names_both(folder, hf_model):
 
 
 @pytest.mark.filterwarnings("error:The lens may be")
-def test_the_same_unembedding_is_silent_whoever_holds_it(folder, hf_model, bridge):
+def test_the_same_unembedding_gives_no_warning(folder, hf_model, bridge):
     layer_lens(folder, model=hf_model)
     layer_lens(folder, model=bridge)
     rewrite(folder, unembed_hash=None)
@@ -794,15 +794,6 @@ def test_a_model_with_saes_attached_is_an_error(tokenizer, function):
         function(model, torch.randint(1, 512, (2, 8)))
 
 
-def test_kl_needs_batches_and_a_lens_of_the_model(model, tokenizer, tuned_lens):
-    tokens = torch.randint(1, 512, (2, 8))
-    deep = new_tuned_lens(tiny_model(tokenizer, n_layers=3))
-    with pytest.raises(ValueError, match="for 3 blocks of width 16; 'custom' has 2"):
-        lens_kl(model, tokens, deep)
-    with pytest.raises(ValueError, match="for 5 blocks of width 64; 'custom' has 2"):
-        lens_kl(model, tokens, tuned_lens)
-
-
 def test_inference_mode_changes_nothing(model):
     tokens = torch.randint(1, 512, (2, 8))
     expected = fit_tuned_lens(model, tokens, n_steps=2)
@@ -871,10 +862,3 @@ def test_a_loss_that_is_not_finite_is_an_error(model):
     model.blocks[0].mlp.b_out.data.fill_(torch.nan)
     with pytest.raises((FloatingPointError, ValueError), match=r"KL .*(nan|finite)"):
         fit_tuned_lens(model, torch.randint(1, 512, (2, 8)), n_steps=1)
-
-
-def test_a_model_whose_logits_are_something_else_is_an_error(model):
-    model.unembed.register_forward_hook(lambda module, inputs, output: 3 * output)
-    model.unembed.W_U.data.mul_(20)
-    with pytest.raises(ValueError, match="logits are the unembedding"):
-        fit_tuned_lens(model, torch.randint(1, 512, (2, 8)))

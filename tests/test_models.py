@@ -140,7 +140,7 @@ class TestVectors:
         torch.testing.assert_close(acts[0], hidden_states[0])
         torch.testing.assert_close(acts[1], hidden_states[1])
 
-    def test_bridge_that_only_knows_the_names_of_its_own(
+    def test_bridge_that_lists_only_its_own_names(
         self, make_config, token_dataset, tokens, hidden_states
     ):
         """SAETransformerBridge ignores the alias `hook_resid_post` without a word."""
@@ -341,12 +341,12 @@ def test_no_block_runs_after_the_last_hook(model):
 # The model's own names
 
 
-def test_a_hooked_transformer_knows_the_usual_names(model):
+def test_a_hooked_transformer_lists_the_usual_names(model):
     names = ["hook_embed", "blocks.0.hook_resid_pre", POST[1]]
     assert as_model(model).own_hook_names(names) == names
 
 
-def test_a_bridge_is_asked_by_the_names_it_knows(bridges):
+def test_a_bridge_is_run_with_the_names_it_lists(bridges):
     names = ["hook_embed", "blocks.0.hook_resid_pre", POST[4]]
     own = ["embed.hook_out", "blocks.0.hook_in", "blocks.4.hook_out"]
     assert as_model(bridges[TransformerBridge]).own_hook_names(names) == names

@@ -292,7 +292,7 @@ def test_a_repository_takes_the_lens_that_is_given(offline_hub, paper_lens_path)
     assert_reconstructs_with_lens(sae, paper_lens_path, range(5))
 
 
-def test_a_lens_that_cannot_be_had_is_an_error(offline_hub):
+def test_a_lens_that_is_not_cached_is_an_error(offline_hub):
     put(offline_hub, f"{REPOSITORY}-lens", lens_files())
 
     with pytest.raises(ValueError, match="no tuned lens 'EleutherAI/pythia-70m-ded"):
@@ -322,7 +322,7 @@ def test_a_stored_lens_without_a_tensor_is_an_error(offline_hub):
 
 
 @pytest.mark.parametrize("sae_id", [SAE_ID, f"{SAE_ID}/{HOOK_NAMES[1]}"])
-def test_the_config_alone_says_that_there_is_a_lens(offline_hub, sae_id):
+def test_the_config_alone_states_that_there_is_a_lens(offline_hub, sae_id):
     put(offline_hub, f"{REPOSITORY}-lens", lens_files())
     put_lens(offline_hub)
     sae_id = sae_id.replace(SAE_ID, f"{SAE_ID}-lens")
@@ -425,7 +425,7 @@ def test_our_class_takes_the_published_files_and_saelens_own(tmp_path, paper):
     assert saved.cfg.metadata.hook_names == HOOK_NAMES
 
 
-def test_our_class_says_what_a_folder_lacks(tmp_path):
+def test_our_class_names_the_missing_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     for folder in (tmp_path, tmp_path / "missing", tmp_path / "model.safetensors"):
         with pytest.raises(FileNotFoundError, match="must be a folder with the publis"):
@@ -570,7 +570,7 @@ def test_a_model_that_transformerlens_does_not_know_is_an_error(offline_hub):
         )
 
 
-def test_a_known_model_whose_config_cannot_be_had_is_an_error(offline_hub):
+def test_a_model_whose_config_is_not_cached_is_an_error(offline_hub):
     put(offline_hub, "me/mlsae-gpt2-xl-x8-k8", plain_files())
 
     with pytest.raises(FileNotFoundError, match="config of 'gpt2-xl'"):

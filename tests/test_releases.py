@@ -33,7 +33,7 @@ from sae_lens_multilayer.published.releases import (
         ),
     ],
 )
-def test_a_published_name_says_what_it_is(name, parts):
+def test_a_published_name_is_parsed(name, parts):
     parsed = PublishedName.parse(name)
 
     assert parsed is not None
@@ -109,7 +109,7 @@ def test_saelens_evaluations_find_hooks_by_regular_expressions():
     ]
 
 
-def test_ids_of_several_hooks_are_told_from_those_of_one():
+def test_ids_of_several_hooks_differ_from_those_of_one():
     wholes = multi_layer_ids()
 
     assert ("mlsae-gpt2", "x64-k32") in wholes

@@ -178,7 +178,7 @@ def test_the_error_term_restores_the_input_and_keeps_an_intervention(training):
     torch.testing.assert_close(out, x - removed, rtol=1e-4, atol=1e-4)
 
 
-def test_decoding_what_was_not_encoded_is_an_error_that_says_what_to_do():
+def test_decoding_without_encoding_is_an_error():
     sae = random_sae()
     acts = sae.encode(random_acts(5))
     sae.decode(acts)

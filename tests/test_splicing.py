@@ -27,7 +27,6 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
 )
 from sae_lens_multilayer.evaluation import scores
-from sae_lens_multilayer.text.prompts import take_prompts
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(4)]
 COLUMNS = [
@@ -438,11 +437,6 @@ class TestBadInput:
         places = list(range(tokens.shape[1] - 1))
         with pytest.raises(ValueError, match=message):
             evaluate(random_sae(), model, tokens, exclude_positions=places)
-
-    @pytest.mark.parametrize("size", [2.0, "8", True])
-    def test_a_batch_size_of_the_wrong_type(self, model, tokens, size):
-        with pytest.raises(ValueError, match=f"must be at least 1; got {size!r}"):
-            unannotated(take_prompts)(model, "tiny", tokens, None, size)
 
     def test_tokens_longer_than_the_context(self, model):
         tokens = torch.ones(1, N_CTX + 1, dtype=torch.long)

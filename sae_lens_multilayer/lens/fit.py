@@ -19,7 +19,6 @@ from sae_lens_multilayer.files import (
     complete_or_absent,
     free_path,
 )
-from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.text.prompts import check_prompts
@@ -28,7 +27,6 @@ Optimizer = Literal["sgd", "adam"]
 
 _RECIPE_TOKENS_PER_STEP = 2**18
 _MOMENTUM = 0.9
-_HEAD_TOLERANCE = 1e-3  # nats
 
 
 def new_tuned_lens(model: Any) -> TunedLens:
@@ -90,8 +88,7 @@ def fit_tuned_lens(
         from `output_path`.
 
     Raises:
-        ValueError: If the model has SAEs attached, or its logits are not the
-            unembedding of the final norm of the last residual stream.
+        ValueError: If the model has SAEs attached or cannot run the tokens.
         FloatingPointError: If the loss or the lens is not finite.
 
     References:
@@ -106,7 +103,6 @@ def fit_tuned_lens(
     lens = new_tuned_lens(model)
     dtype = lens.unembed.unembedding.weight.dtype
     lens.layer_translators.to(torch.promote_types(dtype, torch.float32))
-    _check_head(model, lens.unembed, tokens[:1])
     params = list(lens.layer_translators.parameters())
     updates, schedule = _optimizer(optimizer, params, lr, weight_decay, n_steps)
     batches = _batches(tokens, n_steps, batch_size_prompts, seed)
@@ -147,8 +143,6 @@ def lens_kl(
     model.check_no_saes_attached()
     tokens = check_prompts(model, model.name, tokens)
     lens = lens or new_tuned_lens(model)
-    config = LensConfig.from_tuned_lens(lens.config, ["blocks.0.hook_resid_pre"])
-    config.check_shape(model.shape, model.name)
     total = torch.zeros(len(lens), dtype=torch.float64)
     with torch.no_grad():
         for part in tokens.split(forward_batch_size_prompts):
@@ -246,17 +240,6 @@ def _run(
     streams, logits = model.residual_streams(tokens)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return streams, logits.to(dtype).log_softmax(-1)
-
-
-def _check_head(model: Model, unembed: Unembed, tokens: Tensor) -> None:
-    streams, log_p = _run(model, unembed, tokens)
-    with torch.no_grad():
-        kl = _kl(log_p, unembed(streams[-1])).item() / tokens.numel()
-    if not kl <= _HEAD_TOLERANCE:
-        raise ValueError(
-            "A tuned lens needs a model whose logits are the unembedding of the final "
-            f"norm of the last residual stream; these differ by a KL of {kl:.3g} nats."
-        )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What the package needs of a loaded language model, of whatever kind."""
+"""A loaded language model of any kind, and its shape."""
 
 import difflib
 import re

@@ -3,8 +3,9 @@
 import functools
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -87,48 +88,35 @@ class PublishedName:
         return f"{owner()}/{self.release}-{self.variant}"
 
 
-@dataclass(frozen=True)
-class Release:
-    """A release of `SAE.from_pretrained`: several repositories, or one by its name."""
-
-    name: str
-    """`{prefix}-{model}`, or the repository."""
-    location: str
-    """The owner of the repositories on the hub, or the repository."""
-    model_name: str
-    """The language model."""
-    paths: dict[str, str] = field(default_factory=dict[str, str])
-    """By id, what follows `location`: a repository, a hook, or both."""
-    expected_l0: dict[str, float] = field(default_factory=dict[str, float])
-    """k, by id."""
-
-
-def published_releases() -> list[Release]:
-    """The releases of all models and of all repositories."""
-    found: dict[str, Release] = {}
+def directory_entries() -> dict[str, dict[str, Any]]:
+    """Fields of SAELens' directory, by release: all of a model, or one repository."""
+    found: dict[str, dict[str, Any]] = {}
     for name in published_names():
-        repository = name.repository
-        stem = repository.partition("/")[2]
-        for release, location, path in (
-            (name.release, owner(), [stem]),
-            (repository, repository, []),
+        model, repository = _model_of(name), name.repository
+        hook_names = [""]
+        if name.layer is None:
+            hook_names += resolve_hook_names(
+                DEFAULT_HOOK_NAME, None, None, model.n_layers
+            )
+        for release, repo_id, folder in (
+            (name.release, owner(), repository.partition("/")[2]),
+            (repository, repository, ""),
         ):
-            model_name = _model_of(name).name
-            entry = found.setdefault(release, Release(release, location, model_name))
-            for sae_id, hook in _ids(name):
-                entry.paths[sae_id] = "/".join([*path, *hook])
-                entry.expected_l0[sae_id] = name.k
-    return list(found.values())
-
-
-def _ids(name: PublishedName) -> list[tuple[str, list[str]]]:
-    """Ids of a checkpoint: the whole SAE, then each hook of a multi-layer SAE."""
-    whole: list[tuple[str, list[str]]] = [(name.variant, [])]
-    if name.layer is not None:
-        return whole
-    n_layers = _model_of(name).n_layers
-    hook_names = resolve_hook_names(DEFAULT_HOOK_NAME, None, None, n_layers)
-    return whole + [(f"{name.variant}/{hook}", [hook]) for hook in hook_names]
+            entry = found.setdefault(
+                release,
+                {
+                    "release": release,
+                    "repo_id": repo_id,
+                    "model": model.name,
+                    "saes_map": {},
+                    "expected_l0": {},
+                },
+            )
+            for hook in hook_names:
+                sae_id = f"{name.variant}/{hook}".strip("/")
+                entry["saes_map"][sae_id] = f"{folder}/{hook}".strip("/")
+                entry["expected_l0"][sae_id] = name.k
+    return found
 
 
 def multi_layer_ids() -> set[tuple[str, str]]:
