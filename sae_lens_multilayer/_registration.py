@@ -81,8 +81,10 @@ def _lookup(entry: dict[str, Any]) -> PretrainedSAELookup:
         "norm_scaling_factor": {},
     }
     # The other fields differ between versions of SAELens.
-    names = [field.name for field in fields(PretrainedSAELookup)]
-    return PretrainedSAELookup(**{name: entry.get(name) for name in names})
+    values: dict[str, Any] = {
+        field.name: entry.get(field.name) for field in fields(PretrainedSAELookup)
+    }
+    return PretrainedSAELookup(**values)
 
 
 def _register_once(

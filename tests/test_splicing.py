@@ -533,7 +533,7 @@ class TestBadInput:
 
     def test_two_saes_for_one_hook(self, model, tokens):
         view = random_sae().view(0)
-        with pytest.raises(ValueError, match="must have its own"):
+        with pytest.raises(ValueError, match="must name its own hook"):
             evaluate([view, view], model, tokens)
 
     def test_an_sae_of_one_head(self, model, tokens):

@@ -65,9 +65,9 @@ class LayerEncoder:
             names = [one.cfg.metadata.hook_name for one in self.saes]
             if not names or None in names or len(set(names)) != len(names):
                 raise ValueError(
-                    "Each SAE in a list must have its own `cfg.metadata.hook_name`; got"
-                    f" {names}. An SAE of several hooks is given by itself, without "
-                    "a list."
+                    "Each SAE in a list must name its own hook in `cfg.metadata."
+                    f"hook_name`; got {names}. An SAE of several hooks is given by "
+                    "itself, without a list."
                 )
         self.hook_names = list(names)
 

@@ -44,9 +44,6 @@ def mlsae_huggingface_loader(
         cfg_overrides: Entries that replace those of the config.
         model_name, tuned_lens: As in `mlsae_disk_loader`.
 
-    Returns:
-        Config, tensors and None, as SAELens' loaders.
-
     Raises:
         FileNotFoundError: If a file is not cached and the hub cannot be reached.
         ValueError: If the repository does not hold a valid MLSAE.
@@ -102,10 +99,6 @@ def mlsae_disk_loader(
         tuned_lens: For a `-lens` checkpoint: a folder that tuned-lens saved, or a name
             in its hub space; None: the model's, if the folder's name or the config
             states that it has one.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If they do not hold a valid MLSAE.
     """
     path = Path(path)
     missing = [n for n in (_CONFIG, _WEIGHTS) if not (path / n).is_file()]
