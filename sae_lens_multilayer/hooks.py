@@ -71,9 +71,10 @@ def check_hook_choice(
     if chosen is None:
         return
     if isinstance(chosen, (int, str)) or not 0 < len(set(chosen)) == len(chosen):
+        name = "layers" if hook_names is None else "hook_names"
         raise ValueError(
-            "`hook_names` must be a list of names, or `layers` of block numbers, at "
-            f"least one and each once; got {chosen!r}. `layers=None` means all layers."
+            f"`{name}` must hold at least one entry, each once; got {chosen!r}. Use "
+            "`layers=None` for all layers."
         )
     if layers is None or "{layer}" in hook_name:
         return

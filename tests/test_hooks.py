@@ -53,7 +53,7 @@ def test_a_layer_out_of_range_is_an_error(layers):
 
 @pytest.mark.parametrize("layers", [[0, 0], [1, 2, 1], []])
 def test_repeated_or_no_layers_are_an_error_without_a_model(layers):
-    message = f"at least one and each once; got {layers}."
+    message = f"`layers` must hold at least one entry, each once; got {layers}."
     with pytest.raises(ValueError, match=re.escape(message)):
         check_hook_choice(DEFAULT_HOOK_NAME, None, layers)
 
@@ -79,7 +79,7 @@ def test_names_and_layers_together_are_an_error():
 
 @pytest.mark.parametrize("names", [[], [POST[0], POST[1], POST[0]]])
 def test_repeated_or_no_names_are_an_error(names):
-    message = f"at least one and each once; got {names}"
+    message = f"`hook_names` must hold at least one entry, each once; got {names}"
     with pytest.raises(ValueError, match=re.escape(message)):
         check_hook_choice(DEFAULT_HOOK_NAME, names, None)
 
