@@ -27,7 +27,7 @@ from sae_lens_multilayer.published.loader import (
     get_mlsae_config_from_hf,
     mlsae_huggingface_loader,
 )
-from sae_lens_multilayer.published.releases import Release, published_releases
+from sae_lens_multilayer.published.releases import directory_entries
 from sae_lens_multilayer.sae.config import (
     ARCHITECTURE,
     MultiLayerSAEConfig,
@@ -43,10 +43,7 @@ def register() -> None:
     """Register the multi-layer SAE, the published checkpoints and the runner.
 
     Calling it again has no effect. If this package is reloaded, its new classes replace
-    the old ones.
-
-    Raises:
-        RuntimeError: If another package has registered the same architecture name.
+    the old ones. An architecture of this name of another package is a RuntimeError.
     """
     # A training config looks up its inference class when it is created.
     _register_once(
@@ -67,29 +64,25 @@ def _register_releases() -> None:
     NAMED_PRETRAINED_SAE_LOADERS[LOADER_NAME] = mlsae_huggingface_loader
     NAMED_PRETRAINED_SAE_CONFIG_GETTERS[LOADER_NAME] = get_mlsae_config_from_hf
     directory = get_pretrained_saes_directory()
-    for release in published_releases():
-        present = directory.get(release.name)
+    for release, entry in directory_entries().items():
+        present = directory.get(release)
         # If SAELens lists a release itself, its entry is kept.
         if present is None or present.conversion_func == LOADER_NAME:
-            directory[release.name] = _lookup(release)
+            directory[release] = _lookup(entry)
 
 
-def _lookup(release: Release) -> PretrainedSAELookup:
-    entries: dict[str, Any] = {
-        "release": release.name,
-        "repo_id": release.location,
-        "model": release.model_name,
+def _lookup(entry: dict[str, Any]) -> PretrainedSAELookup:
+    entry = {
+        **entry,
         "conversion_func": LOADER_NAME,
-        "saes_map": release.paths,
         # SAELens' value where nothing was measured.
-        "expected_var_explained": dict.fromkeys(release.paths, 1.0),
-        "expected_l0": release.expected_l0,
+        "expected_var_explained": dict.fromkeys(entry["saes_map"], 1.0),
         "neuronpedia_id": {},
         "norm_scaling_factor": {},
     }
     # The other fields differ between versions of SAELens.
     values: dict[str, Any] = {
-        f.name: entries.get(f.name) for f in fields(PretrainedSAELookup)
+        field.name: entry.get(field.name) for field in fields(PretrainedSAELookup)
     }
     return PretrainedSAELookup(**values)
 

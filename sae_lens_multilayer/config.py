@@ -273,7 +273,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         """The settings of the lens; None if they must be loaded from the hub."""
         source: Any = self.tuned_lens
         if isinstance(source, dict):
-            return LensConfig.from_dict(source)
+            return LensConfig(**source)
         if isinstance(source, LayerLens):
             return source.config
         config = local_config(source)

@@ -28,8 +28,7 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
     """Yield a folder beside `path` that is renamed to `path` when the block ends.
 
     If the block raises, the folder is removed and `path` is unchanged. Everything is
-    flushed to the disk before the rename, so a crash cannot leave a torn folder. If
-    `path` is a link, its target is made.
+    flushed to the disk before the rename, so a crash cannot leave half a folder.
 
     Raises:
         FileExistsError: If something is at `path`, unless it is an empty folder. If it
@@ -45,14 +44,9 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
         yield partial
         for file in [*partial.rglob("*"), partial]:
             _flush(file)
-        _rename(partial, path)
-        _flush(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _rename(partial: Path, path: Path) -> None:
     try:
         os.replace(partial, path)
     except OSError as error:
@@ -61,6 +55,7 @@ def _rename(partial: Path, path: Path) -> None:
         raise FileExistsError(
             f"Something has appeared at {path}; what was to go there is saved at {kept}"
         ) from error
+    _flush(path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -95,12 +90,12 @@ def remove_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Generator[None, None, None]:
-    """Lock a folder, which is made, until the block or this process ends.
+    """Make and lock a folder until the block or this process ends.
 
     Raises:
         BlockingIOError: If another process has locked it.
     """
-    # Not at the top: on Windows, where it is missing, all else works.
+    # Imported here because Windows has no fcntl; everything else works there.
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,25 +115,20 @@ def locked(folder: Path) -> Generator[None, None, None]:
 def check_free(path: str | Path) -> None:
     """Raise FileExistsError if something would be overwritten at `path`."""
     path = Path(path)
-    if not path.exists():
-        return
-    if not path.is_dir() or any(path.iterdir()):
+    if path.exists() and (
+        not path.is_dir() or any(path.iterdir()) or path.resolve().is_mount()
+    ):
         raise FileExistsError(
-            f"{path} must be a new or an empty folder, so that nothing is overwritten. "
-            "Choose another path or move what is there."
-        )
-    if path.resolve().is_mount():
-        raise FileExistsError(
-            f"{path} must be a new folder or an empty one that can be replaced; it is "
-            "the root of a file system. Choose a folder inside it."
+            f"{path} must be a new or an empty folder (and not the root of a file "
+            "system), so that nothing is overwritten. Choose another path or move what "
+            "is there."
         )
 
 
 def free_path(path: str | Path) -> Path:
-    """`path`, or a new path beside it if something is at `path` by now.
+    """`path`, or a new logged path beside it if something is at `path` by now.
 
-    For the end of a long computation whose `path` was free at its start. The new path
-    is logged as a warning.
+    For the end of a long computation whose `path` was free at its start.
     """
     path = Path(path)
     try:
@@ -150,23 +140,17 @@ def free_path(path: str | Path) -> Path:
 
 
 def check_writable(path: str | Path, what: str) -> None:
-    """Check that a file or folder can be made at `path` later.
+    """Raise an error if no file or folder can be made at `path` later.
 
     Args:
         what: The name of the setting, for the message.
-
-    Raises:
-        FileExistsError: If something is there already.
-        OSError: If nothing can be made there.
     """
+    check_free(path)
     try:
-        check_free(path)
         parent = Path(path).resolve().parent
         while not parent.exists():
             parent = parent.parent
         tempfile.TemporaryDirectory(prefix=".write-check-", dir=parent).cleanup()
-    except FileExistsError as error:
-        raise FileExistsError(f"`{what}`: {error}") from error
     except OSError as error:
         # OSError chooses the subclass from the number.
         raise OSError(
@@ -177,26 +161,18 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: If it holds anything else; names the file.
-    """
+    """Read a JSON file that holds an object; a ValueError names a damaged file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, got {values!r:.80}")
     except ValueError as error:
         raise ValueError(_damaged(path, "JSON", error)) from error
-    if not isinstance(values, dict):
-        raise ValueError(_damaged(path, "a JSON object", f"got {values!r:.80}"))
     return values  # pyright: ignore[reportUnknownVariableType]
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file.
-
-    Raises:
-        ValueError: If it is damaged; names the file.
-    """
+    """Read a safetensors file; a ValueError names a damaged file."""
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
@@ -206,7 +182,7 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 def _damaged(path: Path, kind: str, problem: object) -> str:
     return (
         f"{path} must be {kind}; {problem}. The file is damaged: use another one, such "
-        "as an earlier checkpoint's."
+        "as that of an earlier checkpoint."
     )
 
 

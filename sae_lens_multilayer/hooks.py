@@ -38,8 +38,7 @@ def resolve_hook_names(
         model_name: For messages.
 
     Raises:
-        ValueError: If a layer is repeated or not in the model, or a template without
-            `{layer}` would name the same hook for several layers.
+        ValueError: As `check_hook_choice`, or if a layer is not in the model.
 
     Example:
         >>> resolve_hook_names("blocks.{layer}.hook_resid_post", None, [0, 3], 6)
@@ -62,46 +61,28 @@ def resolve_hook_names(
 def check_hook_choice(
     hook_name: str, hook_names: Sequence[str] | None, layers: Sequence[int] | None
 ) -> None:
-    """Check what can be known about a choice of hooks without a model.
-
-    Raises:
-        ValueError: As `resolve_hook_names`, for what does not depend on the model.
-    """
-    if type(hook_names) is str or type(layers) in (int, str):
+    """Raise ValueError for a choice of hooks that is wrong for every model."""
+    if hook_names is not None and layers is not None:
         raise ValueError(
-            "`hook_names` must be a list of names and `layers` a list of block numbers;"
-            f" got {hook_names!r} and {layers!r}."
+            "Give either `hook_names` or `layers`, not both; got "
+            f"hook_names={list(hook_names)} and layers={list(layers)}."
         )
-    if hook_names is not None:
-        if layers is not None:
-            raise ValueError(
-                "Give either `hook_names` or `layers`, not both; got "
-                f"hook_names={list(hook_names)} and layers={list(layers)}."
-            )
-        if not hook_names or len(set(hook_names)) != len(hook_names):
-            raise ValueError(
-                "`hook_names` must hold at least one name, each once; got "
-                f"{list(hook_names)}."
-            )
+    chosen = layers if hook_names is None else hook_names
+    if chosen is None:
         return
-    if layers is None:
+    if isinstance(chosen, (int, str)) or not 0 < len(set(chosen)) == len(chosen):
+        name = "layers" if hook_names is None else "hook_names"
+        raise ValueError(
+            f"`{name}` must hold at least one entry, each once; got {chosen!r}. Use "
+            "`layers=None` for all layers."
+        )
+    if layers is None or "{layer}" in hook_name:
         return
-    plain = all(type(layer) is int and layer >= 0 for layer in layers)
-    if not plain or not len(layers) or len(set(layers)) != len(layers):
-        raise ValueError(
-            "`layers` must hold at least one block number, each once and from 0; got "
-            f"{list(layers)}. Use `layers=None` for all layers."
-        )
-    if len(layers) > 1 and "{layer}" not in hook_name:
-        raise ValueError(
-            "`hook_name` must contain '{layer}' to name a hook for each of several "
-            f"layers, as in {DEFAULT_HOOK_NAME!r}; got {hook_name!r}."
-        )
     named = extract_layer_from_tlens_hook_name(hook_name)
-    if "{layer}" not in hook_name and named not in (None, layers[0]):
+    if len(layers) > 1 or named not in (None, layers[0]):
         raise ValueError(
-            f"`layers` and `hook_name` must mean the same block; got {list(layers)} "
-            f"and {hook_name!r}. Put '{{layer}}' in `hook_name` or leave out `layers`."
+            "`hook_name` must contain '{layer}' to name the hooks of `layers` = "
+            f"{list(layers)}, as in {DEFAULT_HOOK_NAME!r}; got {hook_name!r}."
         )
 
 
@@ -121,26 +102,21 @@ def layer_labels(hook_names: Sequence[str]) -> list[str]:
 
 
 def find_hook(hook_names: Sequence[str], layer_or_hook_name: int | str) -> int:
-    """Position on the layer axis of a hook given by its name or its block number.
-
-    Raises:
-        ValueError: If no hook, or more than one, is meant; lists the known ones.
-    """
-    if isinstance(layer_or_hook_name, str):
-        matches = [i for i, h in enumerate(hook_names) if h == layer_or_hook_name]
-    else:
-        matches = [
-            i
-            for i, h in enumerate(hook_names)
-            if extract_layer_from_tlens_hook_name(h) == layer_or_hook_name
-        ]
-    if len(matches) == 1:
-        return matches[0]
-    problem = "is not a hook" if not matches else "names several hooks"
-    raise ValueError(
-        f"{layer_or_hook_name!r} {problem} of this SAE; its hooks are "
-        f"{list(hook_names)}. Give one of these names or its block number."
-    )
+    """Index on the layer axis of a hook given by its name or its block number."""
+    by_name = isinstance(layer_or_hook_name, str)
+    matches = [
+        i
+        for i, name in enumerate(hook_names)
+        if layer_or_hook_name
+        == (name if by_name else extract_layer_from_tlens_hook_name(name))
+    ]
+    if len(matches) != 1:
+        problem = "names several hooks" if matches else "is not a hook"
+        raise ValueError(
+            f"{layer_or_hook_name!r} {problem} of this SAE; its hooks are "
+            f"{list(hook_names)}. Give one of these names or its block number."
+        )
+    return matches[0]
 
 
 def block_end(hook_name: str) -> tuple[int, bool] | None:
@@ -183,7 +159,7 @@ def stop_at_layer(hook_names: Sequence[str]) -> int | None:
 
 
 def is_residual(hook_name: str) -> bool:
-    """Whether a hook is known to be at the residual stream."""
+    """Whether the name of a hook is one at the residual stream."""
     return (
         block_end(hook_name) is not None
         or _OTHER_RESIDUAL_HOOK.fullmatch(hook_name) is not None

@@ -70,10 +70,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: str | Path, kind: str | None = None) -> "Record":
-        """Read the record of a folder.
-
-        Args:
-            kind: The kind that the folder must be of. None: any.
+        """Read the record of a folder; `kind` is the required kind, None: any.
 
         Raises:
             FileNotFoundError: If the folder has no record.
@@ -82,19 +79,12 @@ class Record:
         path = Path(folder) / RECORD_FILENAME
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} must be a folder written by this package"
-                + (f", of kind {kind!r}" if kind else "")
-                + f"; it has no {RECORD_FILENAME}."
+                f"{folder} must be a folder written by this package, of kind "
+                f"{kind or 'any'!r}; it has no {RECORD_FILENAME}."
             )
         values = read_json(path)
-        dicts = [values.get(name) for name in ("settings", "fingerprints", "versions")]
-        if set(values) != {f.name for f in fields(cls)} or not all(
-            isinstance(value, dict) for value in dicts
-        ):
-            raise ValueError(
-                f"{path} is damaged: it must hold a kind, settings, fingerprints and "
-                f"versions; got {sorted(values)}."
-            )
+        if set(values) != {f.name for f in fields(cls)}:
+            raise ValueError(f"{path} is damaged: it holds {sorted(values)}.")
         if kind not in (None, values["kind"]):
             raise ValueError(
                 f"{folder} must be of kind {kind!r}; its {RECORD_FILENAME} has "
@@ -157,11 +147,10 @@ def hash_of_json(value: Any) -> str:
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """Hash of a model's weights that is cheap: a sample of every parameter.
+    """Cheap hash of a model's weights.
 
-    Names, shapes, dtypes and up to `SAMPLES_PER_PARAMETER` entries of all parameters
-    are hashed, so other weights (another revision, fine-tuning, other processing or
-    dtype on loading) give another hash. A change of a few single entries may be missed.
+    It is of names, shapes, dtypes and up to `SAMPLES_PER_PARAMETER` entries of all
+    parameters, so a change of a few single entries may be missed.
     """
     samples: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():

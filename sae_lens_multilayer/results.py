@@ -65,9 +65,4 @@ class Result(ABC):
     def load(cls: type[T_RESULT], path: str | Path) -> T_RESULT:
         """Read a result that `save` wrote; ValueError if it is of another class."""
         settings = Record.read(path, cls.__name__).settings
-        try:
-            return cls(**settings, **read_tensors(Path(path) / TENSORS_FILE))
-        except TypeError as error:
-            raise ValueError(
-                f"{path} must hold a {cls.__name__} as its `save` wrote it; {error}."
-            ) from error
+        return cls(**settings, **read_tensors(Path(path) / TENSORS_FILE))

@@ -654,7 +654,7 @@ class TestErrors:
 
     def test_hooks_of_different_widths(self, model, make_config, token_dataset):
         config = make_config(hook_names=["blocks.0.mlp.hook_post", RESID_POST[1]])
-        with pytest.raises(ValueError, match=r"same width.*hook_post: 32.*: 16"):
+        with pytest.raises(ValueError, match=r"must be 32, .*hook_post'; got 16"):
             make_store(model, config, token_dataset)
 
     def test_head_of_a_hook_without_heads(self, model, make_config, token_dataset):

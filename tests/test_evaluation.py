@@ -240,24 +240,6 @@ class TestErrors:
         with pytest.raises(ValueError, match="at least one token"):
             reconstruction_metrics(train(), model, tokens, exclude_tokens=[7])
 
-    def test_prompt_longer_than_the_context(self, train, model):
-        tokens = torch.ones(2, N_CTX + 1, dtype=torch.long)
-        with pytest.raises(ValueError, match=r"at most 16 tokens.*got 17"):
-            reconstruction_metrics(train(), model, tokens)
-
-    def test_no_prompts(self, train, model, tokens):
-        with pytest.raises(ValueError, match=r"one prompt .* got .*shape \(0, 16\)"):
-            reconstruction_metrics(train(), model, tokens[:0])
-
-    def test_batches_of_no_prompts(self, train, model, tokens):
-        with pytest.raises(ValueError, match="`batch_size_prompts` must be at least 1"):
-            reconstruction_metrics(train(), model, tokens, batch_size_prompts=0)
-
-    def test_token_ids_outside_the_vocabulary(self, train, model, tokens):
-        tokens[0, 0] = D_VOCAB
-        with pytest.raises(ValueError, match=rf"in \[0, {D_VOCAB}\).*to {D_VOCAB}"):
-            reconstruction_metrics(train(), model, tokens)
-
     def test_model_of_another_width(self, train, tokenizer, tokens):
         wider = tiny_model(tokenizer, d_model=24)
         with pytest.raises(ValueError, match=r"must be 24, .*resid_post'; got 16"):

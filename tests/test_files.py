@@ -107,7 +107,7 @@ def test_existing_files_are_never_overwritten(tmp_path, make):
     mode = target.lstat().st_mode
     with pytest.raises(FileExistsError, match="must be a new or an empty folder"):
         write(target)
-    with pytest.raises(FileExistsError, match=r"`output_path`.*a new or an empty"):
+    with pytest.raises(FileExistsError, match="must be a new or an empty"):
         check_writable(target, "output_path")
     assert names(tmp_path) == ["there"]
     assert target.lstat().st_mode == mode
@@ -256,6 +256,6 @@ def test_a_mount_point_cannot_be_replaced(tmp_path, monkeypatch):
     # Nothing can be renamed onto one.
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(files.Path, "is_mount", lambda path: path.name == "disk")
-    with pytest.raises(FileExistsError, match=r"root of a file system.*inside it"):
+    with pytest.raises(FileExistsError, match="root of a file system"):
         check_writable(tmp_path / "disk", "output_path")
     check_writable(tmp_path / "disk" / "new", "output_path")

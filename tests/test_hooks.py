@@ -44,16 +44,16 @@ def test_a_name_without_template_is_one_hook():
     assert resolve_hook_names(POST[3], None, [3], 5) == [POST[3]]
 
 
-@pytest.mark.parametrize("layers", [[5], [0, 7], [10**6]])
+@pytest.mark.parametrize("layers", [[5], [0, 7], [-1]])
 def test_a_layer_out_of_range_is_an_error(layers):
     message = f"must be distinct and in [0, 5) for 'tiny'; got {layers}. Use `layers=N"
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve_hook_names(DEFAULT_HOOK_NAME, None, layers, 5, "tiny")
 
 
-@pytest.mark.parametrize("layers", [[0, 0], [1, 2, 1], [], [-1], [0, -1]])
-def test_repeated_negative_or_no_layers_are_an_error_without_a_model(layers):
-    message = f"at least one block number, each once and from 0; got {layers}."
+@pytest.mark.parametrize("layers", [[0, 0], [1, 2, 1], []])
+def test_repeated_or_no_layers_are_an_error_without_a_model(layers):
+    message = f"`layers` must hold at least one entry, each once; got {layers}."
     with pytest.raises(ValueError, match=re.escape(message)):
         check_hook_choice(DEFAULT_HOOK_NAME, None, layers)
 
@@ -68,7 +68,7 @@ def test_several_layers_need_a_template():
 
 
 def test_a_layer_that_is_not_the_one_in_the_hook_name_is_an_error():
-    with pytest.raises(ValueError, match=r"must mean the same block; got \[3\].*ks\.0"):
+    with pytest.raises(ValueError, match=r"must contain .*\[3\].*ks\.0"):
         check_hook_choice(POST[0], None, [3])
 
 
@@ -79,7 +79,7 @@ def test_names_and_layers_together_are_an_error():
 
 @pytest.mark.parametrize("names", [[], [POST[0], POST[1], POST[0]]])
 def test_repeated_or_no_names_are_an_error(names):
-    message = f"must hold at least one name, each once; got {names}"
+    message = f"`hook_names` must hold at least one entry, each once; got {names}"
     with pytest.raises(ValueError, match=re.escape(message)):
         check_hook_choice(DEFAULT_HOOK_NAME, names, None)
 

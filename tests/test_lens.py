@@ -4,7 +4,6 @@ Fitting is checked against what it promises: KL to the model's output on held-ou
 """
 
 import copy
-import functools
 import inspect
 import json
 import re
@@ -33,7 +32,7 @@ from sae_lens_multilayer.lens.config import LensConfig, translator_of
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.shape import ModelShape
+from sae_lens_multilayer.models.model import ModelShape
 
 FOLDER = str(PAPER_DATA / "model")
 BLOCKS, D_IN = 5, 64
@@ -352,7 +351,6 @@ def test_a_part_shares_memory_until_it_is_converted_or_loaded_into():
 def test_repr_describes_the_lens(tuned_lens):
     text = repr(layer_lens(tuned_lens))
     assert "alignment='tuned_lens'" in text
-    assert f"identity at ['{POST[4]}']" in text
     assert repr(FOLDER) in text
 
 
@@ -370,7 +368,7 @@ def test_hooks_with_the_same_translator_share_no_memory(tuned_lens, tmp_path):
     ]
     save_file(lens.state_dict(), tmp_path / "lens.safetensors")
     config = json.loads(json.dumps(lens.config.to_dict()))
-    loaded = LayerLens(LensConfig.from_dict(config), device="meta")
+    loaded = LayerLens(LensConfig(**config), device="meta")
     loaded.load_state_dict(load_file(tmp_path / "lens.safetensors"), assign=True)
     assert loaded.config == lens.config
     for name, tensor in lens.state_dict().items():
@@ -380,13 +378,10 @@ def test_hooks_with_the_same_translator_share_no_memory(tuned_lens, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"0.bias": None}, r"missing: \['0.bias'\]"),
-        ({"1.bias": torch.ones(4)}, r"unknown: \['1.bias'\]"),
-        ({"0.bias": torch.ones(4, 4)}, r"'0.bias'.*\(4,\).*got.*\(4, 4\)"),
-        ({"0.bias": torch.full((4,), torch.nan)}, "'0.bias'.*without NaN"),
-        ({"0.bias": torch.ones(4, dtype=torch.complex64)}, "'0.bias'.*complex64"),
-        ({"0.bias": torch.ones(4, dtype=torch.int64)}, "'0.bias'.*int64"),
-        ({"0.bias": torch.ones(4).to_sparse()}, "'0.bias'.*sparse_coo"),
+        ({"0.bias": None}, r"'0.bias': 'None instead of \(4,\)'"),
+        ({"1.bias": torch.ones(4)}, r"'1.bias': '\(4,\) instead of None'"),
+        ({"0.bias": torch.ones(4, 4)}, r"'0.bias': '\(4, 4\) instead of \(4,\)'"),
+        ({"0.bias": torch.full((4,), torch.nan)}, "'0.bias'.*NaN"),
     ],
 )
 def test_a_state_dict_of_another_lens_is_an_error(changes, message):
@@ -397,21 +392,6 @@ def test_a_state_dict_of_another_lens_is_an_error(changes, message):
         lens.check_tensors(tensors)
     with pytest.raises(ValueError, match=message):
         LayerLens.from_tensors(lens.config, tensors)
-
-
-def test_settings_are_checked():
-    good = LensConfig(POST, BLOCKS, D_IN).to_dict()
-    assert LensConfig.from_dict(good).to_dict() == good
-    for name, value in [
-        ("n_layers", None),
-        ("d_in", "16"),
-        ("hook_names", None),
-        ("hook_names", [POST[0], POST[0]]),
-        ("alignment", "paper"),
-        ("unknown_key", 4),
-    ]:
-        with pytest.raises(ValueError, match="`tuned_lens`, are not valid"):
-            LensConfig.from_dict({**good, name: value})
 
 
 # Where a lens comes from
@@ -471,23 +451,20 @@ def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **changes) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"d_model": 32}, "'0.weight'.*\\(32, 32\\).*got.*\\(64, 64\\)"),
-        ({"num_hidden_layers": 6}, "missing: \\['5.bias', '5.weight'\\]"),
-        ({"num_hidden_layers": 4}, "unknown: \\['4.bias', '4.weight'\\]"),
-        ({"d_model": "16"}, "`d_model` .*'16'"),
-        ({"num_hidden_layers": None}, "`num_hidden_layers` .*None"),
-        ({"lens_type": "mlp"}, "`lens_type` must be 'linear_tuned_lens'; got 'mlp'"),
+        ({"d_model": 32}, r"'0.weight': '\(64, 64\) instead of \(32, 32\)'"),
+        ({"num_hidden_layers": 6}, "'5.bias': 'None instead"),
+        ({"num_hidden_layers": 4}, "'4.bias': .* instead of None"),
     ],
 )
 def test_files_that_do_not_fit_each_other_are_an_error(folder, changes, message):
     rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=f"{folder}.*{message}"):
+    with pytest.raises(ValueError, match=message):
         layer_lens(folder, POST[:4])
 
 
 def test_a_nan_in_the_file_is_an_error_even_where_it_is_not_used(folder):
     rewrite(folder, {"0.bias": torch.full((D_IN,), torch.nan)})
-    with pytest.raises(ValueError, match=rf"{folder}.*'0\.bias' .*without NaN"):
+    with pytest.raises(ValueError, match=r"'0\.bias'.*NaN"):
         layer_lens(folder)
 
 
@@ -516,7 +493,7 @@ class Harmful:
 def test_a_pickle_of_anything_else_is_not_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"0.weight": Harmful()}, folder / "params.pt")
-    with pytest.raises(ValueError, match=r"params\.pt must hold tensors only"):
+    with pytest.raises(ValueError, match=r"tensors only.*Weights only load failed"):
         layer_lens(folder)
     assert not (tmp_path / "executed").exists()
 
@@ -524,24 +501,12 @@ def test_a_pickle_of_anything_else_is_not_run(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("params.pt", b""),
-        ("params.pt", b"not a pickle"),
         ("params.pt", b"PK\x03\x04"),
         ("config.json", b"{"),
-        ("config.json", b"{}"),
-        ("config.json", b"[1]"),
-        ("config.json", b"null"),
     ],
 )
 def test_a_broken_file_is_an_error_that_names_it(folder, name, content):
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(folder / name))):
-        layer_lens(folder)
-
-
-@pytest.mark.parametrize("content", [{"0.bias": 1.0}, {0: torch.ones(1)}, [1, 2]])
-def test_values_that_are_no_named_tensors_are_an_error(folder, content):
-    torch.save(content, folder / "params.pt")
     with pytest.raises(ValueError, match=str(folder)):
         layer_lens(folder)
 
@@ -568,7 +533,7 @@ def test_another_unembedding_is_a_warning_that_names_both(folder, hf_model):
 
 
 @pytest.mark.filterwarnings("error:The lens may be")
-def test_the_same_unembedding_is_silent_whoever_holds_it(folder, hf_model, bridge):
+def test_the_same_unembedding_gives_no_warning(folder, hf_model, bridge):
     layer_lens(folder, model=hf_model)
     layer_lens(folder, model=bridge)
     rewrite(folder, unembed_hash=None)
@@ -664,7 +629,6 @@ def fitted(hf_model, text, tmp_path_factory) -> tuple[TunedLens, Path]:
         n_steps=40,
         batch_size_prompts=16,
         output_path=path,
-        progress=False,
     )
     return lens, path
 
@@ -719,7 +683,6 @@ def test_fitting_does_not_change_the_model(hf_model, text):
         text,
         n_steps=2,
         batch_size_prompts=4,
-        progress=False,
         optimizer="adam",
     )
     for name, tensor in hf_model.model.state_dict().items():
@@ -729,8 +692,8 @@ def test_fitting_does_not_change_the_model(hf_model, text):
 
 def test_a_bridge_is_fitted_like_the_model_inside(bridge, hf_model, text):
     settings: dict[str, Any] = {"n_steps": 3, "batch_size_prompts": 4}
-    ours = fit_tuned_lens(bridge, text, **settings, progress=False)
-    theirs = fit_tuned_lens(hf_model, text, **settings, progress=False)
+    ours = fit_tuned_lens(bridge, text, **settings)
+    theirs = fit_tuned_lens(hf_model, text, **settings)
     for name, tensor in theirs.layer_translators.state_dict().items():
         found = ours.layer_translators.state_dict()[name]
         torch.testing.assert_close(found, tensor, atol=1e-4, rtol=1e-3)
@@ -753,7 +716,7 @@ def test_any_hooked_transformer_is_fitted(tokenizer, changes):
         for p in model.parameters():
             p.mul_(5)  # so that there is something to predict
     tokens = torch.randint(1, 512, (8, 16))
-    lens = fit_tuned_lens(model, tokens, n_steps=30, progress=False)
+    lens = fit_tuned_lens(model, tokens, n_steps=30)
     assert {p.dtype for p in lens.layer_translators.parameters()} == {model.cfg.dtype}
     assert (lens_kl(model, tokens, lens) < lens_kl(model, tokens)).all()
     assert lens.config.num_hidden_layers == model.cfg.n_layers
@@ -763,9 +726,7 @@ def test_steps_do_not_depend_on_how_a_batch_is_split(tokenizer):
     model = tiny_model(tokenizer).to(float64)
     tokens = torch.randint(1, 512, (7, 16))
     lenses = [
-        fit_tuned_lens(
-            model, tokens, n_steps=3, forward_batch_size_prompts=n, progress=False
-        )
+        fit_tuned_lens(model, tokens, n_steps=3, forward_batch_size_prompts=n)
         for n in (2, 7)
     ]
     a, b = (lens.layer_translators.state_dict() for lens in lenses)
@@ -787,9 +748,7 @@ def test_a_step_is_tuned_lens_own_recipe(tokenizer):
     torch.nn.utils.clip_grad_norm_(params, 0.01)
     # (1 - 0.9) * lr times the gradient plus 0.9 times the momentum, which is the same.
     expected = [-0.1 * 1.9 * p.grad for p in params if p.grad is not None]
-    fitted = fit_tuned_lens(
-        model, tokens, n_steps=1, max_grad_norm=0.01, progress=False
-    )
+    fitted = fit_tuned_lens(model, tokens, n_steps=1, max_grad_norm=0.01)
     for p, value in zip(fitted.layer_translators.parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach(), value)
 
@@ -815,51 +774,16 @@ def test_an_unembed_does_not_call_the_models_hooks(hf_model):
     assert seen == []
 
 
-def test_the_progress_bar_is_optional(model, capsys, monkeypatch):
-    shown = functools.partial(lens_fit.tqdm, disable=False)  # whatever TQDM_DISABLE
-    monkeypatch.setattr(lens_fit, "tqdm", shown)
-    tokens = torch.randint(1, 512, (2, 8))
-    fit_tuned_lens(model, tokens, n_steps=2, progress=False)
-    assert capsys.readouterr().err == ""
-    fit_tuned_lens(model, tokens, n_steps=2)
-    captured = capsys.readouterr()
-    assert "Fitting the tuned lens" in captured.err
-    assert "kl=" in captured.err
-    assert captured.out == ""
-
-
-BAD_SETTINGS = {
-    "optimizer": "SGD",
-    "lr": -1.0,
-    "n_steps": 1.5,
-    "forward_batch_size_prompts": 0,
-}
-
-
-@pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_a_setting_that_cannot_be_fitted_with_is_an_error(model, name):
+def test_an_unknown_optimizer_is_an_error(model):
     fit = inspect.unwrap(fit_tuned_lens)  # the tests' type checks would stop a call
-    settings = {name: BAD_SETTINGS[name]}
-    message = "learning rate" if name == "lr" else name
-    with pytest.raises(ValueError, match=message):
-        fit(model, torch.randint(1, 512, (2, 8)), **settings)
+    with pytest.raises(ValueError, match=r"`optimizer` .*got 'SGD'"):
+        fit(model, torch.randint(1, 512, (2, 8)), optimizer="SGD")
 
 
 @pytest.mark.parametrize("function", [fit_tuned_lens, lens_kl])
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        (torch.tensor([[1, -1]]), r"in \[0, 512\).*from -1 to 1"),
-        (torch.tensor([[1, 512]]), r"in \[0, 512\).*from 1 to 512"),
-        (torch.ones(1, 2), r"integers of shape.*got torch\.float32 of shape \(1, 2\)"),
-        ([[1, 2]], "integers of shape.*got list"),
-        (torch.ones(2, dtype=torch.int64), r"\[prompt, pos\]; got torch\.int64"),
-    ],
-)
-def test_tokens_are_those_that_the_model_can_run(model, function, tokens, message):
-    function = inspect.unwrap(function)
-    with pytest.raises(ValueError, match=message):
-        function(model, tokens)
+def test_tokens_are_those_that_the_model_can_run(model, function):
+    with pytest.raises(ValueError, match=r"in \[0, 512\).*from 1 to 512"):
+        function(model, torch.tensor([[1, 512]]))
 
 
 @pytest.mark.parametrize("function", [fit_tuned_lens, lens_kl])
@@ -870,22 +794,11 @@ def test_a_model_with_saes_attached_is_an_error(tokenizer, function):
         function(model, torch.randint(1, 512, (2, 8)))
 
 
-def test_kl_needs_batches_and_a_lens_of_the_model(model, tokenizer, tuned_lens):
-    tokens = torch.randint(1, 512, (2, 8))
-    deep = new_tuned_lens(tiny_model(tokenizer, n_layers=3))
-    with pytest.raises(ValueError, match="for 3 blocks of width 16; 'custom' has 2"):
-        lens_kl(model, tokens, deep)
-    with pytest.raises(ValueError, match="for 5 blocks of width 64; 'custom' has 2"):
-        lens_kl(model, tokens, tuned_lens)
-    with pytest.raises(ValueError, match="`forward_batch_size_prompts` must be posi"):
-        lens_kl(model, tokens, forward_batch_size_prompts=0)
-
-
 def test_inference_mode_changes_nothing(model):
     tokens = torch.randint(1, 512, (2, 8))
-    expected = fit_tuned_lens(model, tokens, n_steps=2, progress=False)
+    expected = fit_tuned_lens(model, tokens, n_steps=2)
     with torch.inference_mode():
-        lens = fit_tuned_lens(model, tokens.clone(), n_steps=2, progress=False)
+        lens = fit_tuned_lens(model, tokens.clone(), n_steps=2)
     for a, b in zip(lens.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -893,7 +806,7 @@ def test_inference_mode_changes_nothing(model):
 def test_a_lens_that_is_not_finite_is_not_saved(tokenizer, tmp_path):
     """The loss, taken before each step, does not see the last one."""
     model = tiny_model(tokenizer, dtype=torch.float16)
-    message = r"'0\.weight' .*not finite in torch\.float16"
+    message = r"fitted lens is not finite in torch\.float16"
     with pytest.raises(FloatingPointError, match=message):
         fit_tuned_lens(
             model,
@@ -901,7 +814,6 @@ def test_a_lens_that_is_not_finite_is_not_saved(tokenizer, tmp_path):
             n_steps=1,
             lr=1e12,
             output_path=tmp_path / "lens",
-            progress=False,
         )
     assert not (tmp_path / "lens").exists()
 
@@ -932,7 +844,7 @@ def test_a_folder_created_during_the_fit_is_not_overwritten(
 
     monkeypatch.setattr(lens_fit, "_backward", appear)
     tokens = torch.randint(1, 512, (2, 8))
-    fit_tuned_lens(model, tokens, n_steps=1, output_path="~/lens", progress=False)
+    fit_tuned_lens(model, tokens, n_steps=1, output_path="~/lens")
     assert "has appeared at" in caplog.text
     (saved,) = tmp_path.glob("lens-*/params.pt")
     assert f"saving to {saved.parent}" in caplog.text
@@ -941,10 +853,6 @@ def test_a_folder_created_during_the_fit_is_not_overwritten(
 
 def test_bad_input_to_a_fit_is_an_error(model, tmp_path):
     tokens = torch.randint(1, 512, (2, 8))
-    with pytest.raises(ValueError, match=r"hold at least one .*got shape \(0, 8\)"):
-        fit_tuned_lens(model, tokens[:0])
-    with pytest.raises(ValueError, match=r"must be at most 16 tokens.*got 17"):
-        fit_tuned_lens(model, torch.ones(1, 17, dtype=torch.int64))
     (tmp_path / "notes").touch()
     with pytest.raises(FileExistsError, match="must be a new or an empty folder"):
         fit_tuned_lens(model, tokens, output_path=tmp_path)
@@ -955,11 +863,4 @@ def test_bad_input_to_a_fit_is_an_error(model, tmp_path):
 def test_a_loss_that_is_not_finite_is_an_error(model):
     model.blocks[0].mlp.b_out.data.fill_(torch.nan)
     with pytest.raises((FloatingPointError, ValueError), match=r"KL .*(nan|finite)"):
-        fit_tuned_lens(model, torch.randint(1, 512, (2, 8)), n_steps=1, progress=False)
-
-
-def test_a_model_whose_logits_are_something_else_is_an_error(model):
-    model.unembed.register_forward_hook(lambda module, inputs, output: 3 * output)
-    model.unembed.W_U.data.mul_(20)
-    with pytest.raises(ValueError, match="logits must be the unembedding"):
-        fit_tuned_lens(model, torch.randint(1, 512, (2, 8)), progress=False)
+        fit_tuned_lens(model, torch.randint(1, 512, (2, 8)), n_steps=1)

@@ -20,7 +20,6 @@ from saes import HOOK_NAMES, random_acts, random_lens, random_sae, run_fresh
 from safetensors.torch import load_file, save_file
 
 from sae_lens_multilayer import MultiLayerSAE, MultiLayerTrainingSAE
-from sae_lens_multilayer.lens.carrier import saved_lens
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.topk import reference
 
@@ -151,13 +150,6 @@ def test_a_removed_lens_leaves_nothing(tmp_path):
     ]
 
 
-def test_deleting_it_takes_it_off():
-    sae = sae_with_lens()
-    del sae.lens
-    assert sae.lens is None
-    assert "tuned_lens" not in sae.cfg.metadata
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_another_sae_with_the_same_settings_keeps_its_own(training, tmp_path):
     plain = random_sae(training)
@@ -195,12 +187,12 @@ def test_a_copy_has_a_lens_of_its_own():
 
 def test_a_lens_of_another_width_or_other_hooks_is_an_error():
     sae = random_sae()
-    with pytest.raises(ValueError, match=r"width, d_in = 16; .* has 8"):
+    with pytest.raises(ValueError, match=r"width, d_in = 16.*; got 8"):
         sae.lens = random_lens(d_in=8)
-    with pytest.raises(ValueError, match=r"hooks of the SAE.*got \['blocks\.1"):
+    with pytest.raises(
+        ValueError, match=r"hooks in the same order.*got 16 and \['blocks\.1"
+    ):
         sae.lens = random_lens(HOOK_NAMES[::-1])
-    with pytest.raises(ValueError, match="must be a LayerLens or None; got Linear"):
-        sae.lens = torch.nn.Linear(1, 1)
     assert sae.lens is None
     assert "tuned_lens" not in sae.cfg.metadata
 
@@ -259,24 +251,12 @@ def test_a_checkpoint_with_a_nan_or_without_a_tensor_is_an_error(tmp_path):
     tensors = load_file(tmp_path / SAE_WEIGHTS_FILENAME)
     bad = {**tensors, "lens.1.bias": torch.full((D_MODEL,), torch.nan)}
     save_file(bad, tmp_path / SAE_WEIGHTS_FILENAME)
-    with pytest.raises(ValueError, match=r"'1\.bias' .*without NaN"):
+    with pytest.raises(ValueError, match=r"'1\.bias'.*NaN"):
         SAE.load_from_disk(tmp_path)
     del tensors["lens.1.bias"]
     save_file(tensors, tmp_path / SAE_WEIGHTS_FILENAME)
-    with pytest.raises(ValueError, match=r"missing: \['1\.bias'\]"):
+    with pytest.raises(ValueError, match=r"'1\.bias': 'None instead"):
         SAE.load_from_disk(tmp_path)
-
-
-def test_settings_that_are_wrong_are_an_error(tmp_path):
-    sae_with_lens().save_model(tmp_path)
-    saved = json.loads((tmp_path / SAE_CFG_FILENAME).read_text())
-    saved["metadata"]["tuned_lens"]["n_layers"] = None
-    (tmp_path / SAE_CFG_FILENAME).write_text(json.dumps(saved))
-    message = "(?s)`tuned_lens`, are not valid: .*n_layers"
-    with pytest.raises(ValueError, match=message):
-        SAE.load_from_disk(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: .*not valid"):
-        saved_lens(tmp_path)
 
 
 # Views
@@ -384,9 +364,9 @@ def test_scales_of_raw_vectors_are_not_folded_into_weights_behind_a_lens():
     want = sae(x)
     eye = torch.eye(D_MODEL)
     for one in (sae, sae.view(0)):
-        with pytest.raises(ValueError, match="after its tuned lens"):
+        with pytest.raises(ValueError, match="no tuned lens"):
             one.fold_activation_norm_scaling_factor(2.0)
-        with pytest.raises(ValueError, match="after its tuned lens"):
+        with pytest.raises(ValueError, match="no tuned lens"):
             one.fold_activation_whitening(torch.zeros(D_MODEL), eye, eye)
     assert torch.equal(sae(x), want)
 

@@ -79,7 +79,7 @@ class TestConfig:
     @pytest.mark.parametrize("kind", ["object", "folder"])
     def test_another_width_is_an_error(self, make_config, tuned_lens, folder, kind):
         lens = tuned_lens if kind == "object" else folder
-        message = "SAE's width, d_in = 8; the lens of 'custom' has 16"
+        message = "SAE's width, d_in = 8.*; got 16"
         with pytest.raises(ValueError, match=message):
             make_config(sae=tiny_sae_config(d_in=8), tuned_lens=lens)
 
@@ -90,13 +90,13 @@ class TestConfig:
 
     def test_a_lens_of_other_hooks_is_an_error(self, make_config):
         lens = random_lens(HOOK_NAMES[:1], "tuned_lens")
-        with pytest.raises(ValueError, match="hooks of the SAE"):
+        with pytest.raises(ValueError, match="hooks in the same order"):
             make_config(tuned_lens=lens)
         make_config(tuned_lens=lens, layers=[0])
 
     def test_a_lens_in_another_alignment_is_an_error(self, make_config):
         with pytest.raises(
-            ValueError, match=r"`alignment`, 'tuned_lens';.*has 'reference'"
+            ValueError, match=r"lens_alignment.*'reference'; got 'tuned_lens'"
         ):
             make_config(tuned_lens=random_lens())
         config = make_config(tuned_lens=random_lens(), lens_alignment="reference")
@@ -129,7 +129,7 @@ class TestConfig:
                 base_model_name="custom",
                 unembed_hash=tuned_lens.config.unembed_hash,
             )
-            assert LensConfig.from_dict(saved["tuned_lens"]) == expected
+            assert LensConfig(**saved["tuned_lens"]) == expected
         assert config.tuned_lens is not saved["tuned_lens"]
 
     def test_without_a_lens_the_config_does_not_mention_one(self, make_config):
@@ -160,7 +160,7 @@ class TestEarlyErrors:
 
     def test_a_nan_in_the_file(self, check, folder):
         self.rewrite(folder, {"0.bias": torch.full((D_MODEL,), torch.nan)})
-        check(r"'0\.bias' .*without NaN", folder)
+        check(r"'0\.bias'.*NaN", folder)
 
     def test_an_ill_conditioned_translator(self, check, folder):
         weight = torch.zeros(D_MODEL, D_MODEL)
@@ -347,7 +347,7 @@ class TestCheckpoints:
         )
         sae = start(config).run()
         # Of the settings that differ it names no lens, which is the same.
-        assert "does not end as it would have: training_tokens." in caplog.text
+        assert "`training_tokens`: 512 in the folder" in caplog.text
         x = torch.randn(3, D_MODEL)
         torch.testing.assert_close(
             sae.lens.transform(x, 0), tuned_lens.transform_hidden(x, 1)
@@ -390,7 +390,7 @@ class TestCheckpoints:
         self, start, make_config, checkpoint
     ):
         config = make_config(from_pretrained_path=checkpoint, layers=[0])
-        with pytest.raises(ValueError, match="hooks of the SAE"):
+        with pytest.raises(ValueError, match="hooks in the same order"):
             start(config)
 
     @pytest.mark.parametrize("way", ["resume_from_checkpoint", "from_pretrained_path"])
@@ -399,7 +399,7 @@ class TestCheckpoints:
     ):
         config = make_config(lens_alignment="reference", **{way: checkpoint})
         with pytest.raises(
-            ValueError, match=r"`alignment`, 'reference';.*has 'tuned_lens'"
+            ValueError, match=r"lens_alignment.*'tuned_lens'; got 'reference'"
         ):
             start(config)
 
@@ -409,6 +409,6 @@ class TestCheckpoints:
         given: Any = TrainingSAE.load_from_disk(checkpoint)
         config = make_config(lens_alignment="reference")
         with pytest.raises(
-            ValueError, match=r"`alignment`, 'reference';.*has 'tuned_lens'"
+            ValueError, match=r"lens_alignment.*'tuned_lens'; got 'reference'"
         ):
             start(config, override_sae=given)

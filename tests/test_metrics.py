@@ -182,9 +182,7 @@ def test_latents_of_separate_saes_are_dead_by_layer():
 def test_a_layer_that_does_not_vary_is_an_error_that_names_it(value):
     x, x_hat, acts = random_case(0, n_tokens=1000)
     x[:, 1] = value * torch.arange(1, 5)
-    with pytest.raises(
-        ValueError, match=r"must vary over tokens.*all 1000 are"
-    ) as info:
+    with pytest.raises(ValueError, match="must vary over tokens") as info:
         metrics_of(x, x_hat, acts)
     assert HOOKS[1] in str(info.value)
     assert HOOKS[0] not in str(info.value)
@@ -209,7 +207,7 @@ def test_one_token_has_no_fvu():
 def test_values_that_are_not_finite_are_an_error_that_names_the_hook(which, value):
     case = random_case(0)
     case[which][3, 2, 1] = value
-    with pytest.raises(ValueError, match=r"must be finite; they are not at.*blocks.4"):
+    with pytest.raises(ValueError, match=r"must be finite.*blocks.4"):
         metrics_of(*case)
 
 

@@ -114,7 +114,7 @@ def test_a_checkpoint_with_the_transformer_has_the_hooks_of_that(
     view = SAE.from_pretrained(RELEASE, f"{SAE_ID}-tfm/{HOOK_NAMES[2]}")
 
     assert sae.cfg.metadata.hook_names == HOOK_NAMES[:5]
-    assert "'n_layers': 5" in caplog.text
+    assert "its name or its model" in caplog.text
     assert sae.cfg.metadata.context_size == 64
     assert_reconstructs(sae, paper["x"], paper["x_hat"])
     assert_reconstructs(view, paper["x"][2], paper["x_hat"][2])
@@ -317,7 +317,7 @@ def test_a_stored_lens_without_a_tensor_is_an_error(offline_hub):
         {**files, "model.safetensors": save(tensors)},
     )
 
-    with pytest.raises(ValueError, match=r"missing: \['2.bias'\]"):
+    with pytest.raises(ValueError, match=r"'2\.bias': 'None instead"):
         SAE.from_pretrained(RELEASE, f"{SAE_ID}-lens-tfm")
 
 
@@ -469,7 +469,7 @@ def test_the_transformer_in_the_file_gives_the_hooks(tmp_path):
     [
         ("mlsae-gpt2-x8-k8", "'d_in'"),
         ("mlsae-gpt2-x8-k8-tfm", "'d_in'"),
-        ("mlsae-gpt2-x9-k8", "'expansion_factor': 9"),
+        ("mlsae-gpt2-x9-k8", f"'d_sae': {9 * 64}"),
         ("mlsae-gpt2-x8-k9", "'k': 9"),
     ],
 )
@@ -484,7 +484,6 @@ def test_sizes_that_the_name_contradicts_are_warned_of(
     expected = caplog.text.rpartition(" has {")[2]
     assert "'d_in': 768" in expected
     assert differing in expected
-    assert ("'k'" in expected) == ("'k'" in differing)
 
 
 def test_a_folder_of_one_layer_is_a_stock_sae(tmp_path, paper):
@@ -505,35 +504,13 @@ def test_a_folder_of_one_layer_is_a_stock_sae(tmp_path, paper):
 # Bad input
 
 
-def test_without_a_network_the_error_lists_cached_repositories(offline_hub):
-    put(offline_hub, REPOSITORY, plain_files())
-    put(offline_hub, "someone/other", plain_files())
-
-    with pytest.raises(FileNotFoundError, match="cannot be reached") as error:
-        SAE.from_pretrained(RELEASE, "x64-k64")
-
-    message = str(error.value)
-    assert "x64-k64 is not cached" in message
-    assert f"repositories of tim-lawson: ['{REPOSITORY}']" in message
-
-
-def test_without_a_cache_the_error_states_that_nothing_is_cached(offline_hub):
-    offline_hub.rmdir()
-
-    with pytest.raises(FileNotFoundError, match=r"repositories of tim-lawson: \[\]"):
-        SAE.from_pretrained(RELEASE, SAE_ID)
-
-
-def test_a_cached_repository_without_the_weights_is_an_error_that_lists_its_files(
-    offline_hub,
-):
+def test_without_a_network_or_a_cached_file_it_is_not_found(offline_hub):
     files = {"config.json": paper_config("mlsae"), "pytorch_model.bin": b"a pickle"}
     put(offline_hub, REPOSITORY, files)
 
-    with pytest.raises(FileNotFoundError, match=r"'pytorch_model.bin'") as error:
-        SAE.from_pretrained(RELEASE, SAE_ID)
-
-    assert "'model.safetensors' of" in str(error.value)
+    for sae_id in (SAE_ID, "x64-k64"):
+        with pytest.raises(FileNotFoundError):
+            SAE.from_pretrained(RELEASE, sae_id)
 
 
 def _changed(name: str, tensor: torch.Tensor) -> bytes:
@@ -543,31 +520,11 @@ def _changed(name: str, tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b'{"k": 8, ', "not valid JSON"),
-        ("config.json", b"[]", "is not the config of an MLSAE"),
-        ("config.json", b'{"model_type": "gpt_neox"}', "is not the config of an MLSAE"),
-        ("config.json", paper_config("mlsae", k="8"), "an integer 'k'"),
-        ("config.json", paper_config("mlsae", standardize="no"), "true or false"),
-        (
-            "config.json",
-            paper_config("mlsae", k=513),
-            r"contradict .*'k'",
-        ),
-        (
-            "config.json",
-            paper_config("mlsae", n_inputs=65),
-            r"contradict .*\['n_inputs'\]",
-        ),
-        (
-            "config.json",
-            paper_config("mlsae", n_latents=8),
-            r"contradict .*\['n_latents'\]",
-        ),
-        (
-            "config.json",
-            paper_config("mlsae", expansion_factor=9),
-            r"contradict .*\['expansion_factor'\]",
-        ),
+        ("config.json", b'{"k": 8, ', "must be JSON"),
+        ("config.json", b'{"model_type": "gpt_neox"}', "must be the config of an MLSA"),
+        ("config.json", paper_config("mlsae", k=513), "contradict .*'k': 513"),
+        ("config.json", paper_config("mlsae", n_inputs=65), "contradict .*: 65"),
+        ("config.json", paper_config("mlsae", expansion_factor=9), "contradict .*: 9"),
         ("config.json", paper_config("mlsae", layers=[7]), r"in \[0, 6\)"),
         ("model.safetensors", b"", "must be a complete safetensors file; its 0 bytes"),
         (
@@ -575,12 +532,6 @@ def _changed(name: str, tensor: torch.Tensor) -> bytes:
             plain_files()["model.safetensors"][:-1],
             "must be a complete safetensors file",
         ),
-        (
-            "model.safetensors",
-            plain_files()["model.safetensors"][:100],
-            "must be a complete safetensors file; its 100 bytes",
-        ),
-        ("model.safetensors", b"\x80\x04}q\x00." * 9, "must be a complete safetensors"),
         ("model.safetensors", save({"weight": torch.ones(2)}), "is not an MLSAE"),
         (
             "model.safetensors",
@@ -595,12 +546,7 @@ def _changed(name: str, tensor: torch.Tensor) -> bytes:
         (
             "model.safetensors",
             _changed("pre_encoder_bias", torch.full((64,), torch.nan)),
-            "b_dec has the dtype torch.float32, or NaN",
-        ),
-        (
-            "model.safetensors",
-            _changed("pre_encoder_bias", torch.ones(64, dtype=torch.int32)),
-            "b_dec has the dtype torch.int32",
+            "NaN or infinite values; b_dec",
         ),
     ],
 )
@@ -622,7 +568,7 @@ def test_a_model_unknown_to_transformer_lens_is_an_error(offline_hub):
         )
 
 
-def test_a_known_model_whose_config_cannot_be_loaded_is_an_error(offline_hub):
+def test_a_model_whose_config_is_not_cached_is_an_error(offline_hub):
     put(offline_hub, "me/mlsae-gpt2-xl-x8-k8", plain_files())
 
     with pytest.raises(FileNotFoundError, match="config of 'gpt2-xl'"):
@@ -632,15 +578,13 @@ def test_a_known_model_whose_config_cannot_be_loaded_is_an_error(offline_hub):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_folder_without_a_file_is_an_error_that_lists_existing_files(
-    tmp_path, missing
-):
+def test_a_folder_without_a_file_is_an_error(tmp_path, missing):
     files = plain_files()
     del files[missing]
     for file, content in files.items():
         (tmp_path / file).write_bytes(content)
 
-    with pytest.raises(FileNotFoundError, match=rf"{missing} is missing.*README"):
+    with pytest.raises(FileNotFoundError, match=rf"'{missing}'.* missing"):
         SAE.load_from_disk(tmp_path, converter=mlsae_disk_loader)
 
 

@@ -323,7 +323,7 @@ def test_a_standardising_sae_refuses_to_fold_a_scale(training, method, arguments
     sae = random_sae(training)
     before = sae.W_enc.clone()
 
-    with pytest.raises(ValueError, match=f"`{method}` needs an SAE with normalize_act"):
+    with pytest.raises(ValueError, match="normalize_activations='none'"):
         getattr(sae, method)(*arguments)
 
     assert torch.equal(sae.W_enc, before)
@@ -539,7 +539,7 @@ def test_a_batch_of_rows_is_a_batch_of_one_layer():
 
 
 def test_the_auxiliary_loss_alone_is_refused():
-    with pytest.raises(NotImplementedError, match="call `training_forward_pass`"):
+    with pytest.raises(NotImplementedError, match="`training_forward_pass`"):
         random_sae(True).calculate_aux_loss()
 
 
@@ -598,9 +598,6 @@ def test_settings_out_of_range_are_an_error(config_class, changes, message):
     [
         ({"k_aux": 65}, "`k_aux` .* d_sae = 64; got 65"),
         ({"k_aux": 0}, "`k_aux` .*got 0"),
-        ({"dead_after_tokens": 0}, "`dead_after_tokens` .*got 0"),
-        ({"decoder_init_norm": 0.1}, "`decoder_init_norm` must be 1.*got 0.1"),
-        ({"decoder_init_norm": None}, "`decoder_init_norm` must be 1.*got None"),
     ],
 )
 def test_training_settings_out_of_range_are_an_error(changes, message):

@@ -16,7 +16,7 @@ from sae_lens_multilayer.analysis.active import ActiveLatents, active_latents
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.lens.carrier import check_lenses
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.shape import check_widths
+from sae_lens_multilayer.models.model import check_widths
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens, take_prompts
 

@@ -15,7 +15,7 @@ from sae_lens_multilayer.analysis.first_position import first_position_warning
 from sae_lens_multilayer.cli.saved_sae import load_sae
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.shape import check_widths
+from sae_lens_multilayer.models.model import check_widths
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Prompts, Text
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import TypeIs
 
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics, LayerSums
-from sae_lens_multilayer.models.shape import check_widths
+from sae_lens_multilayer.models.model import check_widths
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.sae.views import views
 
@@ -53,23 +53,23 @@ class LayerEncoder:
             sae: An SAE trained on several hooks, ours or stock; or one or several SAEs
                 of one hook each, such as views or ordinary SAELens SAEs.
             hook_names: Hooks at which the one SAE given is used, instead of its own.
-
-        Raises:
-            ValueError: If `sae` is not an SAE or a list of SAEs, one has no hook name
-                in its metadata, or two have the same one.
         """
-        saes: list[Any] = list(sae) if isinstance(sae, Sequence) else [sae]
-        _check_saes(sae, saes)
+        self.saes: list[Any] = list(sae) if isinstance(sae, Sequence) else [sae]
         names = hook_names
         if isinstance(sae, SAE) and names is None:
             names = sae.cfg.metadata.hook_names
         self.is_shared = bool(names)
         if names:
-            self.hook_names = list(names)
-            self.saes = [_inference_form(saes[0])] * len(self.hook_names)
+            self.saes = [_inference_form(self.saes[0])] * len(names)
         else:
-            self.hook_names = _single_hook_names(saes)
-            self.saes = saes
+            names = [one.cfg.metadata.hook_name for one in self.saes]
+            if not names or None in names or len(set(names)) != len(names):
+                raise ValueError(
+                    "Each SAE in a list must name its own hook in `cfg.metadata."
+                    f"hook_name`; got {names}. An SAE of several hooks is given by "
+                    "itself, without a list."
+                )
+        self.hook_names = list(names)
 
     @property
     def model_name(self) -> str:
@@ -80,8 +80,7 @@ class LayerEncoder:
     def encode(self, x: Float[Tensor, "token layer d_in"]) -> NonzeroActs:
         """Encode raw vectors of all hooks with the SAE that they share.
 
-        Returns:
-            Activations whose row is `token * n_layers + layer`.
+        The row of an activation is `token * n_layers + layer`.
         """
         assert self.is_shared
         sae = self.saes[0]
@@ -100,11 +99,7 @@ class LayerEncoder:
     def reconstruct(
         self, layer: int, x: Float[Tensor, "row d_in"]
     ) -> tuple[NonzeroActs, Float[Tensor, "row d_in"]]:
-        """Encode and reconstruct raw vectors of one hook.
-
-        Args:
-            layer: Index on the layer axis.
-        """
+        """Encode and reconstruct raw vectors of the hook at this index."""
         sae = self.saes[layer]
         if _is_multi_layer(sae):
             # An SAE in a list has one layer only.
@@ -136,9 +131,6 @@ class ReconstructionSums:
             layer: Index on the layer axis.
             counted: Vectors that are added to the metrics, of the same tokens at every
                 hook; None: none.
-
-        Raises:
-            ValueError: If the width of the vectors is not the SAE's `d_in`.
         """
         sae = self.encoder.saes[layer]
         check_widths({self.encoder.hook_names[layer]: x.shape[-1]}, sae.cfg.d_in)
@@ -174,11 +166,7 @@ class ReconstructionSums:
         self._by_layer[layer] = sums if before is None else before + sums
 
     def compute(self) -> LayerMetrics:
-        """The metrics of all vectors that were counted.
-
-        Raises:
-            ValueError: If there are none, or as `LayerMetrics.of_layers`.
-        """
+        """The metrics of all counted vectors; see `LayerMetrics.of_layers`."""
         if not self._by_layer:
             raise ValueError("Metrics need at least one token; got none.")
         names = self.encoder.hook_names
@@ -213,24 +201,3 @@ def _nonzero_topk(
 ) -> NonzeroActs:
     row, rank = values.nonzero(as_tuple=True)
     return NonzeroActs(row, indices[row, rank], values[row, rank])
-
-
-def _check_saes(given: object, saes: Sequence[object]) -> None:
-    other = [sae for sae in saes if not isinstance(sae, SAE)]
-    if other:
-        raise ValueError(
-            "`sae` must be an SAE or a list of SAEs of one hook each; got "
-            f"{given if isinstance(given, str) else type(other[0]).__name__!r}. "
-            "`SAE.load_from_disk(folder)` loads one."
-        )
-
-
-def _single_hook_names(saes: Sequence[SAE[Any]]) -> list[str]:
-    names = [sae.cfg.metadata.hook_name for sae in saes]
-    if not names or None in names or len(set(names)) != len(names):
-        raise ValueError(
-            "Each of several SAEs must name its own hook in `cfg.metadata.hook_name`, "
-            "and an SAE of several hooks is given by itself, not in a list; got "
-            f"{names}."
-        )
-    return names

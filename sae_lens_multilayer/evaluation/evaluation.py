@@ -17,7 +17,6 @@ from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.text.prompts import (
     Tokens,
-    check_integers,
     check_positions,
     counted_positions,
     take_prompts,
@@ -47,10 +46,9 @@ def evaluate(
 ) -> SpliceMetrics:
     """Splice reconstructions into each layer in turn and compare with the clean run.
 
-    One clean pass gives the vectors of all hooks. If the model can start in the middle,
-    the run of a layer starts after it, the runs of all layers share the blocks above as
-    one larger batch, and logits are held for a few positions at a time. Otherwise each
-    run is a whole pass with a hook. The result does not depend on the batch size.
+    If the model can start in the middle, the run of a layer starts after it, and the
+    runs of all layers share the blocks above as one larger batch. Otherwise each run is
+    a whole pass with a hook. The result does not depend on the batch size.
 
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package, or one or
@@ -67,10 +65,8 @@ def evaluate(
             a store excludes.
         exclude_positions: Positions in a prompt, treated likewise; negative ones count
             from its end. The first one's vectors are often many times longer.
-        keep_tokens: Token ids whose positions keep their own vectors and are left out
-            of the metrics of reconstruction only.
-        keep_positions: Positions in a prompt, treated likewise; negative ones count
-            from its end.
+        keep_tokens, keep_positions: As `exclude_...`, but left out of the metrics of
+            reconstruction only.
         ablation: What the ablated runs replace a layer's vectors by: zeros (as SAELens)
             or their mean over these tokens.
         together: Hooks, by name or block number, that one more run replaces all at
@@ -79,33 +75,21 @@ def evaluate(
             changed; a check.
         from_middle: See `make_splicer`; None: where the model can.
 
-    Raises:
-        ValueError: If there is no prompt, no token is predicted, a token id is not in
-            the vocabulary, a prompt is longer than the context, the store has too few
-            prompts, the model lacks a hook or has SAEs attached, an SAE has another
-            width or was trained on one attention head, or an option is out of range.
-
     References:
         Delta CE: Lawson et al. (2025), section 4; the score and the direction of KL:
         `sae_lens.evals`.
     """
-    if ablation not in get_args(Ablation):
-        raise ValueError(
-            f"`ablation` must be one of {get_args(Ablation)}; got {ablation!r}."
-        )
-    for name, values in [
-        ("exclude_tokens", () if exclude_tokens is None else exclude_tokens),
-        ("exclude_positions", exclude_positions),
-        ("keep_tokens", keep_tokens),
-        ("keep_positions", keep_positions),
-    ]:
-        check_integers(name, values)
-    model = as_model(model)
-    encoder = LayerEncoder(sae)
-    _check_no_heads(encoder)
+    model, encoder = as_model(model), LayerEncoder(sae)
     _check_model(encoder, model)
-    hooks_together = _find_hooks(encoder.hook_names, together)
-    splicer = make_splicer(model, encoder.hook_names, _PROMPTS_PER_BLOCK, from_middle)
+    if any(one.cfg.metadata.hook_head_index is not None for one in encoder.saes):
+        raise ValueError(
+            "The evaluation needs SAEs of whole activation vectors; got one of an "
+            "attention head, which `reconstruction_metrics` measures by itself."
+        )
+    if ablation not in get_args(Ablation):
+        raise ValueError(f"`ablation` must be in {get_args(Ablation)}; got {ablation}.")
+    hook_names = encoder.hook_names
+    splicer = make_splicer(model, hook_names, _PROMPTS_PER_BLOCK, from_middle)
     prompts = take_prompts(
         model,
         tokens,
@@ -120,12 +104,14 @@ def evaluate(
             "The evaluation needs at least one predicted token; got none. Prompts need "
             "two tokens or more, not all of them excluded."
         )
-    runs = EvaluationRuns(encoder, splicer, hooks_together, use_error_term)
     prompts = prompts.to(model.device)
     batches = prompts.split(batch_size_prompts)
+    runs = EvaluationRuns(
+        encoder, splicer, _find_hooks(hook_names, together), use_error_term
+    )
     if ablation == "mean":
         ids = [batch.ids for batch in batches]
-        runs.means = mean_vectors(splicer, len(encoder.hook_names), ids)
+        runs.means = mean_vectors(splicer, len(hook_names), ids)
     for batch in tqdm(batches, desc="Splicing", unit="batch"):
         replaced = counted_positions(batch.ids, keep_tokens, keep_positions)
         runs.add(batch.ids, batch.counted, ~(batch.counted & replaced))
@@ -146,21 +132,8 @@ def reconstruction_metrics(
 ) -> LayerMetrics:
     """The part of `evaluate` that needs one pass up to the last hook, and no logits.
 
-    Args:
-        sae: As in `evaluate`.
-        model: The model that the SAE was trained on, without SAEs attached.
-        tokens: Held-out prompts with their special tokens, or a store to take them
-            from.
-        n_prompts: As in `evaluate`.
-        batch_size_prompts: Prompts in a forward pass.
-        exclude_tokens: Token ids whose positions are left out; None: those that a store
-            excludes.
-        exclude_positions: Positions in a prompt that are left out; negative ones count
-            from its end.
-
-    Raises:
-        ValueError: As `evaluate`, but prompts of one token and SAEs of one attention
-            head are measured.
+    The arguments are those of `evaluate`. Prompts of one token and SAEs of one
+    attention head are measured, too.
     """
     model = as_model(model)
     encoder = LayerEncoder(sae)
@@ -191,28 +164,9 @@ def _check_model(encoder: LayerEncoder, model: Model) -> None:
     check_lenses(model, encoder.saes, stacklevel=6)
 
 
-def _check_no_heads(encoder: LayerEncoder) -> None:
-    for sae in encoder.saes:
-        if sae.cfg.metadata.hook_head_index is not None:
-            raise ValueError(
-                "The evaluation needs SAEs of whole activation vectors; got one of "
-                f"attention head {sae.cfg.metadata.hook_head_index}. "
-                "`reconstruction_metrics` measures it by itself."
-            )
-
-
 def _find_hooks(hook_names: Sequence[str], chosen: Any) -> list[int]:
-    if chosen is None:
-        return []
     if chosen == "all":
         return list(range(len(hook_names)))
-    if isinstance(chosen, (int, str)):
-        chosen = [chosen]
-    # True would be the hook of block 1.
-    is_list = isinstance(chosen, Sequence) and bool(chosen)
-    if not is_list or any(isinstance(hook, bool) for hook in chosen):
-        raise ValueError(
-            '`together` must be at least one hook, by name or block number, "all" or '
-            f"None; got {chosen!r}."
-        )
+    if chosen is None or isinstance(chosen, (int, str)):
+        chosen = [] if chosen is None else [chosen]
     return sorted({hooks.find_hook(hook_names, hook) for hook in chosen})

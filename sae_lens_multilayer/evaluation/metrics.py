@@ -50,9 +50,7 @@ class LayerSums:
     ) -> "LayerSums":
         """Sums over the tokens of one layer, in float64 on the CPU.
 
-        Args:
-            latents: Latents of all nonzero activations.
-            values: The activations.
+        `latents` and `values` are those of all nonzero activations.
         """
         x, x_hat = _double(x), _double(x_hat)
         moments = LayerMoments.of(x)
@@ -157,7 +155,7 @@ class LayerMetrics:
 
         Raises:
             ValueError: If a vector or reconstruction is not finite, or the vectors of a
-                layer do not vary, as FVU is not defined then.
+                layer do not vary, so that FVU is not defined.
         """
         _check_defined(hook_names, layers)
         counts = [
@@ -247,26 +245,16 @@ class SpliceMetrics(LayerMetrics, Result):
 
 
 def _check_defined(hook_names: Sequence[str], layers: Sequence[LayerSums]) -> None:
-    not_finite: list[str] = []
-    constant: list[str] = []
     for name, layer in zip(hook_names, layers, strict=True):
         deviation = layer.moments.sum_sq_deviation
-        if not (layer.sum_sq_error + layer.sum_acts + deviation).isfinite():
-            not_finite.append(name)
         of_mean = layer.n_tokens * layer.moments.mean.square().sum()
-        if deviation <= _ROUNDING * of_mean:
-            constant.append(name)
-    if not_finite:
-        raise ValueError(
-            "Vectors, reconstructions and activations must be finite; they are not at "
-            f"{not_finite}."
-        )
-    if constant:
-        raise ValueError(
-            "The vectors of each layer must vary over tokens to have an FVU; all "
-            f"{layers[0].n_tokens} are the same at {constant}. Use more tokens or "
-            "leave that hook out."
-        )
+        if not (layer.sum_sq_error + layer.sum_acts + deviation).isfinite():
+            problem = "must be finite"
+        elif deviation <= _ROUNDING * of_mean:
+            problem = "must vary over tokens to have an FVU"
+        else:
+            continue
+        raise ValueError(f"Vectors and reconstructions {problem}; see {name!r}.")
 
 
 def log_dict(table: pd.DataFrame) -> dict[str, float]:

@@ -23,7 +23,7 @@ def mean_vectors(
         sums[hook] = sums.get(hook, 0.0) + x.flatten(0, 1).double().sum(0)
         return x
 
-    edit = Edit({hook: partial(add, hook) for hook in range(n_hooks)})
+    edit = {hook: partial(add, hook) for hook in range(n_hooks)}
     for batch in batches:
         for _ in splicer.runs(batch, [edit]):
             pass
@@ -41,12 +41,7 @@ class EvaluationRuns:
         together: Sequence[int],
         use_error_term: bool,
     ) -> None:
-        """Start with no prompt.
-
-        Args:
-            together: Indices of the hooks that one more run replaces at once.
-            use_error_term: As in `evaluate`.
-        """
+        """Start with no prompt; `together` has the indices of the hooks replaced."""
         n_hooks = len(encoder.hook_names)
         self._splicer = splicer
         self._together = together
@@ -58,8 +53,8 @@ class EvaluationRuns:
         self._spliced = [RunSums(is_compared=True) for _ in range(n_hooks)]
         self._ablated = [RunSums() for _ in range(n_hooks)]
         self._joint = RunSums(is_compared=True)
-        self._ablations = [
-            Edit({hook: partial(self._ablate, hook)}) for hook in range(n_hooks)
+        self._ablations: list[Edit] = [
+            {hook: partial(self._ablate, hook)} for hook in range(n_hooks)
         ]
 
     def add(
@@ -75,8 +70,8 @@ class EvaluationRuns:
             kept: Positions that keep their vectors and do not count in the metrics of
                 reconstruction.
         """
-        edits = [
-            Edit({hook: partial(self._splice, hook, kept, ~kept)})
+        edits: list[Edit] = [
+            {hook: partial(self._splice, hook, kept, ~kept)}
             for hook in range(len(self._spliced))
         ]
         sums = [*self._spliced]
@@ -84,8 +79,8 @@ class EvaluationRuns:
             edits += self._ablations
             sums += self._ablated
         if self._together:
-            replace = {h: partial(self._splice, h, kept, None) for h in self._together}
-            edits.append(Edit(replace))
+            joint = {h: partial(self._splice, h, kept, None) for h in self._together}
+            edits.append(joint)
             sums.append(self._joint)
         clean_sums = self._clean
         for clean, runs in self._splicer.runs(tokens, edits):
@@ -132,16 +127,14 @@ class EvaluationRuns:
     def result(self) -> SpliceMetrics:
         """The metrics of all batches."""
         clean, joint = self._clean.ce_loss(), self._joint
-        together = (
-            {
+        together = None
+        if self._together:
+            together = {
                 "ce_loss_spliced": joint.ce_loss(),
                 "delta_ce": joint.ce_loss() - clean,
                 "kl_div": joint.kl_div(),
                 "kl_div_reverse": joint.kl_div_reverse(),
             }
-            if self._together
-            else None
-        )
         return SpliceMetrics(
             **vars(self._reconstruction.compute()),
             ce_loss_clean=clean,

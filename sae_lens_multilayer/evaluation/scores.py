@@ -18,7 +18,7 @@ class RunSums:
     """Sums over positions of one run, in nats."""
 
     is_compared: bool = False
-    """Whether its distributions are compared with the clean run's."""
+    """Whether KL divergences from the clean run are taken."""
     ce: float = 0.0
     """Cross-entropy of the next token."""
     n_predicted: int = 0
@@ -93,19 +93,19 @@ def add_scores(
         clean_sums: Sums of the clean run, added to; None: it is not scored.
         scored: Positions that count.
     """
-    first = clean.logits(slice(0, 1))
+    first = clean(slice(0, 1))
     chunk = max(1, _LOGITS_AT_A_TIME // first.numel())
     tokens, scored = tokens.to(first.device), scored.to(first.device)
     for start in range(0, tokens.shape[1], chunk):
         positions = slice(start, start + chunk)
         targets = tokens[:, start + 1 : start + 1 + chunk]
         keep = scored[:, positions]
-        log_p = clean.logits(positions).float().log_softmax(-1)
+        log_p = clean(positions).float().log_softmax(-1)
         if clean_sums is not None:
             clean_sums.add_ce(log_p, targets, keep)
         p = log_p.exp()
         for i, run in runs.items():
-            log_q = run.logits(positions).float().log_softmax(-1)
+            log_q = run(positions).float().log_softmax(-1)
             sums[i].add_ce(log_q, targets, keep)
             if sums[i].is_compared:
                 sums[i].add_kl(p, log_p, log_q, keep)

@@ -1,7 +1,7 @@
 """Runs of a model with activations replaced at some hooks."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,20 +11,10 @@ from torch import Tensor
 from sae_lens_multilayer.hooks import block_end
 from sae_lens_multilayer.models.model import Model, Replace
 
-
-@dataclass(frozen=True)
-class Edit:
-    """One run of the model with activations replaced at some hooks."""
-
-    replace: Mapping[int, Replace]
-    """The replacement at each hook, by its index on the layer axis."""
-
-
-@runtime_checkable
-class Run(Protocol):
-    """A run whose logits can be computed piece by piece."""
-
-    def logits(self, positions: slice) -> Float[Tensor, "prompt chunk d_vocab"]: ...
+Edit = Mapping[int, Replace]
+"""The replacement at each edited hook, by its index on the layer axis."""
+Run = Callable[[slice], Float[Tensor, "prompt chunk d_vocab"]]
+"""A run of a batch of prompts: computes its logits at a slice of the positions."""
 
 
 @runtime_checkable
@@ -51,9 +41,6 @@ def make_splicer(
         max_prompts: Most prompts in one call of a block.
         from_middle: Start after the spliced block; False: hooks on whole passes; None:
             start in the middle if the model can.
-
-    Raises:
-        ValueError: If the model lacks a hook, or cannot start in the middle and must.
     """
     model.own_hook_names(hook_names)
     can = model.can_start_in_middle(hook_names)
@@ -68,32 +55,18 @@ def make_splicer(
     return HookSplicer(model, hook_names)
 
 
-@dataclass
-class _Residual:
-    model: Model
-    stream: Float[Tensor, "prompt pos d_model"]
-
-    def logits(self, positions: slice) -> Float[Tensor, "prompt chunk d_vocab"]:
-        return self.model.head(self.stream[:, positions])
-
-
 class ResidualSplicer:
     """Runs the blocks once in order; each edited run starts at its first hook.
 
     All runs share a block as one larger batch. For L hooked layers that is about L/2
-    passes through the model in addition to the clean one, instead of L.
+    passes through the model in addition to the clean one, instead of L. The model must
+    be one that `can_start_in_middle` at these hooks.
     """
 
     def __init__(
         self, model: Model, hook_names: Sequence[str], max_prompts: int
     ) -> None:
-        """Find the depth of each hook.
-
-        Args:
-            model: A model that `can_start_in_middle` at these hooks.
-            hook_names: Hooks at the residual stream before or after a block.
-            max_prompts: Most prompts in one call of a block.
-        """
+        """Find the depth of each hook; see `make_splicer`."""
         self._model = model
         self._max_prompts = max_prompts
         self._hooks_at: dict[int, list[int]] = {}
@@ -116,12 +89,11 @@ class ResidualSplicer:
                 streams = dict(zip(streams, edited, strict=True))
             for hook in self._hooks_at.get(depth, []):
                 for i, edit in enumerate(edits):
-                    if hook in edit.replace:
-                        before = streams.get(i, clean)
-                        after = edit.replace[hook](before)
+                    if hook in edit:
+                        after = edit[hook](streams.get(i, clean))
                         streams[i] = after.to(clean.device, clean.dtype)
-        runs = {i: _Residual(self._model, stream) for i, stream in streams.items()}
-        yield _Residual(self._model, clean), runs
+        runs = {i: partial(self._logits, stream) for i, stream in streams.items()}
+        yield partial(self._logits, clean), runs
 
     def runs_of_any_prompt(
         self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
@@ -131,6 +103,9 @@ class ResidualSplicer:
         # Any token except padding, which would be masked.
         token = int(tokenizer is not None and tokenizer.pad_token_id == 0)
         return self.runs(torch.full_like(tokens[:1], token), edits)
+
+    def _logits(self, stream: Tensor, positions: slice) -> Tensor:
+        return self._model.head(stream[:, positions])
 
     def _step(
         self,
@@ -150,14 +125,6 @@ class ResidualSplicer:
         return list(torch.cat(after).split(len(streams[0])))
 
 
-@dataclass
-class _Logits:
-    values: Float[Tensor, "prompt pos d_vocab"]
-
-    def logits(self, positions: slice) -> Float[Tensor, "prompt chunk d_vocab"]:
-        return self.values[:, positions]
-
-
 class HookSplicer:
     """Runs a whole forward pass with hooks for each edit, with any model."""
 
@@ -170,11 +137,12 @@ class HookSplicer:
         self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
     ) -> Iterator[tuple[Run, Mapping[int, Run]]]:
         """One edited run at a time, so that only two sets of logits are held."""
-        clean = _Logits(self._model.logits(tokens))
+        clean = partial(_logits_at, self._model.logits(tokens))
         for i, edit in enumerate(edits):
-            replacements = {
-                self._hook_names[hook]: replace
-                for hook, replace in edit.replace.items()
-            }
-            logits = self._model.logits_with_hooks(tokens, replacements)
-            yield clean, {i: _Logits(logits)}
+            by_name = {self._hook_names[hook]: edit[hook] for hook in edit}
+            logits = self._model.logits_with_hooks(tokens, by_name)
+            yield clean, {i: partial(_logits_at, logits)}
+
+
+def _logits_at(logits: Tensor, positions: slice) -> Tensor:
+    return logits[:, positions]

@@ -1,7 +1,6 @@
 """The base class of SAEs that can work in the space of a lens and store it."""
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_multilayer.files import read_json
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.model import Model
@@ -30,20 +30,17 @@ class LensCarrier(SAE[Any]):
     """
 
     lens: LayerLens | None
-    """The lens, or None. Set it to replace or remove the lens; `cfg` is then replaced
-    too, so that other SAEs made from the same config stay as they are. The SAE holds
-    its own lens, in its dtype and on its device, which shares the memory of the one
-    given where these are the same."""
+    """The lens, or None. Setting it also replaces `cfg`, so that other SAEs made from
+    the same config stay as they are. The SAE's lens has the SAE's dtype and device, and
+    shares the memory of the one given where these are the same."""
 
     def __init__(self, cfg: SAEConfig, use_error_term: bool = False) -> None:
         """Create the lens that `cfg` describes, to load tensors into."""
         super().__init__(cfg, use_error_term)
         settings = cfg.metadata.tuned_lens
-        self.lens = (
-            None
-            if settings is None
-            else LayerLens(LensConfig.from_dict(settings), self.dtype, self.device)
-        )
+        self.lens = None
+        if settings is not None:
+            self.lens = LayerLens(LensConfig(**settings), self.dtype, self.device)
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -52,16 +49,10 @@ class LensCarrier(SAE[Any]):
             value = self._own_lens(value)
         super().__setattr__(name, value)
 
-    @override
-    def __delattr__(self, name: str) -> None:
-        if name == "lens":
-            self.lens = None
-        else:
-            super().__delattr__(name)
-
-    def _own_lens(self, lens: Any) -> LayerLens | None:
+    def _own_lens(self, lens: LayerLens | None) -> LayerLens | None:
         if lens is not None:
-            self._check_lens(lens)
+            hook_names = self.cfg.metadata.hook_names or lens.hook_names
+            lens.config.check_sae(self.cfg.d_in, hook_names)
         settings = None if lens is None else lens.config.to_dict()
         if settings != self.cfg.metadata.tuned_lens:
             # Another SAE may use the same config object.
@@ -72,16 +63,6 @@ class LensCarrier(SAE[Any]):
         if lens is None:
             return None
         return lens.select(lens.hook_names).to(self.device, self.dtype)
-
-    def _check_lens(self, lens: Any) -> None:
-        if not isinstance(lens, LayerLens):
-            raise ValueError(
-                f"`lens` must be a LayerLens or None; got {type(lens).__name__}. "
-                "`LayerLens.from_tuned_lens(lens, sae.cfg.metadata.hook_names)` makes "
-                "one of a TunedLens or its folder."
-            )
-        hook_names = self.cfg.metadata.hook_names or lens.hook_names
-        lens.config.check_sae(self.cfg.d_in, hook_names)
 
     def into_lens(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
@@ -103,11 +84,7 @@ class LensCarrier(SAE[Any]):
     def process_sae_in(
         self, sae_in: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """The input of the encoder's matrix product; `hook_sae_input` has raw vectors.
-
-        Args:
-            hook: As in `into_lens`.
-        """
+        """The encoder's input; the hook `hook_sae_input` has raw vectors."""
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
         return self.run_time_activation_norm_fn_in(self.into_lens(x, hook)) - self.b_dec
 
@@ -132,32 +109,18 @@ def _lens_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def saved_lens(folder: Path) -> LayerLens | None:
-    """The lens of a saved SAE, or None, read without the SAE's own weights.
-
-    Raises:
-        ValueError: If its settings or tensors are not valid.
-    """
-    cfg: dict[str, Any] = json.loads((folder / SAE_CFG_FILENAME).read_text())
-    settings = cfg.get("metadata", {}).get("tuned_lens")
-    if settings is None:
+    """The lens of a saved SAE, or None, read without the SAE's own weights."""
+    settings = read_json(folder / SAE_CFG_FILENAME).get("metadata", {})
+    if settings.get("tuned_lens") is None:
         return None
     with safe_open(folder / SAE_WEIGHTS_FILENAME, "pt") as file:
         names = [name for name in file.keys() if name.startswith(LENS_PREFIX)]  # noqa: SIM118
-        tensors = {
-            name.removeprefix(LENS_PREFIX): file.get_tensor(name) for name in names
-        }
-    try:
-        return LayerLens.from_tensors(LensConfig.from_dict(settings), tensors)
-    except ValueError as error:
-        raise ValueError(f"The lens of the SAE in {folder}: {error}") from error
+        tensors = _lens_tensors({name: file.get_tensor(name) for name in names})
+    return LayerLens.from_tensors(LensConfig(**settings["tuned_lens"]), tensors)
 
 
 def check_lenses(model: Model, saes: Iterable[SAE[Any]], stacklevel: int) -> None:
-    """Check that the lenses of these SAEs were made for this model.
-
-    Raises:
-        ValueError: If one has another width or depth.
-    """
+    """`LayerLens.check_model` for the lenses of several SAEs."""
     # Views share the lens of their SAE, and hashing a model takes long.
     lenses = {
         (lens.config.unembed_hash, lens.config.n_layers, lens.config.d_in): lens

@@ -1,14 +1,13 @@
 """The settings of a lens, and which translator of a tuned lens belongs to a hook."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.models.shape import ModelShape
-from sae_lens_multilayer.sae.config import check_size
+from sae_lens_multilayer.models.model import ModelShape
 
 Alignment = Literal["tuned_lens", "reference"]
 
@@ -40,19 +39,13 @@ def translator_of(
         True
     """
     end = hooks.block_end(hook_name)
-    if end is None:
+    if end is None or end[0] >= n_layers:
         raise ValueError(
-            f"{hook_name!r} cannot have a lens: hooks that can are "
-            "'blocks.{layer}.hook_resid_pre', 'blocks.{layer}.hook_resid_post', and "
-            "a Hugging Face model's blocks, as 'model.layers.{layer}'. Choose those, "
-            "or leave out the lens."
+            f"{hook_name!r} cannot have a lens: a lens for {n_layers} blocks is for "
+            "the residual stream before or after one of them, such as "
+            "'blocks.0.hook_resid_post' or 'model.layers.0'."
         )
     layer, is_output = end
-    if layer >= n_layers:
-        raise ValueError(
-            f"The lens is for a model of {n_layers} blocks, which has no "
-            f"{hook_name!r}. Use the lens of this model."
-        )
     if not is_output or alignment == "reference":
         return layer
     return layer + 1 if layer + 1 < n_layers else None
@@ -78,10 +71,6 @@ class LensConfig:
     """tuned-lens' hash of that model's unembedding."""
 
     def __post_init__(self) -> None:
-        """Check the values that do not depend on the model."""
-        check_size("n_layers", self.n_layers)
-        check_size("d_in", self.d_in)
-        hooks.check_hook_choice("", self.hook_names, None)
         if self.alignment not in get_args(Alignment):
             raise ValueError(
                 f"`alignment` must be one of {get_args(Alignment)}; got "
@@ -97,11 +86,7 @@ class LensConfig:
         hook_names: Sequence[str],
         alignment: Alignment = "tuned_lens",
     ) -> "LensConfig":
-        """The settings of the part of a tuned lens that these hooks use.
-
-        Raises:
-            ValueError: If a hook cannot have a lens.
-        """
+        """The settings of the part of a tuned lens that these hooks use."""
         return cls(
             hook_names=list(hook_names),
             n_layers=config.num_hidden_layers,
@@ -116,10 +101,6 @@ class LensConfig:
         """Index of the tuned-lens translator of a hook; None: the identity."""
         return translator_of(hook_name, self.n_layers, self.alignment)
 
-    def is_identity(self, hook_name: str) -> bool:
-        """Whether vectors of a hook are left unchanged, without tensors for it."""
-        return self.translator(hook_name) is None
-
     def check_shape(self, shape: ModelShape, model_name: str) -> None:
         """Raise ValueError if the model has another width or depth."""
         if (self.n_layers, self.d_in) != (shape.n_layers, shape.d_model):
@@ -131,38 +112,15 @@ class LensConfig:
             )
 
     def check_sae(self, d_in: int, hook_names: Sequence[str]) -> None:
-        """Raise ValueError if an SAE has another width or other hooks.
-
-        Args:
-            hook_names: Hooks of the SAE, in the order of its layer axis.
-        """
-        if self.d_in != d_in:
+        """Raise ValueError if an SAE has another width or other hooks."""
+        if (self.d_in, self.hook_names) != (d_in, list(hook_names)):
             raise ValueError(
-                f"The lens must have the SAE's width, d_in = {d_in}; the lens of "
-                f"{self.base_model_name!r} has {self.d_in}. Use the lens of the SAE's "
-                "model or fit one with `fit_tuned_lens`."
-            )
-        if self.hook_names != list(hook_names):
-            raise ValueError(
-                f"The lens must have the hooks of the SAE in the same order, "
-                f"{list(hook_names)}; got {self.hook_names}. Use `lens.select` or "
-                "build the lens for these hooks."
+                f"The lens must have the SAE's width, d_in = {d_in}, and its hooks in "
+                f"the same order, {list(hook_names)}; got {self.d_in} and "
+                f"{self.hook_names}. Build the lens for these hooks, or use "
+                "`lens.select`."
             )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values that JSON can hold."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LensConfig":
-        """Undo `to_dict`.
-
-        Raises:
-            ValueError: If a key is unknown or missing, or a value is not valid.
-        """
-        try:
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"The saved settings of the lens, `tuned_lens`, are not valid: {error}"
-            ) from error

@@ -19,26 +19,20 @@ from sae_lens_multilayer.files import (
     complete_or_absent,
     free_path,
 )
-from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
-from sae_lens_multilayer.sae.config import check_size
 from sae_lens_multilayer.text.prompts import check_prompts
 
 Optimizer = Literal["sgd", "adam"]
 
 _RECIPE_TOKENS_PER_STEP = 2**18
 _MOMENTUM = 0.9
-_HEAD_TOLERANCE = 1e-3  # nats
 
 
 def new_tuned_lens(model: Any) -> TunedLens:
     """A tuned lens of zeros for a model: the logit lens.
 
     `TunedLens.from_model` does this for Hugging Face models only.
-
-    Args:
-        model: As for `as_model`.
     """
     model = as_model(model)
     config = TunedLensConfig(
@@ -64,7 +58,6 @@ def fit_tuned_lens(
     max_grad_norm: float = 1.0,
     seed: int = 0,
     output_path: str | Path | None = None,
-    progress: bool = True,
 ) -> TunedLens:
     """Train a tuned lens: per layer, an affine map whose logits match the model's.
 
@@ -75,15 +68,12 @@ def fit_tuned_lens(
     the recipe of tuned-lens in float32 instead of bfloat16.
 
     Args:
-        model: A HookedTransformer, a TransformerBridge or SAELens' HookedProxyLM
-            around a Hugging Face model, without SAEs attached.
-        tokens: Prompts to train on, no longer than the context; shuffled anew in each
-            pass over them.
-        n_steps: Optimiser steps.
+        model: As for `as_model`, without SAEs attached.
+        tokens: Prompts to train on, shuffled anew in each pass over them.
         batch_size_prompts: Prompts per step; None: 2**18 tokens as in the paper, at
             most all prompts.
-        forward_batch_size_prompts: Prompts per forward pass. It needs memory for about
-            four times their logits in float32.
+        forward_batch_size_prompts: Prompts per forward pass, which needs memory for
+            about four times their logits in float32.
         optimizer: "sgd" is the paper's, with Nesterov momentum 0.9; "adam" is AMSGrad
             with a warm-up over the first fifth of the steps, at most 1000.
         lr: Largest learning rate; None: 1.0 for SGD and 1e-3 for Adam. As in
@@ -98,31 +88,25 @@ def fit_tuned_lens(
         from `output_path`.
 
     Raises:
-        ValueError: If `tokens` or a size is not valid, the model has SAEs attached, or
-            its logits are not the unembedding of the final norm of the last residual
-            stream.
-        OSError: If `output_path` cannot be written.
+        ValueError: If the model has SAEs attached or cannot run the tokens.
         FloatingPointError: If the loss or the lens is not finite.
 
     References:
         Belrose et al. (2023), arXiv:2303.08112, and tuned-lens' `train_loop.py`.
     """
     model = as_model(model)
-    tokens = _check_input(model, tokens, forward_batch_size_prompts)
-    check_size("n_steps", n_steps)
+    model.check_no_saes_attached()
+    tokens = check_prompts(model, tokens)
     if output_path is not None:
         output_path = Path(output_path).expanduser()
         check_writable(output_path, "output_path")
     lens = new_tuned_lens(model)
     dtype = lens.unembed.unembedding.weight.dtype
     lens.layer_translators.to(torch.promote_types(dtype, torch.float32))
-    _check_head(model, lens.unembed, tokens[:1])
     params = list(lens.layer_translators.parameters())
     updates, schedule = _optimizer(optimizer, params, lr, weight_decay, n_steps)
     batches = _batches(tokens, n_steps, batch_size_prompts, seed)
-    # Without `disable`, tqdm follows TQDM_DISABLE.
-    options: dict[str, Any] = {} if progress else {"disable": True}
-    bar = tqdm(batches, "Fitting the tuned lens", n_steps, **options)
+    bar = tqdm(batches, "Fitting the tuned lens", n_steps)
     with bar, torch.enable_grad():
         for batch in bar:
             losses = _backward(model, lens, batch, forward_batch_size_prompts)
@@ -133,8 +117,8 @@ def fit_tuned_lens(
             updates.zero_grad()
             schedule.step()
     lens.layer_translators.to(dtype).requires_grad_(False)
-    for name, tensor in lens.layer_translators.state_dict().items():
-        _check_finite(f"{name!r} of the fitted lens", tensor)
+    for tensor in lens.layer_translators.state_dict().values():
+        _check_finite("The fitted lens", tensor)
     if output_path is not None:
         with complete_or_absent(free_path(output_path)) as folder:
             lens.save(folder)
@@ -154,16 +138,11 @@ def lens_kl(
 
     Args:
         lens: None for the logit lens: no translators.
-
-    Raises:
-        ValueError: If the lens is for another width or depth, the model has SAEs
-            attached, or `tokens` are not valid for it.
     """
     model = as_model(model)
-    tokens = _check_input(model, tokens, forward_batch_size_prompts)
+    model.check_no_saes_attached()
+    tokens = check_prompts(model, tokens)
     lens = lens or new_tuned_lens(model)
-    config = LensConfig.from_tuned_lens(lens.config, ["blocks.0.hook_resid_pre"])
-    config.check_shape(model.shape, model.name)
     total = torch.zeros(len(lens), dtype=torch.float64)
     with torch.no_grad():
         for part in tokens.split(forward_batch_size_prompts):
@@ -171,14 +150,6 @@ def lens_kl(
             for i, h in enumerate(streams[:-1]):
                 total[i] += _kl(log_p, _lens_logits(lens, h, i)).item()
     return total / tokens.numel()
-
-
-def _check_input(
-    model: Model, tokens: object, forward_batch_size_prompts: int
-) -> Int[Tensor, "prompt pos"]:
-    model.check_no_saes_attached()
-    check_size("forward_batch_size_prompts", forward_batch_size_prompts)
-    return check_prompts(model, tokens)
 
 
 def _optimizer(
@@ -269,18 +240,6 @@ def _run(
     streams, logits = model.residual_streams(tokens)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return streams, logits.to(dtype).log_softmax(-1)
-
-
-def _check_head(model: Model, unembed: Unembed, tokens: Tensor) -> None:
-    streams, log_p = _run(model, unembed, tokens)
-    with torch.no_grad():
-        kl = _kl(log_p, unembed(streams[-1])).item() / tokens.numel()
-    if not kl <= _HEAD_TOLERANCE:
-        raise ValueError(
-            "The model's logits must be the unembedding of the final norm of the "
-            "residual stream after the last block; they differ from that by a KL of "
-            f"{kl:.3g} nats, so a tuned lens cannot be fitted."
-        )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

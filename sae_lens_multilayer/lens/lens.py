@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from tuned_lens import TunedLens
+from tuned_lens.nn.lenses import TunedLensConfig
 from typing_extensions import override
 
 from sae_lens_multilayer import hooks
@@ -42,7 +43,7 @@ class LayerLens(nn.Module):
         zeros = partial(torch.zeros, dtype=dtype, device=device)
         d_in = config.d_in
         for i, name in enumerate(config.hook_names):
-            if not config.is_identity(name):
+            if config.translator(name) is not None:
                 self.add_module(str(i), AffineMap(name, zeros(d_in, d_in), zeros(d_in)))
 
     @classmethod
@@ -77,22 +78,51 @@ class LayerLens(nn.Module):
 
         Args:
             source: A lens, a folder that tuned-lens saved, or a name in tuned-lens'
-                hub space, as "EleutherAI/pythia-70m-deduped".
+                hub space, such as "EleutherAI/pythia-70m-deduped".
             hook_names: The hooks, in the order of the layer axis.
             alignment: See `translator_of`.
             model: The model to check the lens against; see `check_model`.
-            load_kwargs: For `tuned_lens.load_artifacts.load_lens_artifacts`:
-                `revision`, `cache_dir`, `repo_id`, `repo_type`.
+            load_kwargs: For `tuned_lens.load_artifacts.load_lens_artifacts`, such as
+                `revision` and `cache_dir`.
 
         Raises:
-            ValueError: If there is no such lens, its files are not valid, a hook cannot
-                have a lens, or as `from_tensors`.
+            ValueError: If the lens cannot be read or inverted, or a hook cannot have a
+                lens.
         """
-        translators = read_tuned_lens(source, load_kwargs)
-        config = translators.config_at(hook_names, alignment)
+        tuned_config, tensors = read_tuned_lens(source, **load_kwargs)
+        lens = cls.from_translators(tuned_config, tensors, hook_names, alignment)
         if model is not None:
-            cls(config, device="meta").check_model(model, stacklevel=3)
-        return cls.from_tensors(config, translators.tensors_at(config))
+            lens.check_model(model, stacklevel=3)
+        return lens
+
+    @classmethod
+    def from_translators(
+        cls,
+        tuned_config: TunedLensConfig,
+        tensors: Mapping[str, Tensor],
+        hook_names: Sequence[str],
+        alignment: Alignment = "tuned_lens",
+    ) -> "LayerLens":
+        """Copy the tensors of a tuned lens that belong to these hooks.
+
+        Args:
+            tensors: `{i}.weight` [d_in, d_in] and `{i}.bias` [d_in], for each block i.
+        """
+        config = LensConfig.from_tuned_lens(tuned_config, hook_names, alignment)
+        d_in, blocks = config.d_in, range(config.n_layers)
+        shapes = {f"{i}.weight": torch.Size([d_in, d_in]) for i in blocks}
+        biases = {f"{i}.bias": torch.Size([d_in]) for i in blocks}
+        check_tensors(tensors, shapes | (biases if tuned_config.bias else {}))
+        zeros = tensors["0.weight"].new_zeros(d_in)
+        tensors = {**dict.fromkeys(biases, zeros), **tensors}
+        chosen = {
+            # Two hooks may have the same translator; safetensors refuses shared memory.
+            f"{i}.{part}": tensors[f"{translator}.{part}"].detach().clone()
+            for i, name in enumerate(config.hook_names)
+            if (translator := config.translator(name)) is not None
+            for part in ("weight", "bias")
+        }
+        return cls.from_tensors(config, chosen)
 
     @property
     def hook_names(self) -> list[str]:
@@ -107,23 +137,13 @@ class LayerLens(nn.Module):
         Args:
             hook: The hook of all the vectors; None: [*batch, layer, d_in], all hooks
                 of this lens.
-
-        Raises:
-            ValueError: If there is no such hook, or no axis of all hooks.
         """
         return self._map_vectors(AffineMap.forward, x, hook)
 
     def invert(
         self, z: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Map vectors back from the space of the lens: `(I + W) x = z - b`, in float64.
-
-        Args:
-            hook: As in `transform`.
-
-        Raises:
-            ValueError: As `transform`, or if I + W has a condition number above 1e6.
-        """
+        """Undo `transform`: `(I + W) x = z - b`, solved in float64."""
         return self._map_vectors(AffineMap.invert, z, hook)
 
     def hook(self, hook: int | str, inverse: bool = False) -> tuple[str, HookFunction]:
@@ -162,12 +182,9 @@ class LayerLens(nn.Module):
     def check_model(self, model: Any, stacklevel: int = 2) -> None:
         """Check that the lens was made for this model.
 
-        Another hash of the unembedding is a warning: it is usually that of a model
-        whose weights were folded or centred when it was loaded, which changes its
-        residual stream.
-
-        Raises:
-            ValueError: If the model has another width or depth.
+        Another width or depth is a ValueError. Another hash of the unembedding is a
+        warning: usually the weights were folded or centred when the model was loaded,
+        which changes its residual stream.
         """
         model = as_model(model)
         self.config.check_shape(model.shape, model.name)
@@ -186,11 +203,7 @@ class LayerLens(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        identity = [name for name in self.hook_names if self.config.is_identity(name)]
-        return (
-            f"{self.config.base_model_name!r}, alignment={self.config.alignment!r}, "
-            f"hooks={self.hook_names}, identity at {identity}"
-        )
+        return str(self.config)
 
     def _map(self, hook: int | str) -> AffineMap | None:
         affine_map = self._modules.get(str(self._index(hook)))
@@ -204,7 +217,7 @@ class LayerLens(nn.Module):
         if not 0 <= hook < len(names):
             raise ValueError(
                 f"The lens has {len(names)} hooks; {hook} is not an index on its layer "
-                "axis. Give the hook's name to use a block number."
+                "axis."
             )
         return hook
 
@@ -224,8 +237,7 @@ class LayerLens(nn.Module):
             raise ValueError(
                 f"Without `hook`, the lens needs vectors of its {n_hooks} hooks, "
                 f"[*batch, layer = {n_hooks}, d_in]; got shape {tuple(x.shape)}. For "
-                "vectors of one hook give its index or name as `hook`, or use the "
-                "SAE's view of it."
+                "vectors of one hook, give its index or name as `hook`."
             )
         parts = [self._map_vectors(change, x[..., i, :], i) for i in range(n_hooks)]
         return torch.stack(parts, dim=-2)

@@ -4,20 +4,66 @@ Each kind is a subclass of `Model` in this file, and nothing else in the package
 on the kind of a loaded model.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformer_lens
+from jaxtyping import Float
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
+from tuned_lens.nn.unembed import Unembed
 from typing_extensions import override
 
 from sae_lens_multilayer.hooks import block_end
-from sae_lens_multilayer.models.model import PADDING, Model
-from sae_lens_multilayer.models.shape import ModelShape
-from sae_lens_multilayer.models.unembed import ModelUnembed
+from sae_lens_multilayer.models.model import PADDING, Model, ModelShape
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
+
+
+class ModelUnembed(Unembed):
+    """tuned-lens' `Unembed` for every kind of model.
+
+    tuned-lens' own supports HookedTransformer and seven Hugging Face families, and no
+    soft cap on the logits.
+    """
+
+    def __init__(
+        self,
+        final_norm: nn.Module,
+        weight: Float[Tensor, "d_vocab d_model"],
+        bias: Float[Tensor, " d_vocab"] | None,
+        soft_cap: float | None,
+    ) -> None:
+        """Copy the final norm and share the memory of the unembedding.
+
+        Args:
+            soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`; None, or 0 or
+                less: they stay as they are.
+        """
+        nn.Module.__init__(self)
+        self.final_norm = copy.deepcopy(final_norm)
+        # The hooks of a HookedProxyLM would write to its hook points.
+        self.final_norm._forward_hooks.clear()
+        d_vocab, d_model = weight.shape
+        has_bias = bias is not None
+        self.unembedding = nn.Linear(d_model, d_vocab, has_bias, device="meta")
+        self.unembedding.weight = nn.Parameter(weight.detach())
+        if bias is not None:
+            self.unembedding.bias = nn.Parameter(bias.detach())
+        self.soft_cap = soft_cap if soft_cap and soft_cap > 0 else None
+        self.requires_grad_(False)
+
+    @override
+    def forward(
+        self, h: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_vocab"]:
+        """Logits of residual-stream vectors, as the end of the model computes them."""
+        logits = super().forward(h)
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 class _TransformerLensModel(Model):
@@ -118,23 +164,17 @@ class _HuggingFaceModel(Model):
 
     def _final_norm(self) -> nn.Module:
         decoder = self._hf_model.get_decoder()
-        for name in _FINAL_NORMS:
-            norm = getattr(decoder, name, None)
-            if isinstance(norm, nn.Module):
-                return norm
-        raise ValueError(
-            f"The model's decoder must hold its final norm as one of {_FINAL_NORMS}; "
-            f"{type(decoder).__name__} does not. Load it as a HookedTransformer."
-        )
+        norms = [norm for n in _FINAL_NORMS if (norm := getattr(decoder, n, None))]
+        if not norms:
+            raise ValueError(
+                f"The model's decoder must hold its final norm as one of {_FINAL_NORMS}"
+                f"; {type(decoder).__name__} does not. Load it as a HookedTransformer."
+            )
+        return norms[0]
 
     @override
     def _unembedding(self) -> tuple[Tensor, Tensor | None]:
         unembedding = self._hf_model.get_output_embeddings()
-        if not isinstance(unembedding, nn.Linear):
-            raise ValueError(
-                "The model's output embedding must be a linear layer; got "
-                f"{type(unembedding).__name__}."
-            )
         return unembedding.weight, unembedding.bias
 
     @override
@@ -147,12 +187,8 @@ class _HuggingFaceModel(Model):
 def as_model(raw: Any) -> Model:
     """Wrap a loaded model of any kind; a `Model` is returned as it is.
 
-    Args:
-        raw: A HookedTransformer, a TransformerBridge, or SAELens' HookedProxyLM around
-            a Hugging Face model.
-
-    Raises:
-        ValueError: If it is something else.
+    The kinds are HookedTransformer, TransformerBridge, and SAELens' HookedProxyLM
+    around a Hugging Face model. Anything else is a ValueError.
     """
     if isinstance(raw, Model):
         return raw
@@ -161,9 +197,8 @@ def as_model(raw: Any) -> Model:
     if getattr(getattr(raw, "cfg", None), "n_layers", None) is None:
         raise ValueError(
             "The model must be a HookedTransformer, a TransformerBridge or a Hugging "
-            f"Face causal language model loaded by SAELens; got {type(raw).__name__}."
-            " Wrap a Hugging Face model in sae_lens.load_model.HookedProxyLM(model, "
-            "tokenizer), or give its name or folder as `model_name`."
+            "Face model in sae_lens.load_model.HookedProxyLM(model, tokenizer); got "
+            f"{type(raw).__name__}."
         )
     # TransformerLens 4 has no HookedTransformer.
     if isinstance(raw, getattr(transformer_lens, "HookedTransformer", ())):

@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens.lens import LayerLens
-from sae_lens_multilayer.models.model import missing_hook
-from sae_lens_multilayer.models.shape import ModelShape
+from sae_lens_multilayer.models.model import ModelShape, missing_hook
 
 _HUB_KWARGS = ("revision", "trust_remote_code", "token", "cache_dir")
 
@@ -69,12 +68,9 @@ def load_by_name(
 
 
 def check_named_model(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> None:
-    """Check that a run fits the model it names, by the model's configuration alone.
+    """`check_shape` and `check_modules`, by the configuration of the named model.
 
     Nothing is checked where the configuration cannot be read without loading the model.
-
-    Raises:
-        ValueError: As `check_shape`, or if a Hugging Face model has no such module.
     """
     shape = named_shape(cfg)
     if shape is None:
@@ -89,12 +85,7 @@ def check_named_model(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> Non
 def check_shape(
     cfg: MultiLayerConfig[Any], shape: ModelShape, lens: LayerLens | None
 ) -> None:
-    """Check that a run fits a model of this shape.
-
-    Raises:
-        ValueError: If a layer is not in the model, the context is too long for it, or
-            the lens or the SAE has another width or depth.
-    """
+    """Raise ValueError if a run's layers, context, width or lens do not fit a model."""
     if lens is not None:
         lens.config.check_shape(shape, cfg.model_name)
     hook_names = cfg.resolve_hook_names(shape.n_layers)
@@ -121,39 +112,32 @@ def shape_by_name(
         The shape, or None if the configuration cannot be read (no network, or a class
         without a small configuration); the loaded model then gives it.
     """
-    readers = {
-        "HookedTransformer": _shape_of_hooked_transformer,
-        "TransformerBridge": _shape_of_bridge,
-        "AutoModelForCausalLM": _shape_of_hf_model,
-    }
-    if model_class_name not in readers:
-        return None
+    kwargs = kwargs or {}
+    hub_kwargs = _only(kwargs, *_HUB_KWARGS)
     try:
-        return readers[model_class_name](model_name, kwargs or {})
+        if model_class_name == "HookedTransformer":
+            given = hub_kwargs | _only(kwargs, "n_ctx", "first_n_layers")
+            return _shape_of_hooked_transformer(model_name, given)
+        if model_class_name == "TransformerBridge":
+            given = hub_kwargs | (kwargs.get("hf_config_overrides") or {})
+            config = AutoConfig.from_pretrained(model_name, **given)
+            shape = ModelShape.of_hf_config(config)
+            return replace(shape, n_ctx=kwargs.get("n_ctx") or shape.n_ctx)
+        if model_class_name == "AutoModelForCausalLM":
+            # As in `from_pretrained`, arguments that name a setting change it.
+            config = AutoConfig.from_pretrained(model_name, **kwargs)
+            return ModelShape.of_hf_config(config)
     except OSError:
         # Neither cached nor reachable: loading the model raises a clearer error.
         return None
+    return None
 
 
 def _shape_of_hooked_transformer(name: str, kwargs: dict[str, Any]) -> ModelShape:
     from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
-    given = _only(kwargs, *_HUB_KWARGS, "n_ctx", "first_n_layers")
     with _short_unknown_model_error(name):
-        return ModelShape.of_config(get_pretrained_model_config(name, **given))
-
-
-def _shape_of_bridge(name: str, kwargs: dict[str, Any]) -> ModelShape:
-    overrides = kwargs.get("hf_config_overrides") or {}
-    given = _only(kwargs, *_HUB_KWARGS) | overrides
-    shape = ModelShape.of_hf_config(AutoConfig.from_pretrained(name, **given))
-    n_ctx = kwargs.get("n_ctx")
-    return shape if n_ctx is None else replace(shape, n_ctx=n_ctx)
-
-
-def _shape_of_hf_model(name: str, kwargs: dict[str, Any]) -> ModelShape:
-    # As in `from_pretrained` of the model, arguments that name a setting change it.
-    return ModelShape.of_hf_config(AutoConfig.from_pretrained(name, **kwargs))
+        return ModelShape.of_config(get_pretrained_model_config(name, **kwargs))
 
 
 def _only(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -162,11 +146,7 @@ def _only(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 @contextmanager
 def _short_unknown_model_error(model_name: str) -> Generator[None]:
-    """Shorten TransformerLens' list of hundreds of names to the nearest ones.
-
-    Raises:
-        ValueError: If the model is unknown.
-    """
+    """Shorten TransformerLens' list of hundreds of names to the nearest ones."""
     from transformer_lens.loading_from_pretrained import (
         OFFICIAL_MODEL_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (of 2.x, too)
     )
@@ -187,13 +167,7 @@ def _short_unknown_model_error(model_name: str) -> Generator[None]:
 def check_modules(
     model_name: str, hook_names: Sequence[str], kwargs: dict[str, Any]
 ) -> None:
-    """Check that a Hugging Face model has these modules, without loading its weights.
-
-    The model is built on the meta device.
-
-    Raises:
-        ValueError: If a module is missing; lists the nearest ones.
-    """
+    """Raise ValueError if a Hugging Face model lacks a module; loads no weights."""
     config = AutoConfig.from_pretrained(model_name, **kwargs)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

@@ -1,19 +1,19 @@
-"""What the package needs of a loaded language model, of whatever kind."""
+"""A loaded language model of any kind, and its shape."""
 
 import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tuned_lens.nn.unembed import Unembed
 from tuned_lens.utils import tensor_hash
 
-from sae_lens_multilayer.hooks import stop_at_layer
-from sae_lens_multilayer.models.shape import ModelShape, check_widths
-from sae_lens_multilayer.models.unembed import ModelUnembed
+from sae_lens_multilayer.hooks import is_residual, stop_at_layer
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Computes the replacement of the activations at a hook, heads put end to end."""
@@ -32,6 +32,62 @@ but not the last one if the pad token is also the BOS.
 """
 
 
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model; None where its configuration does not state one."""
+
+    n_layers: int
+    d_model: int
+    n_ctx: int | None = None
+    """Longest context in tokens."""
+    d_vocab: int | None = None
+    """Number of token ids."""
+
+    @classmethod
+    def of_config(cls, cfg: Any) -> "ModelShape":
+        """The shape in a configuration of TransformerLens."""
+        # It has -1 for a vocabulary of unknown size.
+        d_vocab = max(0, getattr(cfg, "d_vocab", None) or 0) or None
+        return cls(cfg.n_layers, cfg.d_model, getattr(cfg, "n_ctx", None), d_vocab)
+
+    @classmethod
+    def of_hf_config(cls, config: Any) -> "ModelShape":
+        """The shape in a configuration of Hugging Face."""
+        text = config.get_text_config()
+        return cls(
+            text.num_hidden_layers,
+            text.hidden_size,
+            getattr(text, "max_position_embeddings", None),
+            getattr(text, "vocab_size", None),
+        )
+
+    def check_context_size(self, context_size: int, model_name: str) -> None:
+        """Raise ValueError if a context is longer than the model's."""
+        if self.n_ctx is not None and context_size > self.n_ctx:
+            raise ValueError(
+                f"`context_size` must be at most {self.n_ctx} tokens, the context of "
+                f"{model_name!r}; got {context_size}."
+            )
+
+    def check_width(self, hook_names: Sequence[str], d_in: int) -> None:
+        """Raise ValueError if residual-stream hooks do not have the width `d_in`.
+
+        The width of other hooks is measured when the model runs (`check_widths`).
+        """
+        residual = filter(is_residual, hook_names)
+        check_widths(dict.fromkeys(residual, self.d_model), d_in)
+
+
+def check_widths(widths: Mapping[str, int], d_in: int) -> None:
+    """Raise ValueError unless all hooks, given with their widths, have width `d_in`."""
+    for name, width in widths.items():
+        if width != d_in:
+            raise ValueError(
+                f"`d_in` must be {width}, the width of the model at {name!r}; got "
+                f"{d_in}. All hooks of one SAE must have the same width."
+            )
+
+
 class Model(ABC):
     """A loaded language model; `kinds.as_model` wraps a model of any kind."""
 
@@ -40,7 +96,6 @@ class Model(ABC):
     shape: ModelShape
 
     def __init__(self, module: Any, shape: ModelShape) -> None:
-        """Wrap a model; use `as_model` instead."""
         self.module, self.shape = module, shape
         self._own_names: dict[str, str] = {}
 
@@ -63,11 +118,8 @@ class Model(ABC):
         """The names under which the model itself lists these hooks.
 
         SAETransformerBridge lists `blocks.{layer}.hook_out` but silently ignores its
-        alias `blocks.{layer}.hook_resid_post`; likewise `hook_in` for `hook_resid_pre`
-        and `embed.hook_out` for `hook_embed`.
-
-        Raises:
-            ValueError: If the model lacks a hook; lists the nearest that it has.
+        alias `blocks.{layer}.hook_resid_post`, and so on. A hook that the model lacks
+        is a ValueError.
         """
         if not set(hook_names) <= set(self._own_names):
             known = set(self.module.hook_dict)
@@ -87,10 +139,6 @@ class Model(ABC):
             head_indices: The attention head to read at each hook; None: all heads, put
                 end to end.
             model_kwargs: Further arguments of the model's forward pass.
-
-        Raises:
-            ValueError: If the model lacks a hook, or a hook with a head index has no
-                heads.
         """
         own_names = self.own_hook_names(hook_names)
         _, cache = self._run(
@@ -116,11 +164,7 @@ class Model(ABC):
     def logits_with_hooks(
         self, tokens: Int[Tensor, "prompt pos"], replacements: Mapping[str, Replace]
     ) -> Float[Tensor, "prompt pos d_vocab"]:
-        """The logits of a whole forward pass with activations replaced at hooks.
-
-        Args:
-            replacements: By hook name.
-        """
+        """The logits of a whole forward pass, with activations of hooks replaced."""
         own_names = self.own_hook_names(list(replacements))
         hooks = zip(own_names, map(_as_hook, replacements.values()), strict=True)
         return self.module.run_with_hooks(
@@ -141,7 +185,7 @@ class Model(ABC):
     def can_start_in_middle(self, hook_names: Sequence[str]) -> bool:
         """Whether these hooks lie between the steps `embed`, `run_block` and `head`.
 
-        A kind of model that implements these three methods overrides this one.
+        True only for kinds of model that implement these three methods.
         """
         del hook_names
         return False
@@ -185,13 +229,8 @@ class Model(ABC):
         """Weight [d_vocab, d_model] and bias of the unembedding."""
 
     @abstractmethod
-    def unembed(self) -> ModelUnembed:
-        """tuned-lens' `Unembed` of this model, which shares its unembedding.
-
-        Raises:
-            ValueError: If the final norm or unembedding is not where models of the
-                supported kinds have it.
-        """
+    def unembed(self) -> Unembed:
+        """tuned-lens' `Unembed` of this model, which shares its unembedding."""
 
     def unembedding_hash(self) -> str:
         """tuned-lens' hash of the unembedding, which a lens stores of its model.
@@ -219,13 +258,10 @@ class Model(ABC):
     def check_hook_widths(
         self, hook_names: Sequence[str], d_in: int, **kwargs: Any
     ) -> None:
-        """Run the model on one token and check the width at each hook.
+        """Run the model on one token; raise ValueError for a width other than `d_in`.
 
         Args:
             kwargs: As in `vectors`.
-
-        Raises:
-            ValueError: If the model lacks a hook, or a hook has not the width `d_in`.
         """
         vectors = self.vectors(torch.zeros(1, 1).long(), hook_names, **kwargs)
         widths = (x.shape[-1] for x in vectors)
@@ -236,9 +272,8 @@ class Model(ABC):
         attached = getattr(self.module, "acts_to_saes", None)
         if attached:
             raise ValueError(
-                "The model must have no SAEs attached, as its own run is measured and "
-                f"compared with; it has SAEs at {list(attached)}. Detach them with "
-                "`model.reset_saes()`."
+                "The model must have no SAEs attached, as its own run is measured; it "
+                f"has SAEs at {list(attached)}. Use `model.reset_saes()`."
             )
 
 
@@ -263,11 +298,7 @@ def missing_hook(name: str, known: Iterable[str]) -> ValueError:
 def one_vector_per_position(
     acts: Float[Tensor, "prompt pos *head d_in"], head_index: int | None
 ) -> Float[Tensor, "prompt pos d_vector"]:
-    """Choose one head of a hook that has heads, or put the heads end to end.
-
-    Raises:
-        ValueError: If a head is chosen at a hook without heads.
-    """
+    """Choose one head of a hook that has heads, or put the heads end to end."""
     if head_index is not None and acts.ndim != 4:
         raise ValueError(
             "`hook_head_index` must be None at a hook without heads; got "

@@ -4,8 +4,9 @@ Only safetensors are read, and from a file that also holds the transformer, only
 tensors of the autoencoder and its lens.
 """
 
-import json
+import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tuned_lens.nn.lenses import TunedLensConfig
 
+from sae_lens_multilayer import hooks
+from sae_lens_multilayer.files import read_json
 from sae_lens_multilayer.lens.carrier import LENS_PREFIX
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
-from sae_lens_multilayer.lens.tuned_lens_files import Translators, read_tuned_lens
-from sae_lens_multilayer.models.shape import ModelShape
-from sae_lens_multilayer.published.origin import (
-    Origin,
-    find_origin,
-    warn_of_differences,
-)
+from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
+from sae_lens_multilayer.models.loading import shape_by_name
+from sae_lens_multilayer.models.model import ModelShape
+from sae_lens_multilayer.published.releases import PublishedName, published_model
 from sae_lens_multilayer.sae.config import ARCHITECTURE
 
 _TENSORS = ("encoder.weight", "decoder.weight", "pre_encoder_bias")
@@ -35,6 +35,22 @@ _TRANSLATORS = "lens.layer_translators."
 _BLOCK = re.compile(r"transformer\.model\.\D+\.(\d+)\.")
 # Of the paper's training runs; a `-tfm` config has its own context size.
 _DATASET, _CONTEXT_SIZE = "monology/pile-uncopyrighted", 2048
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model and hooks that a checkpoint was trained on; None where unknown."""
+
+    model_name: str | None
+    hook_names: list[str]
+    """Empty if the model is unknown."""
+    n_layers: int | None
+    d_in: int | None
+    """The model's width."""
+    has_lens: bool
+    """Whether the inputs were transformed by the model's tuned lens."""
 
 
 def load(
@@ -53,35 +69,34 @@ def load(
     The SAE of one hook is the stock TopK, or with a lens a multi-layer SAE of one hook.
 
     Args:
-        config_path: The published `config.json`.
-        weights_path: The published `model.safetensors`.
         location: The repository or folder, which may have a published name.
-        device: Where the tensors are read to.
         overrides: Entries that replace those of the config.
-        hook_name: Return the SAE of this hook only.
         model_name: The language model; None: from the config or the location.
-        tuned_lens: The lens that it was trained with, as a folder or a name in
-            tuned-lens' hub space; None: from the files or the model.
+        tuned_lens: The lens that it was trained with; None: from the files or the
+            model.
 
     Raises:
-        ValueError: If the files are not those of an MLSAE, incomplete, or contradict
-            each other; or its lens cannot be read.
+        ValueError: If the files are incomplete or contradict each other, or the lens
+            cannot be read.
     """
     settings = _read_settings(config_path)
-    translators = None if tuned_lens is None else read_tuned_lens(tuned_lens, {})
+    lens_source = None if tuned_lens is None else read_tuned_lens(tuned_lens)
     with _open(weights_path, device) as file:
         names = set(file.keys())
-        is_plain = names.issuperset(_TENSORS)
-        prefix = "" if is_plain else _BESIDE_TRANSFORMER
-        d_in, d_sae = _sizes(file, prefix, settings, config_path, weights_path)
-        n_layers = _n_layers_stored(names)
-        if n_layers is None and translators is not None:
-            n_layers = translators.config.num_hidden_layers
+        prefix = "" if names.issuperset(_TENSORS) else _BESIDE_TRANSFORMER
+        d_in, d_sae = _sizes(file, prefix, settings, weights_path)
+        # Of the transformer beside the SAE.
+        blocks = [int(block[1]) for block in map(_BLOCK.match, names) if block]
+        n_layers = max(blocks) + 1 if blocks else None
+        if n_layers is None and lens_source is not None:
+            n_layers = lens_source[0].num_hidden_layers
         origin = find_origin(settings, location, n_layers, model_name, hook_name)
-        warn_of_differences(location, origin, settings, d_in, d_sae)
-        translators = translators or _stored_translators(file, origin, d_in)
-        lens = _make_lens(origin, d_in, translators)
-        tensors = _read_tensors(file, prefix)
+        _warn_of_differences(location, origin, d_in, d_sae, settings["k"])
+        lens_source = lens_source or _stored_translators(file, origin, d_in)
+        lens = _make_lens(origin, d_in, lens_source)
+        encoder, decoder, bias = (file.get_tensor(prefix + n) for n in _TENSORS)
+    # SAELens' shapes; in `W_enc` the weights of one latent are contiguous.
+    tensors = {"W_enc": encoder.T, "W_dec": decoder.T.contiguous(), "b_dec": bias}
     cfg = _make_config(settings, d_in, d_sae, origin, lens and lens.config)
     dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
     cfg.update({"dtype": dtype, "device": device, **(overrides or {})})
@@ -100,11 +115,7 @@ def load_config(
     overrides: dict[str, Any] | None,
     hook_name: str | None = None,
 ) -> dict[str, Any]:
-    """The config alone. A `-tfm` config has no sizes, which are then the model's.
-
-    Raises:
-        ValueError: If the file is not of an MLSAE, or the sizes are unknown.
-    """
+    """The config alone. A `-tfm` config has no sizes, which are then the model's."""
     settings = _read_settings(config_path)
     origin = find_origin(settings, location, None, None, hook_name)
     d_in = settings.get("n_inputs", origin.d_in)
@@ -122,20 +133,11 @@ def load_config(
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if (
-        not isinstance(settings, dict)
-        or type(settings.get("k")) is not int
-        or not {"n_latents", "expansion_factor"} & settings.keys()
-        or not isinstance(settings.get("standardize", True), bool)
-    ):
+    settings = read_json(path)
+    if "k" not in settings or not {"n_latents", "expansion_factor"} & settings.keys():
         raise ValueError(
-            f"{path} is not the config of an MLSAE, which has an integer 'k', "
-            "'n_latents' or 'expansion_factor', and 'standardize' true or false; it "
-            f"holds {str(settings)[:300]}."
+            f"{path} must be the config of an MLSAE, with 'k' and with 'n_latents' or "
+            f"'expansion_factor'; it holds {str(settings)[:300]}."
         )
     return settings
 
@@ -152,71 +154,131 @@ def _open(path: Path, device: str) -> Any:
 
 
 def _sizes(
-    file: Any, prefix: str, settings: dict[str, Any], config_path: Path, path: Path
+    file: Any, prefix: str, settings: dict[str, Any], path: Path
 ) -> tuple[int, int]:
-    """d_in and d_sae of the tensors, once they agree with each other and the config."""
+    """d_in and d_sae of the tensors, validated against each other and the config."""
     try:
         shapes = [tuple(file.get_slice(prefix + n).get_shape()) for n in _TENSORS]
-        (d_sae, d_in), decoder, bias = shapes
-    except (SafetensorError, ValueError) as error:
+    except SafetensorError as error:
         raise ValueError(
             f"{path} is not an MLSAE: it must hold {list(_TENSORS)}, with or without "
             f"the prefix {_BESIDE_TRANSFORMER!r} ({error})."
         ) from error
+    d_sae, d_in = shapes[0]
     found = {"n_inputs": d_in, "n_latents": d_sae, "expansion_factor": d_sae / d_in}
-    wrong = [n for n in found if settings.get(n, found[n]) != found[n]]
-    if not 0 < settings["k"] <= d_sae:
-        wrong.append("k")
-    if (decoder, bias) != ((d_in, d_sae), (d_in,)) or wrong:
+    if (
+        shapes[1:] != [(d_in, d_sae), (d_in,)]
+        or any(settings.get(name, size) != size for name, size in found.items())
+        or not 0 < settings["k"] <= d_sae
+    ):
         raise ValueError(
-            f"{config_path} and {path} contradict each other in {wrong or 'shapes'}: "
-            f"the config has {settings}, and {list(_TENSORS)} have the shapes {shapes}."
+            f"{path} and its config contradict each other: the config has {settings}, "
+            f"and {list(_TENSORS)} have the shapes {shapes}."
         )
     return d_in, d_sae
 
 
-def _n_layers_stored(names: set[str]) -> int | None:
-    """Number of blocks of the transformer beside the SAE; None if there is none."""
-    blocks = [int(block[1]) for block in map(_BLOCK.match, names) if block]
-    return max(blocks) + 1 if blocks else None
+def find_origin(
+    settings: dict[str, Any],
+    location: str,
+    n_layers: int | None,
+    model_name: str | None,
+    hook_name: str | None,
+) -> Origin:
+    """The model and hooks, from the config, the location and the stored tensors.
+
+    Raises:
+        ValueError: If the model is unknown but needed for a lens, a layer is not one of
+            its blocks, or `hook_name` is not one of the hooks.
+        FileNotFoundError: If the model's own config is needed and cannot be read.
+    """
+    name = PublishedName.find_in(location)
+    has_lens = bool(settings.get("tuned_lens")) or (name is not None and name.has_lens)
+    candidates = [settings.get("model_name"), name.model if name else None]
+    candidates = [c for c in ([model_name] if model_name else candidates) if c]
+    published = next(filter(None, map(published_model, candidates)), None)
+    d_in = None
+    if published is not None:
+        model_name, d_in = published.name, published.d_in
+        n_layers = n_layers or published.n_layers
+    elif candidates:
+        model_name = candidates[0]
+        if n_layers is None:
+            shape = shape_by_name("HookedTransformer", candidates[0])
+            if shape is None:
+                raise FileNotFoundError(
+                    f"The config of {candidates[0]!r}, which has the number of layers, "
+                    "is not cached, and the Hugging Face hub cannot be reached."
+                )
+            n_layers, d_in = shape.n_layers, shape.d_model
+    if n_layers is None:
+        problem = (
+            f"The language model of the MLSAE at {location} is unknown, so it has no "
+            "hooks, no views and no lens. Give the folder the repository's name, or "
+            "name the model: converter=partial(mlsae_disk_loader, model_name=...)."
+        )
+        if has_lens:
+            raise ValueError(problem)
+        logger.warning("%s", problem)
+        return Origin(None, [], None, None, has_lens)
+    layers = settings.get("layers")
+    if layers is None and name is not None and name.layer is not None:
+        layers = [name.layer]
+    hook_names = hooks.resolve_hook_names(
+        hooks.DEFAULT_HOOK_NAME, None, layers, n_layers, str(model_name)
+    )
+    if hook_name is not None:
+        hook_names = [hook_names[hooks.find_hook(hook_names, hook_name)]]
+    return Origin(model_name, hook_names, n_layers, d_in, has_lens)
 
 
-def _stored_translators(file: Any, origin: Origin, d_in: int) -> Translators | None:
+def _warn_of_differences(
+    location: str, origin: Origin, d_in: int, d_sae: int, k: int
+) -> None:
+    """Warn if the sizes are not those of the model or of the published name."""
+    found, expected = {"d_in": d_in}, {"d_in": origin.d_in or d_in}
+    name = PublishedName.find_in(location)
+    if name is not None:
+        found |= {"d_sae": d_sae, "k": k}
+        expected |= {"d_sae": name.expansion_factor * d_in, "k": name.k}
+    if found != expected:
+        logger.warning(
+            "The MLSAE at %s has %s, but its name or its model %s has %s: its files "
+            "may be those of another one.",
+            location,
+            found,
+            origin.model_name,
+            expected,
+        )
+
+
+def _stored_translators(
+    file: Any, origin: Origin, d_in: int
+) -> tuple[TunedLensConfig, dict[str, Tensor]] | None:
     """The tuned lens stored beside the SAE; None if there is none."""
     tensors = {
         name.removeprefix(_TRANSLATORS): file.get_tensor(name)
         for name in file.keys()  # noqa: SIM118  (not iterable)
         if name.startswith(_TRANSLATORS)
     }
-    if not tensors:
-        return None
     n_layers = len({name.partition(".")[0] for name in tensors})
     config = TunedLensConfig(str(origin.model_name), d_in, n_layers)
-    return Translators.validated(config, tensors)
+    return (config, tensors) if tensors else None
 
 
 def _make_lens(
-    origin: Origin, d_in: int, translators: Translators | None
+    origin: Origin,
+    d_in: int,
+    lens_source: tuple[TunedLensConfig, dict[str, Tensor]] | None,
 ) -> LayerLens | None:
-    if translators is None:
+    if lens_source is None:
         if not origin.has_lens:
             return None
-        translators = read_tuned_lens(str(origin.model_name), {})
-    config = translators.config_at(origin.hook_names, "reference")
-    lens = LayerLens.from_tensors(config, translators.tensors_at(config))
-    shape = ModelShape(origin.n_layers or config.n_layers, d_in)
+        lens_source = read_tuned_lens(str(origin.model_name))
+    lens = LayerLens.from_translators(*lens_source, origin.hook_names, "reference")
+    shape = ModelShape(origin.n_layers or lens.config.n_layers, d_in)
     lens.config.check_shape(shape, str(origin.model_name))
     return lens
-
-
-def _read_tensors(file: Any, prefix: str) -> dict[str, Tensor]:
-    """SAELens' tensors; in `W_enc` the weights of one latent are contiguous."""
-    encoder, decoder, bias = (prefix + name for name in _TENSORS)
-    return {
-        "W_enc": file.get_tensor(encoder).T,
-        "W_dec": file.get_tensor(decoder).T.contiguous(),
-        "b_dec": file.get_tensor(bias),
-    }
 
 
 def _make_config(
@@ -260,13 +322,11 @@ def _make_config(
 def _finite(
     tensors: dict[str, Tensor], dtype: torch.dtype, path: Path
 ) -> dict[str, Tensor]:
-    """The tensors in a dtype, once they are finite floating-point numbers."""
+    """The tensors in a dtype; raises ValueError if one has NaN or infinite values."""
     for name, tensor in tensors.items():
         # Unlike `isfinite` of all, this needs no memory; NaN propagates.
-        extremes = torch.stack(tensor.aminmax())
-        if not tensor.is_floating_point() or not extremes.isfinite().all():
+        if not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(
-                f"{path} must hold finite floating-point numbers; {name} has the dtype "
-                f"{tensor.dtype}, or NaN or infinite values."
+                f"{path} must not hold NaN or infinite values; {name} does."
             )
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}

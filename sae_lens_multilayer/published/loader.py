@@ -8,14 +8,12 @@ SAELens class with `converter=mlsae_disk_loader`.
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, scan_cache_dir
-from huggingface_hub.errors import CacheNotFound, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from torch import Tensor
 
 from sae_lens_multilayer.published import format as mlsae
-from sae_lens_multilayer.published.releases import owner
 
 LOADER_NAME = "mlsae"
 """The name of these loaders in SAELens' registries."""
@@ -43,25 +41,19 @@ def mlsae_huggingface_loader(
     Args:
         repo_id: The repository, or its owner if `folder_name` begins with its name.
         folder_name: The name of a hook, or nothing for the whole SAE.
-        device: Where the tensors are read to.
-        force_download: Whether to download the files again.
         cfg_overrides: Entries that replace those of the config.
         model_name, tuned_lens: As in `mlsae_disk_loader`.
 
-    Returns:
-        Config, tensors and None, as SAELens' loaders.
-
     Raises:
-        FileNotFoundError: If a file is not cached and the hub cannot be reached; lists
-            what is cached.
+        FileNotFoundError: If a file is not cached and the hub cannot be reached.
         ValueError: If the repository does not hold a valid MLSAE.
     """
     repository, hook_name = _split(repo_id, folder_name)
-    config = _download(repository, _CONFIG, force_download)
-    weights = _download(repository, _WEIGHTS, force_download)
+    config = hf_hub_download(repository, _CONFIG, force_download=force_download)
+    weights = hf_hub_download(repository, _WEIGHTS, force_download=force_download)
     cfg, tensors = mlsae.load(
-        config,
-        weights,
+        Path(config),
+        Path(weights),
         repository,
         device,
         cfg_overrides,
@@ -79,14 +71,10 @@ def get_mlsae_config_from_hf(
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The config of `mlsae_huggingface_loader`, without downloading the tensors.
-
-    Raises:
-        FileNotFoundError, ValueError: As `mlsae_huggingface_loader`.
-    """
+    """The config of `mlsae_huggingface_loader`, without downloading the tensors."""
     repository, hook_name = _split(repo_id, folder_name)
-    config = _download(repository, _CONFIG, force_download)
-    return mlsae.load_config(config, repository, device, cfg_overrides, hook_name)
+    config = hf_hub_download(repository, _CONFIG, force_download=force_download)
+    return mlsae.load_config(Path(config), repository, device, cfg_overrides, hook_name)
 
 
 def mlsae_disk_loader(
@@ -106,27 +94,20 @@ def mlsae_disk_loader(
 
     Args:
         path: A folder with `config.json` and `model.safetensors`.
-        device: Where the tensors are read to.
         cfg_overrides: Entries that replace those of the config.
         model_name: The language model's name for TransformerLens.
         tuned_lens: For a `-lens` checkpoint: a folder that tuned-lens saved, or a name
             in its hub space; None: the model's, if the folder's name or the config
             states that it has one.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If they do not hold a valid MLSAE.
     """
     path = Path(path)
-    for name in (_CONFIG, _WEIGHTS):
-        if not (path / name).is_file():
-            found = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-            raise FileNotFoundError(
-                f"{path} must be a folder with the published {_CONFIG} and {_WEIGHTS} "
-                f"of an MLSAE; {name} is missing, and it holds {found or 'nothing'}. "
-                "Pickles are never loaded; a folder saved by SAELens (cfg.json) needs "
-                "no converter."
-            )
+    missing = [n for n in (_CONFIG, _WEIGHTS) if not (path / n).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{path} must be a folder with the published {_CONFIG} and {_WEIGHTS}; "
+            f"{missing} are missing. A folder that SAELens saved (cfg.json) "
+            "needs no converter, and pickles are never loaded."
+        )
     return mlsae.load(
         path / _CONFIG,
         path / _WEIGHTS,
@@ -158,35 +139,3 @@ def _split(repo_id: str, folder_name: str) -> tuple[str, str | None]:
     """The repository, and the hook or None."""
     parts = [part for part in f"{repo_id}/{folder_name}".split("/") if part]
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
-
-
-def _download(repository: str, filename: str, force_download: bool) -> Path:
-    """A file of a repository, from the cache or the hub."""
-    try:
-        return Path(
-            hf_hub_download(repository, filename, force_download=force_download)
-        )
-    except LocalEntryNotFoundError as error:
-        files = _cached_files()
-        published = sorted(name for name in files if name.startswith(f"{owner()}/"))
-        raise FileNotFoundError(
-            f"{filename!r} of {repository} is not cached, and the Hugging Face hub "
-            "cannot be reached (no network, or HF_HUB_OFFLINE is set). Cached files of "
-            f"this repository: {files.get(repository, [])}; cached repositories of "
-            f"{owner()}: {published}."
-        ) from error
-
-
-def _cached_files() -> dict[str, list[str]]:
-    """The names of the files in the hub's cache, by repository."""
-    try:
-        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except CacheNotFound:
-        return {}
-    return {
-        repository.repo_id: sorted(
-            {file.file_name for r in repository.revisions for file in r.files}
-        )
-        for repository in repositories
-        if repository.repo_type == "model"
-    }

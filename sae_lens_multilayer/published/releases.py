@@ -3,8 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -26,9 +25,7 @@ class PublishedModel:
     name: str
     """Its name for Hugging Face and TransformerLens."""
     n_layers: int
-    """Number of blocks."""
     d_in: int
-    """Width of the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,7 @@ class PublishedName:
     expansion_factor: int
     """d_sae / d_in."""
     k: int
-    """Latents kept for each vector."""
     has_lens: bool
-    """Whether it was trained on vectors transformed by a tuned lens."""
     has_transformer: bool
     """Whether its file also holds the transformer."""
     layer: int | None
@@ -66,14 +61,14 @@ class PublishedName:
             return None
         part = match.groupdict()
         return cls(
-            prefix=part["prefix"],
-            model=part["model"],
-            variant=part["variant"],
-            expansion_factor=int(part["R"]),
-            k=int(part["k"]),
-            has_lens=part["lens"] is not None,
-            has_transformer=part["tfm"] is not None,
-            layer=None if part["layer"] is None else int(part["layer"]),
+            part["prefix"],
+            part["model"],
+            part["variant"],
+            int(part["R"]),
+            int(part["k"]),
+            part["lens"] is not None,
+            part["tfm"] is not None,
+            None if part["layer"] is None else int(part["layer"]),
         )
 
     @classmethod
@@ -93,51 +88,35 @@ class PublishedName:
         return f"{owner()}/{self.release}-{self.variant}"
 
 
-@dataclass(frozen=True)
-class Release:
-    """A release of `SAE.from_pretrained`: several repositories, or one by its name."""
-
-    name: str
-    """`{prefix}-{model}`, or the repository."""
-    location: str
-    """The owner of the repositories on the hub, or the repository."""
-    model_name: str
-    """The language model."""
-    paths: dict[str, str] = field(default_factory=dict[str, str])
-    """By id, what follows `location`: a repository, a hook, or both."""
-    expected_l0: dict[str, float] = field(default_factory=dict[str, float])
-    """k, by id."""
-
-
-def published_releases() -> list[Release]:
-    """The releases of all models and of all repositories."""
-    found: dict[str, Release] = {}
+def directory_entries() -> dict[str, dict[str, Any]]:
+    """Fields of SAELens' directory, by release: all of a model, or one repository."""
+    found: dict[str, dict[str, Any]] = {}
     for name in published_names():
-        repository = name.repository
-        stem = repository.partition("/")[2]
-        for release, location, path in (
-            (name.release, owner(), [stem]),
-            (repository, repository, []),
+        model, repository = _model_of(name), name.repository
+        hook_names = [""]
+        if name.layer is None:
+            hook_names += resolve_hook_names(
+                DEFAULT_HOOK_NAME, None, None, model.n_layers
+            )
+        for release, repo_id, folder in (
+            (name.release, owner(), repository.partition("/")[2]),
+            (repository, repository, ""),
         ):
-            model_name = _model_of(name).name
-            entry = found.setdefault(release, Release(release, location, model_name))
-            for sae_id, hook in _ids(name):
-                entry.paths[sae_id] = "/".join([*path, *hook])
-                entry.expected_l0[sae_id] = name.k
-    return list(found.values())
-
-
-def _ids(name: PublishedName) -> list[tuple[str, list[str]]]:
-    """Ids of a checkpoint with their hook: the whole SAE, then one for each hook.
-
-    A single-layer SAE has one id.
-    """
-    whole: list[tuple[str, list[str]]] = [(name.variant, [])]
-    if name.layer is not None:
-        return whole
-    n_layers = _model_of(name).n_layers
-    hook_names = resolve_hook_names(DEFAULT_HOOK_NAME, None, None, n_layers)
-    return whole + [(f"{name.variant}/{hook}", [hook]) for hook in hook_names]
+            entry = found.setdefault(
+                release,
+                {
+                    "release": release,
+                    "repo_id": repo_id,
+                    "model": model.name,
+                    "saes_map": {},
+                    "expected_l0": {},
+                },
+            )
+            for hook in hook_names:
+                sae_id = f"{name.variant}/{hook}".strip("/")
+                entry["saes_map"][sae_id] = f"{folder}/{hook}".strip("/")
+                entry["expected_l0"][sae_id] = name.k
+    return found
 
 
 def multi_layer_ids() -> set[tuple[str, str]]:
@@ -165,25 +144,24 @@ def releases() -> pd.DataFrame:
         >>> int(table.query("sae_id == 'x64-k32' and model == 'gpt2'").d_sae.item())
         49152
     """
-    rows = [_row(name) for name in published_names()]
+    rows = [
+        {
+            "release": name.release,
+            "sae_id": name.variant,
+            "repository": name.repository,
+            "model": model.name,
+            "n_layers": model.n_layers,
+            "layer": name.layer,
+            "d_in": model.d_in,
+            "d_sae": name.expansion_factor * model.d_in,
+            "k": name.k,
+            "lens": name.has_lens,
+            "transformer": name.has_transformer,
+        }
+        for name in published_names()
+        for model in [_model_of(name)]
+    ]
     return pd.DataFrame(rows).astype({"layer": "Int64"})
-
-
-def _row(name: PublishedName) -> dict[str, Any]:
-    model = _model_of(name)
-    return {
-        "release": name.release,
-        "sae_id": name.variant,
-        "repository": name.repository,
-        "model": model.name,
-        "n_layers": model.n_layers,
-        "layer": name.layer,
-        "d_in": model.d_in,
-        "d_sae": name.expansion_factor * model.d_in,
-        "k": name.k,
-        "lens": name.has_lens,
-        "transformer": name.has_transformer,
-    }
 
 
 def owner() -> str:
@@ -214,24 +192,19 @@ def _directory() -> tuple[str, dict[str, PublishedModel], list[PublishedName]]:
     names: list[PublishedName] = []
     for entry in data["models"]:
         model = PublishedModel(entry["name"], entry["n_layers"], entry["d_in"])
-        models[_last_part(model.name)] = model
-        names += _names(model, entry["checkpoints"])
+        part = _last_part(model.name)
+        models[part] = model
+        for c in entry["checkpoints"]:
+            is_single = c["prefix"] == "sae"
+            layers = [f"-layers-{i}" for i in range(model.n_layers)]
+            for R, k, variant, layer in itertools.product(
+                c["R"], c["k"], c["variants"], layers if is_single else [""]
+            ):
+                stem = f"{c['prefix']}-{part}-x{R}-k{k}"
+                name = PublishedName.parse(f"{stem}{variant}{layer}")
+                assert name is not None
+                names.append(name)
     return data["owner"], models, names
-
-
-def _names(
-    model: PublishedModel, checkpoints: list[dict[str, Any]]
-) -> Iterator[PublishedName]:
-    for c in checkpoints:
-        stem = f"{c['prefix']}-{_last_part(model.name)}"
-        is_single = c["prefix"] == "sae"
-        layers = [f"-layers-{i}" for i in range(model.n_layers)] if is_single else [""]
-        for R, k, variant, layer in itertools.product(
-            c["R"], c["k"], c["variants"], layers
-        ):
-            name = PublishedName.parse(f"{stem}-x{R}-k{k}{variant}{layer}")
-            assert name is not None
-            yield name
 
 
 def _last_part(model_name: str) -> str:

@@ -37,7 +37,7 @@ class MultiLayerSAEConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_config(self, self.k)
+        _check_config(self, k=self.k)
 
 
 @dataclass
@@ -55,9 +55,6 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
         certified_topk: Select the latents from a bfloat16 product, prove that the
             selection equals that of float32, and recompute it where the proof fails;
             None: if that is faster. The result is the same.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     k: int = 32
@@ -79,18 +76,7 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
             self.k_aux = min(_power_of_two_near(self.d_in / 2), self.d_sae)
         # SAELens copies the training settings, including `k_aux`, into the metadata.
         super().__post_init__()
-        _check_config(self, self.k)
-        check_size("k_aux", self.k_aux)
-        check_size("dead_after_tokens", self.dead_after_tokens)
-        if self.k_aux > self.d_sae:
-            raise ValueError(
-                f"`k_aux` must be at most d_sae = {self.d_sae}; got {self.k_aux}."
-            )
-        if self.decoder_init_norm != 1.0:
-            raise ValueError(
-                "`decoder_init_norm` must be 1: the decoder rows of a multi-layer SAE "
-                f"have unit norm; got {self.decoder_init_norm}."
-            )
+        _check_config(self, k=self.k, k_aux=self.k_aux)
 
 
 def check_whole_number(name: str, value: Any) -> None:
@@ -115,11 +101,14 @@ def check_sizes(cfg: SAEConfig) -> None:
     check_size("d_sae", cfg.d_sae)
 
 
-def _check_config(cfg: SAEConfig, k: int) -> None:
+def _check_config(cfg: SAEConfig, **latents: int) -> None:
     check_sizes(cfg)
-    check_size("k", k)
-    if k > cfg.d_sae:
-        raise ValueError(f"`k` must be at most d_sae = {cfg.d_sae}; got {k}.")
+    for name, value in latents.items():
+        check_size(name, value)
+        if value > cfg.d_sae:
+            raise ValueError(
+                f"`{name}` must be at most d_sae = {cfg.d_sae}; got {value}."
+            )
     required = {
         "normalize_activations": ("layer_norm", "none"),
         "apply_b_dec_to_input": (True,),

@@ -4,6 +4,7 @@ from typing import Any
 
 from sae_lens import SAE
 from torch import Tensor
+from typing_extensions import override
 
 from sae_lens_multilayer.topk.reference import standardize
 
@@ -26,18 +27,22 @@ class CopyableLayerNorm(SAE[Any]):
         """Whether each vector is standardised to mean 0 and standard deviation 1."""
         return self.cfg.normalize_activations == "layer_norm"
 
-    def check_can_fold(self, what: str) -> None:
-        """Raise ValueError if the SAE standardises its inputs.
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self._check_can_fold()
+        super().fold_activation_norm_scaling_factor(scaling_factor)
 
-        SAELens would fold anyway, as if the encoder's inputs were not standardised.
+    @override
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        self._check_can_fold()
+        super().fold_activation_whitening(*args, **kwargs)
 
-        Args:
-            what: Name of the folding method.
-        """
-        if self.standardizes:
+    def _check_can_fold(self) -> None:
+        # SAELens would fold anyway, as if raw vectors were multiplied by the weights.
+        if self.standardizes or self.cfg.metadata.tuned_lens is not None:
             raise ValueError(
-                f"`{what}` needs an SAE with normalize_activations='none'; this one "
-                "standardises each vector, which cannot be folded into its weights."
+                "A scale or whitening of inputs can only be folded into an SAE with "
+                "normalize_activations='none' and no tuned lens."
             )
 
     def _standardize(self, x: Tensor) -> Tensor:
@@ -48,8 +53,8 @@ class CopyableLayerNorm(SAE[Any]):
         if not hasattr(self, "ln_std"):
             raise RuntimeError(
                 "`decode` uses and deletes the mean and standard deviation stored by "
-                "the last `encode`; there are none. Call `encode` before each "
-                "`decode`, or use `encode_topk` and `decode_topk` of a MultiLayerSAE."
+                "the last `encode`. Call `encode` before each `decode`, or use "
+                "`encode_topk` and `decode_topk` of a MultiLayerSAE."
             )
         x = x * self.ln_std + self.ln_mu
         del self.ln_mu, self.ln_std

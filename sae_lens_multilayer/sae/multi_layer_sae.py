@@ -1,13 +1,12 @@
 """The multi-layer SAE: one TopK SAE for the residual-stream vectors of all layers."""
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from sae_lens import SAE, SAEConfig, TopKSAEConfig, TrainingSAE
+from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
@@ -25,7 +24,9 @@ from sae_lens_multilayer.sae.views import check_unit_norm, view, views
 from sae_lens_multilayer.topk import reference, sparse
 from sae_lens_multilayer.topk.step import TopKStep, training_step
 
-_T_CONFIG = TypeVar("_T_CONFIG", bound=SAEConfig)
+_T_CONFIG = TypeVar(
+    "_T_CONFIG", bound=MultiLayerSAEConfig | MultiLayerTrainingSAEConfig
+)
 
 
 class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
@@ -45,7 +46,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
 
     @override
     def get_activation_fn(self) -> TopK:
-        return TopK(_k_of(self.cfg))
+        return TopK(self.cfg.k)
 
     def encode_with_hidden_pre(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
@@ -65,9 +66,6 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
                 a lens and without `hook`, the shape is [*batch, layer, d_in].
             hook: With a lens, the hook of all the vectors: its name or its index on the
                 layer axis (not its block number).
-
-        Raises:
-            ValueError: If there is a lens, no `hook`, and no axis of all hooks.
         """
         return self.encode_with_hidden_pre(x, hook)[0]
 
@@ -80,10 +78,8 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
         """Reconstruct the vectors that were last encoded, in raw space.
 
         As in SAELens, this uses and deletes the mean and standard deviation stored by
-        the last `encode`; `decode_topk` reads them from its argument instead.
-
-        Args:
-            hook: As given to `encode`.
+        the last `encode`; `decode_topk` reads them from its argument instead. `hook` is
+        the one given to `encode`.
         """
         recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         return self.out_of_lens(self.run_time_activation_norm_fn_out(recons), hook)
@@ -94,18 +90,13 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     ) -> sparse.TopKActs:
         """The k largest latents of each vector, without a tensor of d_sae columns.
 
-        Args:
-            x: Vectors in raw space; see `encode`.
-            hook: As in `encode`.
-
-        Returns:
-            Values after ReLU, indices, and the statistics for `decode_topk`.
+        The arguments are those of `encode`. Values are after ReLU.
         """
         return sparse.encode_topk(
             self.into_lens(x.to(self.dtype), hook),
             self.W_enc,
             self.b_dec,
-            _k_of(self.cfg),
+            self.cfg.k,
             standardize_inputs=self.standardizes,
         )
 
@@ -113,36 +104,12 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     def decode_topk(
         self, acts: sparse.TopKActs, hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruct vectors in raw space from their k largest latents.
-
-        Args:
-            hook: As given to `encode_topk`.
-        """
+        """Reconstruct vectors in raw space; `hook` is that given to `encode_topk`."""
         z_hat = sparse.decode_topk(acts, self.W_dec, self.b_dec)
         return self.out_of_lens(z_hat, hook)
 
-    def view_form(
-        self,
-    ) -> tuple[TopKSAEConfig | MultiLayerSAEConfig, dict[str, Tensor]]:
-        """The config and tensors of an equivalent SAE of one hook, sharing memory.
-
-        That is the stock TopK SAE with a zero encoder bias, or with a lens, which no
-        stock SAE applies, a `MultiLayerSAE`.
-        """
-        shared = {f.name: getattr(self.cfg, f.name) for f in fields(SAEConfig)}
-        k = _k_of(self.cfg)
-        if self.lens is not None:
-            return MultiLayerSAEConfig(k=k, **shared), self.state_dict()
-        b_enc = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
-        tensors = {**self.state_dict(), "b_enc": b_enc}
-        return TopKSAEConfig(k=k, **shared), tensors
-
     def view(self, layer_or_hook_name: int | str) -> SAE[Any]:
-        """An ordinary SAE for one hook, sharing this SAE's memory; see `view`.
-
-        Raises:
-            ValueError: If the SAE does not have this hook; lists its hooks.
-        """
+        """An ordinary SAE for one hook, sharing this SAE's memory; see `view`."""
         return view(self, layer_or_hook_name)
 
     def views(self) -> list[SAE[Any]]:
@@ -151,45 +118,8 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
 
     @override
     def fold_W_dec_norm(self) -> None:
-        """Do nothing: the decoder rows already have unit norm.
-
-        Raises:
-            ValueError: If they do not; folding would change which latents are the k
-                largest.
-        """
+        """Do nothing, as the decoder rows have unit norm; ValueError if they do not."""
         check_unit_norm(self.W_dec)
-
-    @override
-    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Fold a constant scale of the inputs into the weights.
-
-        Raises:
-            ValueError: If the SAE standardises its inputs or has a lens.
-        """
-        self.check_can_fold("fold_activation_norm_scaling_factor")
-        super().fold_activation_norm_scaling_factor(scaling_factor)
-
-    @override
-    def fold_activation_whitening(
-        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
-    ) -> None:
-        """Fold a whitening of the inputs into the weights.
-
-        Raises:
-            ValueError: If the SAE standardises its inputs or has a lens.
-        """
-        self.check_can_fold("fold_activation_whitening")
-        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
-
-    @override
-    def check_can_fold(self, what: str) -> None:
-        """Raise ValueError if the SAE standardises its inputs or has a lens."""
-        super().check_can_fold(what)
-        if self.lens is not None:
-            raise ValueError(
-                f"`{what}` needs an SAE without a lens: the weights of this one come "
-                "after its tuned lens, which is not folded."
-            )
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -223,11 +153,7 @@ class MultiLayerSAE(_MultiLayerWeights[MultiLayerSAEConfig]):
         converter: Callable[..., Any] = own_or_mlsae_disk_loader,
         fold_W_dec_norm: bool = False,
     ) -> "MultiLayerSAE":
-        """Load a folder that SAELens saved, or the published files of an MLSAE.
-
-        Raises:
-            FileNotFoundError, ValueError: As `mlsae_disk_loader`.
-        """
+        """Load a folder that SAELens saved, or the published files of an MLSAE."""
         return super().load_from_disk(path, device, dtype, converter, fold_W_dec_norm)
 
 
@@ -263,12 +189,8 @@ class MultiLayerTrainingSAE(
             micro_batch_size: Tokens of one layer that are encoded at a time.
             ranks: Each holds an equal share of the tokens of the batch.
 
-        Returns:
-            The losses and the sums for metrics of this batch.
-
         References:
-            Design of this package, section 3; auxiliary loss: Gao et al. (2024),
-            arXiv:2406.04093, appendix A.2.
+            Auxiliary loss: Gao et al. (2024), arXiv:2406.04093, appendix A.2.
         """
         assert self.cfg.k_aux is not None  # set by the config
         return training_step(
@@ -329,12 +251,6 @@ class MultiLayerTrainingSAE(
 
     @override
     def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not used: the auxiliary loss is part of `training_forward_pass`."""
         raise NotImplementedError(
-            "The auxiliary loss of a multi-layer SAE is part of its training loss; "
-            "call `training_forward_pass`."
+            "The auxiliary loss is part of `training_forward_pass`; call that."
         )
-
-
-def _k_of(cfg: Any) -> int:
-    return cfg.k

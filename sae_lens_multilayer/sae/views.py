@@ -3,11 +3,12 @@
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, SAEConfig, TopKSAE, TrainingSAE
+from sae_lens import SAE, SAEConfig, TopKSAE, TopKSAEConfig, TrainingSAE
 from sae_lens.registry import get_sae_class
 from torch import Tensor, nn
 from typing_extensions import override
@@ -15,33 +16,22 @@ from typing_extensions import override
 from sae_lens_multilayer.hooks import find_hook
 from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
 from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.sae.config import MultiLayerSAEConfig
 from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
 
 _UNIT_NORM_TOLERANCE = 1e-2
 
 
-@runtime_checkable
-class HasViewForm(Protocol):
-    """An SAE of this package, which provides the equivalent SAE of one hook."""
-
-    def view_form(self) -> tuple[SAEConfig, dict[str, Tensor]]:
-        """The inference config and tensors, sharing memory."""
-        ...
-
-
 def hook_names_of(sae: SAE[Any]) -> list[str]:
     """The hooks an SAE was trained on, in the order of the layer axis.
 
-    Raises:
-        ValueError: If the SAE has no `hook_names`, that is was not trained by this
-            package.
+    An SAE that was not trained by this package has none, which is a ValueError.
     """
     names = sae.cfg.metadata.hook_names
     if not names:
         raise ValueError(
-            "The SAE must name its hooks in `cfg.metadata.hook_names`, as SAEs "
-            "trained by this package do; this one has only "
-            f"hook_name={sae.cfg.metadata.hook_name!r}."
+            "The SAE must name its hooks in `cfg.metadata.hook_names`, as SAEs trained "
+            f"by this package do; it has hook_name={sae.cfg.metadata.hook_name!r} only."
         )
     return list(names)
 
@@ -64,9 +54,6 @@ def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
         An SAE of the stock class: TopK for a multi-layer SAE. Once saved, it loads in
         SAELens without this package. With a lens, which no stock class applies, a
         `MultiLayerSAE` of one hook, which needs this package to load.
-
-    Raises:
-        ValueError: If the SAE does not have this hook; lists its hooks.
     """
     names = hook_names_of(sae)
     return _views_of(sae, [names[find_hook(names, layer_or_hook_name)]])[0]
@@ -84,15 +71,34 @@ def _views_of(sae: SAE[Any], hook_names: Sequence[str]) -> list[SAE[Any]]:
 
 
 def _view_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """The inference config and tensors of an SAE equivalent to `sae`."""
-    if isinstance(sae, HasViewForm):
-        return sae.view_form()
+    """The inference config and tensors of an SAE equivalent to `sae`.
+
+    For a multi-layer SAE they are those of the stock TopK SAE with a zero encoder bias,
+    or with a lens, which no stock SAE applies, of a `MultiLayerSAE`.
+    """
+    if isinstance(sae, LensCarrier):
+        shared = {f.name: getattr(sae.cfg, f.name) for f in fields(SAEConfig)}
+        if sae.lens is not None:
+            return MultiLayerSAEConfig(k=sae.cfg.k, **shared), sae.state_dict()
+        b_enc = torch.zeros(sae.cfg.d_sae, dtype=sae.dtype, device=sae.device)
+        tensors = {**sae.state_dict(), "b_enc": b_enc}
+        return TopKSAEConfig(k=sae.cfg.k, **shared), tensors
     if isinstance(sae, TrainingSAE):
         # This folds norms and thresholds into the given tensors.
         tensors = {name: t.clone() for name, t in sae.state_dict().items()}
         sae.process_state_dict_for_saving_inference(tensors)
         return SAEConfig.from_dict(sae.cfg.get_inference_sae_cfg_dict()), tensors
     return sae.cfg, sae.state_dict()
+
+
+def _with_own_memory(name: str) -> Any:
+    """The method of this name, on a view whose tensors were copied before."""
+
+    def method(self: "_HookView", *args: Any, **kwargs: Any) -> Any:
+        self.copy_tensors()
+        return getattr(super(_HookView, self), name)(*args, **kwargs)
+
+    return method
 
 
 class _HookView(CopyableLayerNorm):
@@ -124,18 +130,21 @@ class _HookView(CopyableLayerNorm):
             sae.lens = lens.select([hook_name])
         return sae
 
-    def _own_memory(self) -> None:
+    load_state_dict = _with_own_memory("load_state_dict")
+    fold_and_get_W_dec_norm = _with_own_memory("fold_and_get_W_dec_norm")
+    fold_activation_norm_scaling_factor = _with_own_memory(
+        "fold_activation_norm_scaling_factor"
+    )
+    fold_activation_whitening = _with_own_memory("fold_activation_whitening")
+
+    def copy_tensors(self) -> None:
+        """Stop sharing memory with the SAE."""
         for parameter in self.parameters():
             parameter.data = parameter.data.clone()
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 # A new tensor object: lenses share theirs with other views.
                 setattr(module, name, buffer.clone())
-
-    @override
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._own_memory()
-        return super().load_state_dict(*args, **kwargs)
 
     @override
     def fold_W_dec_norm(self) -> None:
@@ -148,25 +157,8 @@ class _HookView(CopyableLayerNorm):
         if is_topk and not getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
             check_unit_norm(self.W_dec)
             return
-        self._own_memory()
+        self.copy_tensors()
         super().fold_W_dec_norm()
-
-    @override
-    def fold_and_get_W_dec_norm(self) -> Tensor:
-        self._own_memory()
-        return super().fold_and_get_W_dec_norm()
-
-    @override
-    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        self.check_can_fold("fold_activation_norm_scaling_factor")
-        self._own_memory()
-        super().fold_activation_norm_scaling_factor(scaling_factor)
-
-    @override
-    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
-        self.check_can_fold("fold_activation_whitening")
-        self._own_memory()
-        super().fold_activation_whitening(*args, **kwargs)
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:

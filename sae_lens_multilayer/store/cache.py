@@ -19,7 +19,7 @@ from typing_extensions import override
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import read_json, read_tensors
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.shape import ModelShape
+from sae_lens_multilayer.models.model import ModelShape
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.record import (
     Record,

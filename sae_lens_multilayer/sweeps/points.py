@@ -18,7 +18,7 @@ from sae_lens_multilayer.config_files import (
     sae_config_class,
 )
 from sae_lens_multilayer.models import loading
-from sae_lens_multilayer.models.shape import ModelShape
+from sae_lens_multilayer.models.model import ModelShape
 from sae_lens_multilayer.sae.config import ARCHITECTURE
 
 SIZES = ("expansion_factor", "d_sae", "k")

@@ -72,7 +72,7 @@ def _lens_of_config(
     if isinstance(source, LayerLens):
         return source
     if isinstance(source, dict):
-        if saved is None or saved.config != LensConfig.from_dict(source):
+        if saved is None or saved.config != LensConfig(**source):
             raise ValueError(
                 "`tuned_lens` holds the settings of a lens that was given as an object "
                 "to an earlier run; its tensors are in the saved SAE. Start from a "
@@ -80,11 +80,13 @@ def _lens_of_config(
                 "`SAE.load_from_disk(folder).lens`."
             )
         return saved
-    translators = read_tuned_lens(source, {})
-    hook_names = cfg.resolve_hook_names(translators.config.num_hidden_layers)
-    config = translators.config_at(hook_names, cfg.lens_alignment)
-    cfg.check_lens(config)
-    return LayerLens.from_tensors(config, translators.tensors_at(config))
+    tuned_config, tensors = read_tuned_lens(source)
+    hook_names = cfg.resolve_hook_names(tuned_config.num_hidden_layers)
+    lens = LayerLens.from_translators(
+        tuned_config, tensors, hook_names, cfg.lens_alignment
+    )
+    cfg.check_lens(lens.config)
+    return lens
 
 
 def _check_same(lens: LayerLens | None, found: LayerLens | None, origin: str) -> None:
