@@ -22,11 +22,11 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
 )
 from sae_lens_multilayer.analysis import layer_distributions
+from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.run import sweep
 from sae_lens_multilayer.text.prompts import Prompts, counted_positions
 from sae_lens_multilayer.text.text import Text
-from sae_lens_multilayer.training import run_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -64,8 +64,8 @@ def cfg(request, model, make_config, text_dataset, tmp_path, monkeypatch):
     )
     template = "w3 {% for m in messages %}{{ m['content'] }} w4{% endfor %}"
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
-    monkeypatch.setattr(run_model, "load_any_model", lambda cfg: model)
-    monkeypatch.setattr(run_model, "check_named_model", lambda cfg, lens: None)
+    monkeypatch.setattr(loading, "load_model", lambda *_: model)
+    monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return make_config(
         dataset_path=str(folder / "text.parquet"),
@@ -80,12 +80,9 @@ def expected(model, cfg) -> Prompts:
     """The first prompts of the training store, and the positions that it keeps."""
     store = MultiLayerActivationsStore.from_config(model, cfg)
     ids = store.get_batch_tokens(N_PROMPTS)
-    inside = ids[:, slice(*cfg.seqpos_slice)]
-    kept = torch.zeros(inside.numel(), dtype=torch.bool)
-    kept[store.kept_tokens(ids)] = True
-    counted = torch.zeros(ids.shape, dtype=torch.bool)
-    counted[:, slice(*cfg.seqpos_slice)] = kept.view(inside.shape)
-    return Prompts(ids, counted)
+    kept = torch.zeros(ids.numel(), dtype=torch.bool)
+    kept[store.source.token_indices(ids)] = True
+    return Prompts(ids, kept.view(ids.shape))
 
 
 @pytest.fixture
