@@ -39,7 +39,7 @@ from sae_lens_multilayer import (
     MultiLayerConfig,
     MultiLayerTrainingSAEConfig,
 )
-from sae_lens_multilayer.store.cache import CachedActivationsStore
+from sae_lens_multilayer.store.source import CacheSource
 
 CONTEXT, BATCH = 128, 256
 
@@ -109,11 +109,12 @@ def live_store(model: Any, cfg: Any, data: Dataset) -> MultiLayerActivationsStor
     return MultiLayerActivationsStore.from_config(model, cfg, data)
 
 
-def cached_store(cache: ActivationCache, cfg: Any) -> CachedActivationsStore:
-    """Open the cache again and make the store that reads it."""
+def cached_store(cache: ActivationCache, cfg: Any) -> MultiLayerActivationsStore:
+    """The store that reads a cache, opened anew."""
     cache = ActivationCache(cache.path)
     cache.check(cfg)
-    return CachedActivationsStore.from_cache(cache, cfg)
+    source = CacheSource.from_config(cache, cfg)
+    return MultiLayerActivationsStore.from_source(source, cfg)
 
 
 def serve(store: MultiLayerActivationsStore) -> None:

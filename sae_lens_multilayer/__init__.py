@@ -23,10 +23,8 @@ from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTra
 from sae_lens_multilayer.sae.views import view, views
 from sae_lens_multilayer.store.cache import ActivationCache
 from sae_lens_multilayer.store.harvest import MultiLayerCacheActivationsRunner
-from sae_lens_multilayer.store.store import (
-    MultiLayerActivationsStore,
-    NonFiniteActivationError,
-)
+from sae_lens_multilayer.store.source import NonFiniteActivationError
+from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.sweeps.compare import (
     PointsFailedError,
     SingleLayerRuns,

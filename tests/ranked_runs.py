@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 
 from sae_lens_multilayer import MultiLayerConfig, cli
 from sae_lens_multilayer.ranks import Ranks, ranks_of_environment
-from sae_lens_multilayer.store.store import MultiLayerActivationsStore
+from sae_lens_multilayer.store.source import ModelSource
 from sae_lens_multilayer.training import runner as runner_module
 from sae_lens_multilayer.training import trainer as trainer_module
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
@@ -141,13 +141,14 @@ def train(
     index = int(os.environ.get("RANK", "0"))
     is_last = index == int(os.environ.get("WORLD_SIZE", "1")) - 1
     harvested: list[list[int]] = []
-    harvest = MultiLayerActivationsStore._harvest
+    vectors = ModelSource.vectors
 
-    def watched(self: Any, prompts: torch.Tensor, buffer: Any) -> None:
-        harvested.extend(prompts.tolist())
-        harvest(self, prompts, buffer)
+    def watched(self: Any, prompts: torch.Tensor, rows: Any = None) -> Any:
+        if rows is None:
+            harvested.extend(prompts.tolist())
+        return vectors(self, prompts, rows)
 
-    MultiLayerActivationsStore._harvest = watched
+    ModelSource.vectors = watched
     slow_down(MultiLayerTrainer, "step", seconds)
     if wandb:
         changes["logger"] = LoggingConfig(
@@ -169,7 +170,7 @@ def train(
         override_model=model,
     )
     if is_last and fail_at is not None:
-        poison(runner.activations_store, fail_at, value)
+        poison(runner.activations_store.source, fail_at, value)
     if is_last and stop_at is not None:
         ask_to_stop(stop_at)
     if is_last and break_at is not None:
@@ -204,16 +205,16 @@ def watch_wandb(file: Path) -> None:
     wandb.log = log  # type: ignore[assignment]
 
 
-def poison(store: Any, n_model_batches: int, value: float) -> None:
-    get_activations = store.get_multi_hook_activations
+def poison(source: Any, n_model_batches: int, value: float) -> None:
+    get_activations = source.activations
 
     def poisoned(*args: Any) -> dict[str, torch.Tensor]:
         acts = get_activations(*args)
-        if store._n_model_batches == n_model_batches:
+        if source.n_chunks == n_model_batches:
             next(iter(acts.values()))[0, 0, 0] = value
         return acts
 
-    store.get_multi_hook_activations = poisoned
+    source.activations = poisoned
 
 
 def ask_to_stop(n_tokens: int) -> None:

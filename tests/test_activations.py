@@ -69,7 +69,6 @@ def serve(store, n_batches: int) -> Tensor:
 
 
 def buffer_of(store: MultiLayerActivationsStore) -> Tensor:
-    assert store._buffer is not None
     return store._buffer.data
 
 
@@ -297,7 +296,7 @@ class TestEpochs:
         assert served[:256].sort().values.ne(torch.arange(256)).any()
 
 
-class TestPlace:
+class TestState:
     @pytest.mark.parametrize("kind", ["text", "tokens", "stream"])
     @pytest.mark.parametrize("mixing", [0.0, 0.5, 0.9])
     def test_alternating_stores_serve_the_same_as_one(
@@ -318,7 +317,7 @@ class TestPlace:
             exclude_special_tokens=[3, 4, 5],
         )
         expected = serve(make_store(model, config, data), 30)
-        folder, served = tmp_path / "place", []
+        folder, served = tmp_path / "state", []
         folder.mkdir()
         for turn in range(30):
             store = make_store(model, config, data)
@@ -328,7 +327,7 @@ class TestPlace:
             store.save_to_checkpoint(folder)
         assert torch.equal(torch.cat(served), expected)
 
-    def test_a_dataset_too_small_for_a_batch_is_found_out_after_a_turn_too(
+    def test_the_rest_of_an_epoch_may_be_smaller_than_a_batch(
         self, make_config, model, token_dataset, tmp_path
     ):
         config = make_config(training_tokens=1024, n_batches_in_buffer=1)
@@ -346,10 +345,10 @@ class TestPlace:
         config = make_config(training_tokens=2048)
         store = make_store(model, config, token_dataset)
         next(store)
-        place = store.place
-        before = {name: t.clone() for name, t in place.to_tensors().items()}
+        state = store.state
+        before = {name: t.clone() for name, t in state.to_tensors().items()}
         serve(store, 20)
-        after = place.to_tensors()
+        after = state.to_tensors()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -363,8 +362,8 @@ class TestPlace:
         again = make_store(model, config, token_dataset)
         again.load_from_checkpoint(tmp_path)
         expected, found = store.state_dict(), again.state_dict()
-        assert expected["n_model_batches"] > 0
-        assert expected["n_dataset_processed"] > 0
+        assert expected["source.n_chunks"] > 0
+        assert expected["source.n_rows"] > 0
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -373,11 +372,11 @@ class TestPlace:
     ):
         config = make_config(training_tokens=4096, activations_mixing_fraction=0.0)
         store = make_store(model, config, token_dataset)
-        most = store.buffer_capacity_tokens // store.tokens_per_model_batch + 1
+        most = store.buffer_capacity_tokens // store.source.max_tokens_per_chunk + 1
         for _ in range(40):
             next(store)
-            assert len(store.place.harvests) <= most
-        assert store.place.n_model_batches > 2 * most
+            assert len(store.state.chunks) <= most
+        assert store.source.n_chunks > 2 * most
 
     def test_a_file_of_another_kind_is_named(
         self, make_config, model, token_dataset, tmp_path
@@ -385,7 +384,7 @@ class TestPlace:
         path = tmp_path / "activations_store_state.safetensors"
         save_file({"n_dataset_processed": torch.tensor(3)}, path)
         store = make_store(model, make_config(), token_dataset)
-        with pytest.raises(ValueError, match=f"{path.name} must hold the place"):
+        with pytest.raises(ValueError, match=f"{path.name} must hold the state"):
             store.load_from_checkpoint(tmp_path)
 
 
@@ -457,7 +456,7 @@ class TestCosts:
         calls = Counter()
         for i, block in enumerate(model.blocks):
             block.register_forward_hook(lambda *_, i=i: calls.update([i]))
-        store.get_multi_hook_activations(tokens_of(token_dataset)[:2])
+        store.source.activations(tokens_of(token_dataset)[:2])
         assert [calls[i] for i in range(3)] == blocks_run
 
     def test_buffer_sizes_have_saelens_meaning(
@@ -601,7 +600,7 @@ class TestErrors:
     def test_data_that_is_all_excluded(self, model, make_config):
         data = Dataset.from_dict({"input_ids": np.ones((64, N_CTX), dtype=int)})
         store = make_store(model, make_config(exclude_special_tokens=[1]), data)
-        with pytest.raises(ValueError, match=r"it gives 0"):
+        with pytest.raises(ValueError, match=r"it has 0"):
             next(store)
 
     @pytest.mark.parametrize("column", ["input_ids", "text"])

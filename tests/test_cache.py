@@ -27,8 +27,8 @@ from sae_lens_multilayer import (
     NonFiniteActivationError,
 )
 from sae_lens_multilayer.ranks import Ranks
-from sae_lens_multilayer.store.cache import CachedActivationsStore
 from sae_lens_multilayer.store.shards import Shard
+from sae_lens_multilayer.store.source import CacheSource
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -46,9 +46,10 @@ def live_rows(model, cfg, dataset, n_tokens) -> Tensor:
     return next(store)
 
 
-def cached_store(cache, cfg) -> CachedActivationsStore:
+def cached_store(cache, cfg) -> MultiLayerActivationsStore:
     cache.check(cfg)
-    return CachedActivationsStore.from_cache(cache, cfg)
+    source = CacheSource.from_config(cache, cfg)
+    return MultiLayerActivationsStore.from_source(source, cfg)
 
 
 def serve(store, n_batches) -> Tensor:
@@ -202,23 +203,20 @@ class TestStore:
         )
         served = []
         for index in range(count):
-            store = CachedActivationsStore.from_cache(
-                cache, cfg, ranks=Ranks(index, count)
-            )
-            blocks = [int(store.take_next())]
-            while not store.epoch_has_ended:
-                blocks.append(int(store.take_next()))
-            again = CachedActivationsStore.from_cache(
-                cache, cfg, ranks=Ranks(index, count)
-            )
-            served.append(serve(again, sum(map(cache.n_tokens_of, blocks))))
+            source = CacheSource.from_config(cache, cfg, Ranks(index, count))
+            blocks = [int(source.next_chunk())]
+            while not source.epoch_ended:
+                blocks.append(int(source.next_chunk()))
+            again = CacheSource.from_config(cache, cfg, Ranks(index, count))
+            store = MultiLayerActivationsStore.from_source(again, cfg)
+            served.append(serve(store, sum(map(cache.n_tokens_of, blocks))))
         assert counted(torch.cat(served)) == counted(rows_of(cache))
 
     def test_more_ranks_than_blocks_are_an_error(self, cache_config, harvest):
         cache = harvest(cache_config())
         ranks = Ranks(0, cache.n_blocks + 1)
         with pytest.raises(ValueError, match="a block of tokens for each of"):
-            CachedActivationsStore.from_cache(cache, cache_config(), ranks=ranks)
+            CacheSource.from_config(cache, cache_config(), ranks)
 
     def test_the_seed_decides_the_order(self, cache_config, harvest):
         cache = harvest(cache_config())
@@ -295,7 +293,7 @@ class TestStore:
             n_batches_in_buffer=11,
         )
         expected = serve(cached_store(cache, cfg), 40)
-        folder, served = tmp_path / "place", []
+        folder, served = tmp_path / "state", []
         folder.mkdir()
         for turn in range(40):
             store = cached_store(cache, cfg)
@@ -318,13 +316,14 @@ class TestStore:
         other = harvest(cfg, token_dataset.select(range(30)))
         live = MultiLayerActivationsStore.from_config(model, cfg, token_dataset)
         for wrong in (cached_store(other, cfg), live):
-            with pytest.raises(ValueError, match="one and the same cache"):
+            with pytest.raises(ValueError, match="the same cache"):
                 wrong.load_from_checkpoint(tmp_path)
 
     def test_a_cache_smaller_than_a_batch_is_an_error(self, cache_config, harvest):
         cache = harvest(cache_config(training_tokens=100))
-        with pytest.raises(ValueError, match=r"batch of 200 tokens; .*cache has 128"):
-            cached_store(cache, cache_config(train_batch_size_tokens=200))
+        store = cached_store(cache, cache_config(train_batch_size_tokens=200))
+        with pytest.raises(ValueError, match=r"batch of 200 tokens.* it has 128"):
+            next(store)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     def test_memory_does_not_grow_with_the_cache(

@@ -21,7 +21,7 @@ from sae_lens_multilayer import ActivationCache, MultiLayerActivationsStore
 from sae_lens_multilayer.files import locked
 from sae_lens_multilayer.store import harvest as harvest_module
 from sae_lens_multilayer.store import shards as shards_module
-from sae_lens_multilayer.store.cache import CachedActivationsStore
+from sae_lens_multilayer.store.source import CacheSource, ModelSource
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -31,6 +31,11 @@ RESID_POST = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 def files_of(folder: Path) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def cached_store(cache, cfg) -> MultiLayerActivationsStore:
+    source = CacheSource.from_config(cache, cfg)
+    return MultiLayerActivationsStore.from_source(source, cfg)
 
 
 def drain(store) -> None:
@@ -88,8 +93,7 @@ class TestHarvest:
     ):
         runner = cache_runner(cache_config())
         caplog.set_level(logging.INFO)
-        store = type(runner.activations_store)
-        calls = count_calls(monkeypatch, store, "vectors_of")
+        calls = count_calls(monkeypatch, ModelSource, "vectors")
         with monkeypatch.context() as patch:
             patch.setattr(shards_module.ShardInMemory, "save", self.fail_at(3))
             with pytest.raises(OSError, match="No space"):
@@ -180,7 +184,7 @@ class TestHarvest:
         assert cache.n_tokens == 480
         assert "holds 480 of the 1000 tokens" in caplog.text
         assert "on text that is trained on" in caplog.text
-        calls = count_calls(monkeypatch, MultiLayerActivationsStore, "vectors_of")
+        calls = count_calls(monkeypatch, ModelSource, "vectors")
         assert harvest(cfg, data).n_tokens == 480
         assert not calls
 
@@ -203,7 +207,7 @@ class TestHarvest:
         assert torch.equal(cache.evaluation_tokens(), expected[32:47])
 
     def test_needs_a_path(self, cache_config, cache_runner):
-        with pytest.raises(ValueError, match="`cached_activations_path` must name"):
+        with pytest.raises(ValueError, match="`cached_activations_path` must be given"):
             cache_runner(cache_config(cached_activations_path=None))
 
     def test_overwrites_nothing(self, cache_config, cache_runner, tmp_path):
@@ -293,12 +297,10 @@ class TestFaults:
     def test_a_damaged_header_is_an_error_on_reading(self, cache, cache_config):
         with shard_of(cache, 2).open("r+b") as file:
             file.write(b"\xff" * 8)
-        store = CachedActivationsStore.from_cache(
-            ActivationCache(cache.path), cache_config()
-        )
-        with pytest.raises(ValueError, match=r"shard-000002 is torn"):
+        store = cached_store(ActivationCache(cache.path), cache_config())
+        with pytest.raises(ValueError, match=r"shard-000002 is damaged"):
             drain(store)
-        with pytest.raises(ValueError, match=r"shard-000002 is torn"):
+        with pytest.raises(ValueError, match=r"shard-000002 is damaged"):
             cache.verify()
 
     @pytest.mark.parametrize("name", [*RESID_POST, "tokens", "prompt", "position"])
@@ -313,10 +315,8 @@ class TestFaults:
             ActivationCache(cache.path).verify()
         assert str(error.value).count("shard-") == 2
 
-    def test_a_shard_deleted_while_reading_is_an_error_that_names_it(
-        self, cache, cache_config
-    ):
-        store = CachedActivationsStore.from_cache(cache, cache_config())
+    def test_a_shard_that_goes_while_it_is_read_is_named(self, cache, cache_config):
+        store = cached_store(cache, cache_config())
         next(store)
         shutil.rmtree(shard_of(cache, 6).parent)
         with pytest.raises(ValueError, match="shard-000006 is missing"):

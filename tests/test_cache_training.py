@@ -187,7 +187,7 @@ def test_evaluates_on_text_that_is_not_trained_on(
     assert len(calls) == 4
     rows = token_dataset.with_format("torch")["input_ids"][:]
     for args, _ in calls:
-        assert torch.equal(args[2], torch.as_tensor(rows)[32:40])
+        assert torch.equal(args[2].ids, torch.as_tensor(rows)[32:40])
     assert any("metrics/delta_ce" in values for values in wandb_logs)
 
 

@@ -28,7 +28,7 @@ from sae_lens_multilayer import LayerLens, MultiLayerConfig, evaluate
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import new_tuned_lens
 from sae_lens_multilayer.models import loading
-from sae_lens_multilayer.store.store import MultiLayerActivationsStore
+from sae_lens_multilayer.store.source import ModelSource
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.training.geometric_median import geometric_median
 
@@ -221,15 +221,13 @@ class TestRuns:
             tuned_lens=lens, lens_alignment="reference", output_path=None
         )
         with_lens = start(config).run()
-        harvest = MultiLayerActivationsStore.get_multi_hook_activations
+        activations = ModelSource.activations
 
-        def transformed(store, tokens):
-            acts = harvest(store, tokens)
+        def transformed(source, tokens):
+            acts = activations(source, tokens)
             return {name: lens.transform(x, name) for name, x in acts.items()}
 
-        monkeypatch.setattr(
-            MultiLayerActivationsStore, "get_multi_hook_activations", transformed
-        )
+        monkeypatch.setattr(ModelSource, "activations", transformed)
         beforehand = start(make_config(output_path=None)).run()
         with_lens.lens = None
         for name, tensor in beforehand.state_dict().items():

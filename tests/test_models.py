@@ -119,7 +119,7 @@ class TestVectors:
         )
         model = loading.load_model(config)
         store = MultiLayerActivationsStore.from_config(model, config, token_dataset)
-        acts = store.get_multi_hook_activations(tokens)
+        acts = store.source.activations(tokens)
         chosen = range(BLOCKS) if layers is None else layers
         assert list(acts) == [hook_name.format(layer=layer) for layer in chosen]
         for layer, found in zip(chosen, acts.values(), strict=True):
@@ -136,7 +136,7 @@ class TestVectors:
         store = MultiLayerActivationsStore.from_config(
             loading.load_model(config), config, token_dataset
         )
-        acts = list(store.get_multi_hook_activations(tokens).values())
+        acts = list(store.source.activations(tokens).values())
         torch.testing.assert_close(acts[0], hidden_states[0])
         torch.testing.assert_close(acts[1], hidden_states[1])
 
@@ -147,7 +147,7 @@ class TestVectors:
         model = SAETransformerBridge.boot_transformers(FOLDER, device="cpu")
         config = folder_config(make_config, hook_name="blocks.{layer}.hook_resid_post")
         store = MultiLayerActivationsStore.from_config(model, config, token_dataset)
-        acts = store.get_multi_hook_activations(tokens)
+        acts = store.source.activations(tokens)
         for layer, found in enumerate(acts.values()):
             torch.testing.assert_close(
                 found, hidden_states[layer + 1], rtol=1e-4, atol=1e-4

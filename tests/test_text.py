@@ -84,12 +84,9 @@ def expected(model, cfg) -> Prompts:
     """The first prompts of the training store, and the positions that it keeps."""
     store = MultiLayerActivationsStore.from_config(model, cfg)
     ids = store.get_batch_tokens(N_PROMPTS)
-    inside = ids[:, slice(*cfg.seqpos_slice)]
-    kept = torch.zeros(inside.numel(), dtype=torch.bool)
-    kept[store.kept_tokens(ids)] = True
-    counted = torch.zeros(ids.shape, dtype=torch.bool)
-    counted[:, slice(*cfg.seqpos_slice)] = kept.view(inside.shape)
-    return Prompts(ids, counted)
+    kept = torch.zeros(ids.numel(), dtype=torch.bool)
+    kept[store.source.token_indices(ids)] = True
+    return Prompts(ids, kept.view(ids.shape))
 
 
 @pytest.fixture

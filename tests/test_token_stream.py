@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 
 from sae_lens_multilayer import MultiLayerActivationsStore
-from sae_lens_multilayer.text.stream import unread_after
+from sae_lens_multilayer.text.stream import remaining_after
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -27,7 +27,7 @@ TOKEN = st.integers(0, 3)
     begin=st.one_of(st.none(), TOKEN),
     separator=st.one_of(st.none(), TOKEN),
 )
-def test_contexts_continue_from_unread_tokens(documents, context, begin, separator):
+def test_contexts_go_on_from_what_remains(documents, context, begin, separator):
     documents = [torch.tensor(d, dtype=torch.long) for d in documents]
 
     def contexts(of):
@@ -38,20 +38,20 @@ def test_contexts_continue_from_unread_tokens(documents, context, begin, separat
             sequence_separator_token_id=separator,
         )
 
-    n_read, unread = 0, []
+    n_read, remaining = 0, []
 
     def reading():
         nonlocal n_read
         for document in documents:
             n_read += 1
-            unread.append(document)
+            remaining.append(document)
             yield document
 
     whole = [c.tolist() for c in contexts(iter(documents))]
     for n_contexts, found in enumerate(contexts(reading()), start=1):
-        unread[:] = unread_after(found, unread)
-        assert len(unread) <= 1
-        rest = contexts(iter([*unread, *documents[n_read:]]))
+        remaining[:] = remaining_after(found, remaining)
+        assert len(remaining) <= 1
+        rest = contexts(iter([*remaining, *documents[n_read:]]))
         assert [c.tolist() for c in rest] == whole[n_contexts:]
 
 

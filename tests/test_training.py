@@ -166,7 +166,7 @@ class TestQuality:
         store = runner.activations_store
 
         def vectors(tokens):
-            acts = store.get_multi_hook_activations(tokens)
+            acts = store.source.activations(tokens)
             rows = torch.cat([a.flatten(0, 1) for a in acts.values()])
             std, mean = torch.std_mean(rows, dim=1, keepdim=True)
             return (rows - mean) / std

@@ -8,16 +8,14 @@ from torch import Tensor
 class ShuffleBuffer:
     """Slots for tokens; each holds the vectors of one token at all layers.
 
-    A refill writes into the slots that are free, and shuffling permutes slot numbers,
-    so no activation is moved except into its slot and out of it.
-
-    Tokens are numbered in the order in which they came, so that the pool can be
-    described, and rebuilt, without the activations.
+    Tokens are written into free slots, and shuffling permutes slot numbers, so no
+    vector is moved except into its slot and out of it. Tokens are numbered in the order
+    in which they are added, so the buffer can be rebuilt from these numbers.
 
     Attributes:
         data: The slots, [slot, layer, d_in].
-        n_filled: Tokens that wait.
-        n_committed: Tokens that have come so far; the number of the next one.
+        n_filled: Tokens in the buffer.
+        n_added: Tokens added so far; the number of the next one.
     """
 
     def __init__(
@@ -34,17 +32,17 @@ class ShuffleBuffer:
         Args:
             capacity: Number of slots, in tokens.
             generator: Source of randomness, on the CPU; None: serve tokens in the order
-                in which they came.
+                in which they were added.
         """
         self.data: Float[Tensor, "slot layer d_in"] = torch.empty(
             capacity, n_layers, d_in, dtype=dtype, device=device
         )
         self.n_filled = 0
-        self.n_committed = 0
+        self.n_added = 0
         self._generator = generator
         # The first n_filled are full, in reverse order of serving; the others are free.
         self._slots: Int[Tensor, " slot"] = torch.arange(capacity)
-        # Of the tokens in the slots that are full. Never changed in place.
+        # Numbers of the tokens in the full slots. Never changed in place.
         self._numbers: Int[Tensor, " token"] = torch.empty(0, dtype=torch.long)
 
     @property
@@ -53,7 +51,7 @@ class ShuffleBuffer:
         return len(self._slots) - self.n_filled
 
     def free_slots(self, n_tokens: int) -> Int[Tensor, " token"]:
-        """Slots to write the next tokens to; `commit` then makes them count."""
+        """Slots to write the next tokens to, before `commit`."""
         assert 0 <= n_tokens <= self.n_free
         slots = self._slots[self.n_filled : self.n_filled + n_tokens]
         return slots.to(self.data.device, copy=True)
@@ -62,7 +60,7 @@ class ShuffleBuffer:
         """Count the next `n_tokens` free slots as filled."""
         assert 0 <= n_tokens <= self.n_free
         old, end = self.n_filled, self.n_filled + n_tokens
-        numbers = torch.arange(self.n_committed, self.n_committed + n_tokens)
+        numbers = torch.arange(self.n_added, self.n_added + n_tokens)
         parts = [self._numbers[:old], numbers]
         if self._generator is None:
             # The newest are served last.
@@ -70,7 +68,7 @@ class ShuffleBuffer:
             self._slots[:end] = torch.cat([newest, self._slots[:old]])
             parts = [numbers.flip(0), self._numbers[:old]]
         self._numbers = torch.cat(parts)
-        self.n_filled, self.n_committed = end, self.n_committed + n_tokens
+        self.n_filled, self.n_added = end, self.n_added + n_tokens
 
     def shuffle(self) -> None:
         """Put the filled slots into random order."""
@@ -80,28 +78,28 @@ class ShuffleBuffer:
             self._numbers = self._numbers[order]
 
     @property
-    def waiting(self) -> Int[Tensor, " token"]:
-        """The numbers of the tokens that wait, in reverse order of serving.
+    def token_numbers(self) -> Int[Tensor, " token"]:
+        """Numbers of the tokens in the buffer, in reverse order of serving.
 
-        It does not change when the buffer does.
+        The tensor does not change when the buffer does.
         """
         return self._numbers[: self.n_filled]
 
     def restore(
-        self, waiting: Int[Tensor, " token"], n_committed: int
+        self, token_numbers: Int[Tensor, " token"], n_added: int
     ) -> Int[Tensor, " token"]:
-        """Make an empty buffer one in which the tokens `waiting` wait in that order.
+        """Fill an unused buffer with these tokens, in reverse order of serving.
 
         Returns:
-            The slot of each, into which the caller writes its vectors.
+            The slot of each token, into which the caller writes its vectors.
         """
-        assert self.n_committed == 0
-        self._numbers = waiting
-        self.n_filled, self.n_committed = len(waiting), n_committed
+        assert self.n_added == 0
+        self._numbers = token_numbers
+        self.n_filled, self.n_added = len(token_numbers), n_added
         return self._slots[: self.n_filled].to(self.data.device, copy=True)
 
     def draw(self, n_tokens: int) -> Float[Tensor, "token layer d_in"]:
-        """Take tokens out of the pool, each once; a copy."""
+        """Take tokens out of the buffer, each once; a copy."""
         assert 0 <= n_tokens <= self.n_filled
         self.n_filled -= n_tokens
         slots = self._slots[self.n_filled : self.n_filled + n_tokens].flip(0)

@@ -1,7 +1,5 @@
-"""Reads a cache: block by block, or as the store of a training run."""
+"""A cache of activations on disk: opened, validated and read block by block."""
 
-import copy
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
@@ -9,18 +7,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens.util import dtype_to_str, str_to_dtype
 from torch import Tensor
-from typing_extensions import override
 
-from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config import MultiLayerConfig, fields_of
 from sae_lens_multilayer.files import read_json, read_tensors
-from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import ModelShape
-from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.record import (
     Record,
     as_lines,
@@ -29,9 +23,6 @@ from sae_lens_multilayer.record import (
     model_fingerprints,
 )
 from sae_lens_multilayer.store.shards import Shard, ShardTokens
-from sae_lens_multilayer.store.store import MultiLayerActivationsStore
-
-logger = logging.getLogger(__name__)
 
 CACHE_KIND = "cache"
 SHARDS_FILENAME = "shards.json"
@@ -39,29 +30,11 @@ SHARDS_FILENAME = "shards.json"
 EVALUATION_FOLDER = "evaluation"
 EVALUATION_FILENAME = "tokens.safetensors"
 
-_SETTINGS = (
-    "model_name",
-    "model_class_name",
-    "model_from_pretrained_kwargs",
-    "model_kwargs",
-    "autocast_lm",
-    "hook_head_index",
-    "dataset_path",
-    "use_chat_formatting",
-    "context_size",
-    "prepend_bos",
-    "sequence_separator_token",
-    "disable_concat_sequences",
-    "seqpos_slice",
-    "exclude_special_tokens",
-)
-"""Fields of a run's config that decide its vectors, up to rounding."""
-
 
 def vector_settings(cfg: MultiLayerConfig[Any]) -> dict[str, Any]:
     """Settings of a run that decide its vectors, up to rounding."""
     values = cfg.to_dict()
-    return {name: values[name] for name in _SETTINGS} | {
+    return {name: values[name] for name in fields_of("model", "vectors", "text")} | {
         "d_in": cfg.sae.d_in,
         "dtype": dtype_to_str(str_to_dtype(cfg.dtype)),
     }
@@ -75,7 +48,7 @@ class ActivationCache:
 
     Attributes:
         path: Its folder.
-        record: The settings, model and tokenizer that it was harvested with.
+        record: The settings, model and tokenizer that made it.
         shards: Its files.
     """
 
@@ -84,8 +57,7 @@ class ActivationCache:
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is incomplete, or shards are missing or of another size;
-                names each.
+            ValueError: If it is incomplete or a shard is missing or damaged.
         """
         self.path = Path(path).expanduser()
         self.record = Record.read(self.path, CACHE_KIND)
@@ -108,7 +80,7 @@ class ActivationCache:
 
     @property
     def n_blocks(self) -> int:
-        """Number of blocks of tokens; a block is read at a time."""
+        """Number of blocks; one block of tokens is read at a time."""
         return self._ends[-1]
 
     @property
@@ -123,7 +95,7 @@ class ActivationCache:
 
     @property
     def hook_names(self) -> list[str]:
-        """Hooks that it has vectors of."""
+        """Hooks whose vectors it has."""
         return self.record.settings["hook_names"]
 
     @property
@@ -133,7 +105,7 @@ class ActivationCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of a token's vectors at all hooks."""
+        """Bytes of the vectors of one token at all hooks."""
         itemsize = str_to_dtype(self.dtype).itemsize
         return len(self.hook_names) * self.record.settings["d_in"] * itemsize
 
@@ -145,8 +117,7 @@ class ActivationCache:
 
     @cached_property
     def identity(self) -> int:
-        """A positive number that differs from that of every other cache."""
-        # It is stored as a signed integer of 64 bits.
+        """A positive number that differs between caches; fits 64 bits with sign."""
         hashes = hash_of_json([shard.hash for shard in self.shards])
         return 1 + int(hashes[:15], 16)
 
@@ -161,12 +132,10 @@ class ActivationCache:
             hook_names: Some of its hooks, in any order; only these are read. None: all.
 
         Raises:
-            ValueError: If a shard is missing or torn; names it.
+            ValueError: If a shard is missing or damaged.
         """
         shard, rows = self._find(block)
-        return shard.vectors(
-            rows, self.hook_names if hook_names is None else hook_names
-        )
+        return shard.vectors(rows, hook_names or self.hook_names)
 
     def n_tokens_of(self, block: int) -> int:
         """Tokens in a block."""
@@ -188,19 +157,13 @@ class ActivationCache:
         Args:
             hook_names: As for `vectors`.
         """
-        names = self.hook_names if hook_names is None else hook_names
+        names = hook_names or self.hook_names
         for shard in self.shards:
-            yield (
-                torch.stack(list(shard.vectors(slice(None), names)), 1),
-                shard.tokens(),
-            )
+            vectors = torch.stack(list(shard.vectors(slice(None), names)), 1)
+            yield vectors, shard.tokens()
 
     def evaluation_tokens(self) -> Int[Tensor, "prompt pos"]:
-        """Prompts that follow those of the cache in the dataset.
-
-        Raises:
-            ValueError: If their file is torn or was changed.
-        """
+        """Prompts that follow those of the cache in the dataset."""
         path = self.path / EVALUATION_FOLDER / EVALUATION_FILENAME
         tensors = read_tensors(path)
         if hash_of_tensors(tensors) != self._evaluation_hash:
@@ -212,14 +175,13 @@ class ActivationCache:
     def check(self, cfg: MultiLayerConfig[Any], model: Any | None = None) -> None:
         """Check that it has the vectors that a run needs.
 
-        Hooks that the run does not use may be in the cache, and a run that names no
-        dataset takes the cache's.
+        The cache may have more hooks, and the run may name no dataset.
 
         Args:
-            model: The model of the run, if it has loaded one.
+            model: The model of the run, if it is loaded.
 
         Raises:
-            ValueError: If not; names every difference.
+            ValueError: If not; lists every difference.
         """
         wanted = Record(
             CACHE_KIND,
@@ -243,7 +205,7 @@ class ActivationCache:
         """Read the whole cache and compare it with its hashes.
 
         Raises:
-            ValueError: If something was changed; names each shard.
+            ValueError: If something was changed; lists the shards.
         """
         self._check_shards(lambda shard: shard.verify(self.hook_names))
         self.evaluation_tokens()
@@ -260,144 +222,3 @@ class ActivationCache:
                 f"The cache at {self.path} is damaged:{as_lines(faults)}\nDelete the "
                 "folder and harvest it again."
             )
-
-
-class CachedActivationsStore(MultiLayerActivationsStore):
-    """Serves the vectors of a cache as the store of a model serves the model's.
-
-    An epoch is once through the cache. Its blocks come in an order that the seed and
-    the number of the epoch decide, and are mixed further in the buffer; where
-    `activations_mixing_fraction` is 0, all comes in the order of the dataset. What the
-    model's store calls a prompt is the number of a block here.
-    """
-
-    cache: ActivationCache
-    _ranks: Ranks
-    _seed: int | None
-    _order: tuple[int, Int[Tensor, " block"]] | None = None  # of which epoch
-
-    @classmethod
-    def from_cache(
-        cls,
-        cache: ActivationCache,
-        cfg: MultiLayerConfig[Any],
-        model: Any | None = None,
-        ranks: Ranks = ALONE,
-    ) -> "CachedActivationsStore":
-        """Make the store of a training run, or of one rank of it.
-
-        Args:
-            cache: One that `check` has found to be of this run.
-            cfg: The run's configuration.
-            model: Kept for evaluations; nothing is harvested from it.
-            ranks: The processes of the run, among which the blocks are divided.
-
-        Raises:
-            ValueError: If the cache holds less than one training batch, or fewer blocks
-                than there are ranks.
-        """
-        if cache.n_blocks < ranks.count:
-            raise ValueError(
-                f"The cache must have a block of tokens for each of {ranks.count} "
-                f"processes; {cache.path} has {cache.n_blocks}. Train in fewer, or "
-                "harvest more tokens."
-            )
-        if cache.n_tokens < cfg.train_batch_size_tokens:
-            raise ValueError(
-                "The cache must hold at least one training batch of "
-                f"{cfg.train_batch_size_tokens} tokens; {cache.path} has "
-                f"{cache.n_tokens}. Use a smaller `train_batch_size_tokens` or harvest "
-                "more tokens."
-            )
-        plain = copy.copy(cfg)
-        plain.use_cached_activations = True
-        plain.cached_activations_path = str(cache.path)
-        # SAELens then looks for neither a dataset nor a tokenizer.
-        plain.dataset_path = None  # type: ignore[assignment]
-        plain.exclude_special_tokens = (
-            cache.record.settings["excluded_token_ids"] or False
-        )
-        store = super(MultiLayerActivationsStore, cls).from_config(model, plain)  # type: ignore[arg-type]
-        assert isinstance(store, cls)
-        names = cfg.resolve_hook_names(cache.model_shape.n_layers)
-        store._ranks = ranks
-        store.cache, store.hook_name, store.hook_names = cache, names[0], names
-        store._generator = torch.Generator().manual_seed(cfg.seed)
-        store._harvests = []
-        shuffles = cfg.activations_mixing_fraction > 0
-        store._seed = cfg.seed if shuffles else None
-        store._n_rows_this_epoch = 0
-        return store
-
-    @override
-    def take_next(self) -> Int[Tensor, "one block"]:
-        """The number of the block that is read next."""
-        n_own = len(range(self._ranks.index, self.cache.n_blocks, self._ranks.count))
-        epoch, index = divmod(self.n_dataset_processed, n_own)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._order_of(epoch)
-        self.n_dataset_processed += 1
-        self._n_model_batches += 1
-        self._n_rows_this_epoch = (index + 1) % n_own
-        self._epoch_has_ended = self._n_rows_this_epoch == 0
-        return self._order[1][index].view(1, 1)
-
-    def _order_of(self, epoch: int) -> Int[Tensor, " block"]:
-        order = np.arange(self.cache.n_blocks)
-        if self._seed is not None:
-            order = np.random.default_rng([self._seed, epoch]).permutation(order)
-        # The order is the same on all ranks, so each block is one rank's.
-        return torch.from_numpy(order[self._ranks.index :: self._ranks.count])
-
-    @override
-    def kept_tokens(self, prompts: Tensor) -> Int[Tensor, " token"]:
-        """The rows of a block: all of them."""
-        n_tokens = self.cache.n_tokens_of(int(prompts))
-        return torch.arange(n_tokens, device=self.device)
-
-    @override
-    def vectors_of(
-        self, prompts: Int[Tensor, "one block"], rows: Int[Tensor, " token"]
-    ) -> Generator[Float[Tensor, "token d_in"]]:
-        """Some rows of a block, hook by hook."""
-        for vectors in self.cache.vectors(int(prompts), self.hook_names):
-            # Not by brackets, which share out even these few rows between threads.
-            yield vectors.to(self.device).index_select(0, rows)
-
-    @override
-    def go_to(self, n_rows_this_epoch: int, unread: Tensor) -> None:
-        """Go on with the block after so many."""
-        self._n_rows_this_epoch = n_rows_this_epoch
-
-    @property
-    @override
-    def unread(self) -> Int[Tensor, " pos"]:
-        """Nothing: a block is taken whole."""
-        return torch.empty(0, dtype=torch.long)
-
-    @property
-    @override
-    def source(self) -> int:
-        """Which cache the vectors come from."""
-        return self.cache.identity
-
-    @property
-    @override
-    def tokens_per_model_batch(self) -> int:
-        """Tokens of which vectors are read at a time."""
-        return self.cache.tokens_per_block
-
-    @override
-    def evaluation_prompts(
-        self, n_batches: int, batch_size_prompts: int
-    ) -> Int[Tensor, "prompt pos"]:
-        """The prompts of every evaluation: the cache has no vectors of them."""
-        n_prompts = n_batches * batch_size_prompts
-        tokens = self.cache.evaluation_tokens()[:n_prompts]
-        if len(tokens) < n_prompts:
-            logger.warning(
-                "An evaluation takes the %d prompts that the cache has for it, not %d.",
-                len(tokens),
-                n_prompts,
-            )
-        return tokens.to(as_model(self.model).device)

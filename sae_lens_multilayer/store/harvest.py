@@ -1,6 +1,5 @@
-"""Harvests a cache: runs the model once and keeps its vectors on disk."""
+"""Harvests a cache: runs the model once and saves its vectors on disk."""
 
-import copy
 import errno
 import json
 import logging
@@ -44,7 +43,7 @@ from sae_lens_multilayer.store.cache import (
     vector_settings,
 )
 from sae_lens_multilayer.store.shards import Shard, ShardInMemory
-from sae_lens_multilayer.store.store import MultiLayerActivationsStore
+from sae_lens_multilayer.store.source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +51,17 @@ SHARD_BYTES = 2**28
 """Approximate size of a shard; harvesting holds one in memory."""
 BLOCK_BYTES = 2**17
 """Approximate bytes of one hook that are read at a time."""
+STATE_FILENAME = "source_state.safetensors"
 
 
 class MultiLayerCacheActivationsRunner:
-    """Runs the model over a dataset once and keeps the vectors of all hooks on disk.
+    """Runs the model over a dataset once and saves the vectors of all hooks on disk.
 
-    As SAELens' `CacheActivationsRunner`, for many hooks. It takes the config of a
-    training run; `training_tokens` of its dataset are cached in whole prompts, in
-    their order, in the config's `dtype`, under its `cached_activations_path`. Vectors
-    are raw: a lens is the SAE's, and one cache serves runs with any lens or none.
-
-    An interrupted or killed harvest is resumed when it is run again, and ends with the
-    bytes it would have had (on the same machine).
+    As SAELens' `CacheActivationsRunner`, for many hooks, with the config of a training
+    run: its first `training_tokens` are cached in whole prompts, in order, in its
+    `dtype`, under its `cached_activations_path`. Vectors are raw, so one cache serves
+    runs with any lens or none. An interrupted or killed harvest is resumed when it is
+    run again, and ends with the same bytes (on the same machine).
     """
 
     def __init__(
@@ -81,75 +79,61 @@ class MultiLayerCacheActivationsRunner:
             override_dataset: Used instead of `cfg.dataset_path`.
             override_model: Used instead of loading `cfg.model_name`.
             shard_bytes: Approximate size of a shard, at least one model batch.
-            block_bytes: Approximate size of what is read of a hook at a time, at least
+            block_bytes: Approximate bytes of a hook that are read at a time, at least
                 one vector.
 
         Raises:
             FileExistsError: If something else is at the path.
-            ValueError: If another cache is there, the settings do not fit the model
-                or each other, or torchrun has started several processes.
+            ValueError: If another cache is there, or the settings do not fit.
         """
         check_one_process("A harvest")
         if cfg.cached_activations_path is None:
-            raise ValueError(
-                "`cached_activations_path` must name the folder of the cache; got None."
-            )
+            raise ValueError("`cached_activations_path` must be given; got None.")
         self.cfg = cfg
         self.path = Path(cfg.cached_activations_path)
-        if not self._is_begun:
+        if not self._has_begun:
             check_free(self.path)
         self.model = (
             override_model if override_model is not None else loading.load_model(cfg)
         )
-        self._dataset, self._has_run = override_dataset, False
-        self.activations_store = self._make_store(override_dataset)
+        self.source = ModelSource.from_config(self.model, cfg, override_dataset)
+        self._start = self.source.state()
         self.record = Record(
             CACHE_KIND,
             vector_settings(cfg) | self._layout(shard_bytes, block_bytes),
             model_fingerprints(self.model),
         )
-        self._check_found()
-
-    def _make_store(self, dataset: HfDataset | None) -> MultiLayerActivationsStore:
-        cfg = copy.copy(self.cfg)
-        cfg.use_cached_activations = False
-        cfg.act_store_device = "cpu"  # from where it goes to the disk
-        # The store's own buffer, for mixing, stays empty.
-        cfg.n_batches_in_buffer, cfg.train_batch_size_tokens = 1, 1
-        return MultiLayerActivationsStore.from_config(self.model, cfg, dataset)
+        if self._has_begun:
+            self._check_same_cache()
 
     def _layout(self, shard_bytes: int, block_bytes: int) -> dict[str, Any]:
-        """What else decides the bytes of the cache."""
-        store, shape = self.activations_store, as_model(self.model).shape
-        excluded = store.exclude_special_tokens
-        split = getattr(store.dataset, "split", None)
-        row_bytes = store.d_in * store.dtype.itemsize
-        n_in_shard = shard_bytes // (len(store.hook_names) * row_bytes)
+        """The other settings that decide the bytes of the cache."""
+        source, shape = self.source, as_model(self.model).shape
+        split = getattr(source.reader.dataset, "split", None)
+        n_in_shard = shard_bytes // self._bytes_per_token
+        n_in_block = block_bytes // (source.d_in * source.dtype.itemsize)
         return {
-            "hook_names": store.hook_names,
+            "hook_names": source.hook_names,
             "n_layers": shape.n_layers,
             "d_model": shape.d_model,
             "dataset_split": None if split is None else str(split),
-            "excluded_token_ids": [] if excluded is None else excluded.tolist(),
+            "excluded_token_ids": source.excluded_token_ids,
             "training_tokens": self.cfg.training_tokens,
-            # The vectors depend on it in their rounding.
+            # The rounding of the vectors depends on it.
             "store_batch_size_prompts": self.cfg.store_batch_size_prompts,
-            "tokens_per_shard": max(n_in_shard, store.tokens_per_model_batch),
-            "tokens_per_block": max(1, block_bytes // row_bytes),
+            "tokens_per_shard": max(n_in_shard, source.max_tokens_per_chunk),
+            "tokens_per_block": max(1, n_in_block),
         }
 
     @property
-    def _is_begun(self) -> bool:
+    def _has_begun(self) -> bool:
         return (self.path / RECORD_FILENAME).exists()
 
     @property
     def _is_complete(self) -> bool:
         return (self.path / SHARDS_FILENAME).exists()
 
-    def _check_found(self) -> None:
-        """Compare the cache at the path, if there is one, with the one wanted."""
-        if not self._is_begun:
-            return
+    def _check_same_cache(self) -> None:
         found = Record.read(self.path, CACHE_KIND)
         if differences := found.differences(self.record):
             raise ValueError(
@@ -161,21 +145,19 @@ class MultiLayerCacheActivationsRunner:
 
     @property
     def _bytes_per_token(self) -> int:
-        """Bytes of a token's vectors at all hooks."""
-        store = self.activations_store
-        return len(store.hook_names) * store.d_in * store.dtype.itemsize
+        """Bytes of the vectors of one token at all hooks."""
+        source = self.source
+        return len(source.hook_names) * source.d_in * source.dtype.itemsize
 
     @property
     def n_bytes(self) -> int:
         """Upper bound on the cache's bytes on disk, to a few thousandths."""
-        store = self.activations_store
         # Prompts, and the prompt and position of each vector, are int32.
-        per_token = (
-            self._bytes_per_token
-            + 8
-            + 4 * self.cfg.context_size / store.training_context_size
+        n_prompt_tokens = (
+            self.cfg.context_size / self.source.reader.training_context_size
         )
-        n_tokens = self.cfg.training_tokens + store.tokens_per_model_batch
+        per_token = self._bytes_per_token + 8 + 4 * n_prompt_tokens
+        n_tokens = self.cfg.training_tokens + self.source.max_tokens_per_chunk
         return int(n_tokens * per_token)
 
     def __str__(self) -> str:
@@ -193,16 +175,14 @@ class MultiLayerCacheActivationsRunner:
         """Harvest the cache, or the rest of it, and open it.
 
         Raises:
-            OSError: If the disk has no room for it, before anything is written, or if
-                it is full later, in which case complete shards stay; or if another
-                process is harvesting it.
-            ValueError: If the dataset gives no token.
+            OSError: If the disk lacks room, before anything is written; if it is full
+                later (complete shards stay); or if another process is at work here.
         """
         if self._is_complete:
             logger.info("The cache at %s is complete.", self.path)
             return ActivationCache(self.path)
         self._check_room()
-        if not self._is_begun:
+        if not self._has_begun:
             with complete_or_absent(self.path) as partial:
                 self.record.write(partial)
         with locked(self.path):
@@ -249,23 +229,19 @@ class MultiLayerCacheActivationsRunner:
         return self.path / f"shard-{index:06d}"
 
     def _harvest(self) -> None:
-        """Add the shards that are missing."""
-        if self._has_run:
-            # A run that failed has left the store somewhere in the dataset.
-            self.activations_store = self._make_store(self._dataset)
-        self._has_run = True
+        """Add the missing shards."""
+        source, wanted = self.source, self.cfg.training_tokens
         n_shards, n_tokens = self._resume()
-        store, wanted = self.activations_store, self.cfg.training_tokens
         shard = ShardInMemory(
-            store.hook_names,
+            source.hook_names,
             self.record.settings["tokens_per_shard"],
-            store.d_in,
-            store.dtype,
+            source.d_in,
+            source.dtype,
         )
         with tqdm(
             total=wanted, initial=n_tokens, desc="Caching activations", unit="tok"
         ) as progress:
-            while n_tokens < wanted and not store.epoch_has_ended:
+            while n_tokens < wanted and not source.epoch_ended:
                 self._fill(shard, wanted - n_tokens, progress)
                 if shard.n_tokens:
                     self._save(shard, self._shard_folder(n_shards))
@@ -273,27 +249,27 @@ class MultiLayerCacheActivationsRunner:
                 shard.clear()
         if n_tokens < wanted:
             logger.warning(
-                "The dataset has ended: the cache holds %d of the %d tokens asked for.",
+                "The dataset has ended: the cache holds %d of the %d tokens wanted.",
                 n_tokens,
                 wanted,
             )
 
     def _resume(self) -> tuple[int, int]:
         """Continue after the shards on disk; their number, and their tokens."""
+        # An earlier `run` that failed has left the source elsewhere in the dataset.
+        self.source.resume(self._start)
         shards = self._shards()
         n_tokens = sum(shard.n_tokens for shard in shards)
         if shards:
             logger.info("Resuming after %d shards, %d tokens.", len(shards), n_tokens)
             self._check_same_text(shards[0])
-            self.activations_store.load_from_checkpoint(shards[-1].folder)
+            self.source.resume(read_tensors(shards[-1].folder / STATE_FILENAME))
         return len(shards), n_tokens
 
     def _check_same_text(self, first: Shard) -> None:
         """Compare the first prompts of the dataset with the first shard."""
-        found, prompts = first.tokens().tokens, self.activations_store.take_next()
-        if prompts is None or not torch.equal(
-            prompts.cpu().int(), found[: len(prompts)]
-        ):
+        found, prompts = first.tokens().tokens, self.source.next_chunk()
+        if prompts is None or not torch.equal(prompts.int(), found[: len(prompts)]):
             raise ValueError(
                 f"The dataset must be that of the cache at {self.path}, whose harvest "
                 "was interrupted; it begins with other tokens. Give the same dataset, "
@@ -302,25 +278,24 @@ class MultiLayerCacheActivationsRunner:
 
     def _fill(self, shard: ShardInMemory, n_missing: int, progress: Any) -> None:
         """Run the model until the shard is full, enough, or the dataset has ended."""
-        store = self.activations_store
-        positions = torch.arange(store.context_size)[slice(*store.seqpos_slice)]
+        source = self.source
         while (
-            shard.n_free >= store.tokens_per_model_batch
+            shard.n_free >= source.max_tokens_per_chunk
             and shard.n_tokens < n_missing
-            and not store.epoch_has_ended
+            and not source.epoch_ended
         ):
-            prompts = store.take_next()
+            prompts = source.next_chunk()
             if prompts is None:
                 return
-            rows = store.kept_tokens(prompts)
-            shard.add(prompts, rows, positions, store.vectors_of(prompts, rows))
-            progress.update(len(rows))
+            indices = source.token_indices(prompts)
+            shard.add(prompts, indices, source.vectors(prompts))
+            progress.update(len(indices))
 
     def _save(self, shard: ShardInMemory, folder: Path) -> None:
         try:
             with complete_or_absent(folder) as partial:
                 shard.save(partial)
-                self.activations_store.save_to_checkpoint(partial)
+                save_file(self.source.state(), partial / STATE_FILENAME)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"{folder} could not be written: {error}. The shards before it are "
@@ -331,7 +306,7 @@ class MultiLayerCacheActivationsRunner:
         """Save prompts for evaluation; list the shards, which completes the cache."""
         shards = self._shards()
         if not shards:
-            # Else other settings would be refused as those of another cache.
+            # Otherwise a harvest with other settings would be refused.
             for name in (RECORD_FILENAME, LOCK_FILENAME):
                 (self.path / name).unlink()
             raise ValueError(
@@ -343,10 +318,9 @@ class MultiLayerCacheActivationsRunner:
             with complete_or_absent(folder) as partial:
                 tensors = {"tokens": self._evaluation_tokens()}
                 save_file(tensors, partial / EVALUATION_FILENAME)
+        tensors = read_tensors(folder / EVALUATION_FILENAME)
         content = {
-            "evaluation_hash": hash_of_tensors(
-                read_tensors(folder / EVALUATION_FILENAME)
-            ),
+            "evaluation_hash": hash_of_tensors(tensors),
             "shards": {
                 shard.folder.name: {
                     "n_tokens": shard.n_tokens,
@@ -359,14 +333,12 @@ class MultiLayerCacheActivationsRunner:
         write_whole(self.path / SHARDS_FILENAME, json.dumps(content, indent=1))
 
     def _evaluation_tokens(self) -> Tensor:
-        store, cfg = self.activations_store, self.cfg
-        if store.epoch_has_ended:
+        cfg = self.cfg
+        if self.source.epoch_ended:
             logger.warning(
                 "Evaluations in training will be on text that is trained on: the "
                 "dataset has none after that of the cache."
             )
-        tokens = store.evaluation_prompts(
-            max(1, cfg.n_eval_batches),
-            cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts,
-        )
-        return tokens.cpu().int()
+        batch = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
+        n_prompts = max(1, cfg.n_eval_batches) * batch
+        return self.source.evaluation_prompts(n_prompts).cpu().int()

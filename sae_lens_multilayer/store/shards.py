@@ -5,8 +5,8 @@
 - `tokens [prompt, pos]`: the whole prompts that the model ran on;
 - `prompt [token]` and `position [token]`: which of them each row of vectors belongs to.
 
-The hash of all of them is in the file's metadata. Beside it lies the state of the store
-after this shard, from which an interrupted harvest is resumed.
+The hash of all of them is in the file's metadata. The folder of a shard also holds the
+source's state after it, from which an interrupted harvest is resumed.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -48,11 +48,7 @@ class ShardInMemory:
     def __init__(
         self, hook_names: Sequence[str], capacity: int, d_in: int, dtype: torch.dtype
     ) -> None:
-        """Allocate the memory.
-
-        Args:
-            capacity: In tokens.
-        """
+        """Allocate the memory for `capacity` tokens."""
         self._vectors: dict[str, Float[Tensor, "token d_in"]] = {
             name: torch.empty(capacity, d_in, dtype=dtype) for name in hook_names
         }
@@ -74,23 +70,22 @@ class ShardInMemory:
     def add(
         self,
         prompts: Int[Tensor, "prompt pos"],
-        rows: Int[Tensor, " token"],
-        positions: Int[Tensor, " kept_pos"],
+        token_indices: Int[Tensor, " token"],
         vectors: Iterable[Float[Tensor, "token d_in"]],
     ) -> None:
         """Add the tokens of some prompts.
 
         Args:
-            rows: Indices into `prompts[:, positions]`, flattened, that have vectors.
-            vectors: The vectors of these rows, hook by hook.
+            token_indices: Indices into the flattened prompts.
+            vectors: The vectors of these tokens, hook by hook.
         """
-        end = self.n_tokens + len(rows)
-        for into, of_hook in zip(self._vectors.values(), vectors, strict=True):
-            into[self.n_tokens : end] = of_hook
-        n_before = sum(map(len, self._prompts))
-        self._prompts.append(prompts.cpu().int())
-        self._prompt.append((n_before + rows // len(positions)).int())
-        self._position.append(positions[rows % len(positions)].int())
+        end = self.n_tokens + len(token_indices)
+        for memory, of_hook in zip(self._vectors.values(), vectors, strict=True):
+            memory[self.n_tokens : end] = of_hook
+        n_before, n_pos = sum(map(len, self._prompts)), prompts.shape[1]
+        self._prompts.append(prompts.int())
+        self._prompt.append((n_before + token_indices // n_pos).int())
+        self._position.append((token_indices % n_pos).int())
         self.n_tokens = end
 
     def save(self, folder: Path) -> None:
@@ -116,10 +111,10 @@ class Shard:
 
     @classmethod
     def open(cls, folder: Path) -> "Shard":
-        """Read the description of a shard that was saved.
+        """Open a shard that was saved.
 
         Raises:
-            ValueError: If it is missing or torn; names it.
+            ValueError: If it is missing or damaged.
         """
         n_bytes = (folder / ACTIVATIONS_FILENAME).stat().st_size
         with _opened(folder) as file:
@@ -137,35 +132,20 @@ class Shard:
     def vectors(
         self, rows: slice, hook_names: Sequence[str]
     ) -> Generator[Float[Tensor, "token d_in"]]:
-        """Some of its vectors, hook by hook, as views of the mapped file.
-
-        Raises:
-            ValueError: If the shard is missing or torn; names it.
-        """
+        """Some of its vectors, hook by hook, as views of the mapped file."""
         with _opened(self.folder) as file:
             for name in hook_names:
                 yield file.get_slice(name)[rows]
 
     def tokens(self) -> ShardTokens:
-        """Its prompts, and the tokens of them that its vectors belong to.
-
-        Raises:
-            ValueError: If the shard is missing or torn; names it.
-        """
+        """Its prompts, and the token that each row of vectors belongs to."""
         with _opened(self.folder) as file:
             return ShardTokens(
                 *(file.get_tensor(name).clone() for name in ShardTokens._fields)
             )
 
     def verify(self, hook_names: Sequence[str]) -> None:
-        """Read all of it and compare its hash.
-
-        Args:
-            hook_names: All hooks of the cache.
-
-        Raises:
-            ValueError: If the shard is missing, torn or was changed; names it.
-        """
+        """Raise ValueError if its content, of all hooks, was changed."""
         with _opened(self.folder) as file:
             names = [*hook_names, *ShardTokens._fields]
             found = hash_of_tensors({name: file.get_tensor(name) for name in names})
@@ -181,4 +161,4 @@ def _opened(folder: Path) -> Generator[Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is missing.") from error
     except SafetensorError as error:
-        raise ValueError(f"{folder} is torn: {error}.") from error
+        raise ValueError(f"{folder} is damaged: {error}.") from error

@@ -24,49 +24,51 @@ class ResumableTokens(ActivationsStore):
     tokens of the last document that are not in a context yet.
     """
 
-    _n_rows_this_epoch: int
-    _unread: list[Tokens]
-    """Tokens, by document, that are not in a context yet; between contexts of at most
-    one document."""
+    n_rows_this_epoch: int
+    _remaining: list[Tokens]
+    """Tokens of the documents read that are in no context yet; between contexts at most
+    one document has any."""
     _n_bad_rows: int = 0
 
     @override
     def _iterate_tokenized_sequences(self) -> Generator[Tokens, None, None]:
         # Not itself a generator, so that an epoch starts when SAELens calls this.
-        self._n_rows_this_epoch, self._unread = 0, []
+        self.n_rows_this_epoch, self._remaining = 0, []
         return self._contexts()
 
-    def go_to(self, n_rows_this_epoch: int, unread: Tokens) -> None:
-        """Resume with the tokens `unread`, then row `n_rows_this_epoch`."""
-        self._n_rows_this_epoch, self._unread = n_rows_this_epoch, [unread]
+    def resume(self, n_rows_this_epoch: int, remaining_tokens: Tokens) -> None:
+        """Continue with the remaining tokens, then row `n_rows_this_epoch`."""
+        self.n_rows_this_epoch = n_rows_this_epoch
+        self._remaining = [remaining_tokens]
         self.iterable_sequences = self._contexts()
 
     @property
-    def unread(self) -> Tokens:
-        """Tokens of the last document that are not in a context yet."""
-        assert len(self._unread) <= 1  # a document is read once the last one is used up
-        return self._unread[0] if self._unread else torch.empty(0, dtype=torch.long)
+    def remaining_tokens(self) -> Tokens:
+        """Tokens of the last document that are in no context yet, on the CPU."""
+        rest = self._remaining
+        assert len(rest) <= 1  # a document is read once the last one is used up
+        return rest[0].cpu().contiguous() if rest else torch.empty(0, dtype=torch.long)
 
     def _contexts(self) -> Generator[Tokens, None, None]:
         for context in super()._iterate_tokenized_sequences():
             if self.disable_concat_sequences:
-                self._unread = []
-            self._unread = unread_after(context, self._unread)
+                self._remaining = []
+            self._remaining = remaining_after(context, self._remaining)
             yield context
 
     @override
     def _iterate_raw_dataset_tokens(self) -> Generator[Tokens, None, None]:
-        yield from list(self._unread)
+        yield from list(self._remaining)
         for tokens in super()._iterate_raw_dataset_tokens():
-            self._unread.append(tokens)
+            self._remaining.append(tokens)
             yield tokens
 
     @override
     def _iterate_raw_dataset(self) -> Generator[Any, None, None]:
         assert self.dataset is not None
-        for row in read_rows(self.dataset, self._n_rows_this_epoch):
+        for row in read_rows(self.dataset, self.n_rows_this_epoch):
             self.n_dataset_processed += 1
-            self._n_rows_this_epoch += 1
+            self.n_rows_this_epoch += 1
             value: Any = row.get(self.tokens_column)
             if self.use_chat_formatting and isinstance(value, list):
                 self._check_turns(value)  # pyright: ignore[reportUnknownArgumentType]
@@ -78,7 +80,7 @@ class ResumableTokens(ActivationsStore):
             if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
                 raise ValueError(
                     f"Turns in the column {self.tokens_column!r} must have the keys "
-                    f"'role' and 'content'; row {self._n_rows_this_epoch - 1} has "
+                    f"'role' and 'content'; row {self.n_rows_this_epoch - 1} has "
                     f"{turn!r:.100}."
                 )
 
@@ -97,7 +99,7 @@ class ResumableTokens(ActivationsStore):
                 logger.warning(
                     "Row %d of the dataset is skipped: its %r is %.50r (%d such rows "
                     "so far).",
-                    self._n_rows_this_epoch - 1,
+                    self.n_rows_this_epoch - 1,
                     self.tokens_column,
                     value,
                     self._n_bad_rows,
@@ -105,7 +107,7 @@ class ResumableTokens(ActivationsStore):
         return usable
 
 
-def unread_after(context: Tokens, documents: list[Tokens]) -> list[Tokens]:
+def remaining_after(context: Tokens, documents: list[Tokens]) -> list[Tokens]:
     """Tokens of documents beyond a context that was joined from their beginnings.
 
     SAELens inserts a token between documents, or before a context, only if the next

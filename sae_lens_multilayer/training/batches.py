@@ -1,4 +1,4 @@
-"""The batches of a run in their order, read ahead if wanted, with the store's place."""
+"""The batches of a run in their order, read ahead if wanted, with the store's state."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -9,31 +9,30 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.store.place import Place
+from sae_lens_multilayer.store.state import StoreState
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 
 Batch = Float[Tensor, "token layer d_in"]
-Prompts = Int[Tensor, "prompt pos"]
+PromptIds = Int[Tensor, "prompt pos"]
 
 
-class _Taken(NamedTuple):
+class _Read(NamedTuple):
     batch: Batch
-    prompts: Prompts | None
-    place: Place
+    prompts: PromptIds | None
+    state: StoreState
 
 
 class RunBatches(Iterator[Batch]):
-    """What a training run takes from its store.
+    """The batches that a training run takes from its store.
 
-    Whether or not a thread reads ahead, batches and prompts for evaluation leave the
-    store in the same order, and `place` is where the store stood after the last ones
-    that were taken.
+    Whether or not a thread reads ahead, batches and evaluation prompts are read in the
+    same order, and `state` is the store's after the last batch that was returned.
     """
 
     def __init__(
         self,
         store: MultiLayerActivationsStore,
-        draw_prompts: Callable[[], Prompts],
+        draw_prompts: Callable[[], PromptIds | None],
         prefetch: int = 0,
     ) -> None:
         """Prepare; the store is read from `start` on.
@@ -45,48 +44,47 @@ class RunBatches(Iterator[Batch]):
         self._store = store
         self._draw_prompts = draw_prompts
         self._prefetch = prefetch
-        self._source: Iterator[_Taken] = iter(())
-        self.place = self._place_before = store.place
-        self.prompts: Prompts | None = None
-        """Prompts that come after the last batch and are to be evaluated on."""
+        self._batches: Iterator[_Read] = iter(())
+        self.state = self._state_before = store.state
+        self.prompts: PromptIds | None = None
+        """Prompts of the evaluation that follows the last batch."""
 
     def start(self, n_batches: int, evaluates_after: Callable[[int], bool]) -> None:
         """Begin to read.
 
         Args:
-            n_batches: Batches that the run takes from here on; the model does not run
-                for more.
+            n_batches: Batches of the rest of the run; no more are read.
             evaluates_after: Whether an evaluation follows a batch, by its index.
         """
-        self._source = self._read(n_batches, evaluates_after)
+        self._batches = self._read(n_batches, evaluates_after)
         if self._prefetch:
-            self._source = PrefetchingIterator(self._source, self._prefetch)
+            self._batches = PrefetchingIterator(self._batches, self._prefetch)
 
     def _read(
         self, n_batches: int, evaluates_after: Callable[[int], bool]
-    ) -> Generator[_Taken]:
+    ) -> Generator[_Read]:
         for index in range(n_batches):
             batch = next(self._store)
             prompts = self._draw_prompts() if evaluates_after(index) else None
-            yield _Taken(batch, prompts, self._store.place)
+            yield _Read(batch, prompts, self._store.state)
 
     @override
     def __next__(self) -> Batch:
-        self._place_before = self.place
-        batch, self.prompts, self.place = next(self._source)
+        self._state_before = self.state
+        batch, self.prompts, self.state = next(self._batches)
         return batch
 
     def put_back(self) -> None:
-        """Let `place` be where the store stood before the last batch was asked for."""
-        self.place = self._place_before
+        """Set `state` to the one before the last batch, so a resumed run repeats it."""
+        self.state = self._state_before
 
     def paused(self) -> AbstractContextManager[None]:
-        """Keep the thread that reads ahead from running the model meanwhile."""
-        if isinstance(self._source, PrefetchingIterator):
-            return self._source.paused()
+        """Stop reading ahead, which runs the model, inside the block."""
+        if isinstance(self._batches, PrefetchingIterator):
+            return self._batches.paused()
         return nullcontext()
 
     def close(self) -> None:
         """End the thread that reads ahead."""
-        if isinstance(self._source, PrefetchingIterator):
-            self._source.close()
+        if isinstance(self._batches, PrefetchingIterator):
+            self._batches.close()

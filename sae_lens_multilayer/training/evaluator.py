@@ -61,8 +61,10 @@ class MultiLayerEvaluator:
         if isinstance(data_provider, RunBatches) and data_provider.prompts is not None:
             with data_provider.paused():
                 metrics = self._evaluate(sae, data_provider.prompts)
+        elif (prompts := self.draw_prompts()) is not None:
+            metrics = self._evaluate(sae, prompts)
         else:
-            metrics = self._evaluate(sae, self.draw_prompts())
+            return {}
         logged = _LOGGED_IN_TRAINING
         if lens_of(sae) is not None:
             # The batches' errors are in the space of the lens.
@@ -75,9 +77,10 @@ class MultiLayerEvaluator:
             if name.split("/")[1] not in logged
         }
 
-    def draw_prompts(self) -> Int[Tensor, "prompt pos"]:
-        """Take the prompts of an evaluation from the store."""
-        return self.store.evaluation_prompts(self.n_batches, self.batch_size_prompts)
+    def draw_prompts(self) -> Int[Tensor, "prompt pos"] | None:
+        """Take the prompts of an evaluation; None: the store's source has no text."""
+        n_prompts = self.n_batches * self.batch_size_prompts
+        return self.store.source.evaluation_prompts(n_prompts)
 
     def _evaluate(
         self, sae: TrainingSAE[Any], tokens: Int[Tensor, "prompt pos"]

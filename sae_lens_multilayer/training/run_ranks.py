@@ -60,17 +60,9 @@ def _check_divides(cfg: MultiLayerConfig[Any], ranks: Ranks) -> None:
         )
 
 
-def share_of_rank(cfg: MultiLayerConfig[Any], ranks: Ranks) -> MultiLayerConfig[Any]:
-    """What the store of one rank is to give: its part of each batch."""
-    share = copy.copy(cfg)
-    share.train_batch_size_tokens = cfg.train_batch_size_tokens // ranks.count
-    share.training_tokens = -(-cfg.training_tokens // ranks.count)
-    return share
-
-
-def state_of_rank(place: dict[str, Tensor]) -> bytes:
+def state_of_rank(store_state: dict[str, Tensor]) -> bytes:
     """All of a checkpoint that differs between ranks."""
-    return save(place | trainer_state.random_states())
+    return save(store_state | trainer_state.random_states())
 
 
 def write_states(states: Sequence[bytes], checkpoint: Path) -> None:

@@ -43,7 +43,7 @@ from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.ranks import AgreedError
 from sae_lens_multilayer.record import Record, as_lines, model_fingerprints
-from sae_lens_multilayer.store.cache import CachedActivationsStore
+from sae_lens_multilayer.store.source import CacheSource, ModelSource
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.training import trainer_state
 from sae_lens_multilayer.training.batches import RunBatches
@@ -64,7 +64,6 @@ from sae_lens_multilayer.training.run_ranks import (
     folder_of_rank,
     join_ranks,
     load_random_states,
-    share_of_rank,
     state_of_rank,
     write_states,
 )
@@ -176,14 +175,13 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     ) -> MultiLayerActivationsStore:
         if self.model is not None:
             self._compile_llm_if_needed()
-        share = share_of_rank(self.cfg, self.ranks)
         if self._cache is not None:
-            return CachedActivationsStore.from_cache(
-                self._cache, share, self.model, ranks=self.ranks
+            source = CacheSource.from_config(self._cache, self.cfg, self.ranks)
+        else:
+            source = ModelSource.from_config(
+                self.model, self.cfg, override_dataset, self.ranks
             )
-        return MultiLayerActivationsStore.from_config(
-            self.model, share, override_dataset=override_dataset, ranks=self.ranks
-        )
+        return MultiLayerActivationsStore.from_source(source, self.cfg, self.ranks)
 
     def _check_places(self) -> None:
         """Find out before training what cannot be saved or resumed."""
@@ -415,7 +413,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     def _gather_states(self) -> None:
         """Let the first rank know where the others stand."""
         if not self.ranks.is_alone:
-            state = state_of_rank(self._batches.place.to_tensors())
+            state = state_of_rank(self._batches.state.to_tensors())
             self._states = self.ranks.gather_bytes(state)
 
     @override
@@ -423,7 +421,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         """Write the data's state, the run's config and record into a checkpoint."""
         if checkpoint_path is None:
             return
-        state = self._batches.place.to_tensors()
+        state = self._batches.state.to_tensors()
         save_file(state, checkpoint_path / ACTIVATIONS_STORE_STATE_FILENAME)
         write_states(self._states, checkpoint_path)
         cfg = json.dumps(self.cfg.to_dict())
