@@ -96,7 +96,7 @@ class TestConfig:
 
     def test_a_lens_in_another_alignment_is_an_error(self, make_config):
         with pytest.raises(
-            ValueError, match=r"`alignment`, 'tuned_lens';.*has 'reference'"
+            ValueError, match=r"`lens_alignment` .*'reference'; got 'tuned_lens'"
         ):
             make_config(tuned_lens=random_lens())
         config = make_config(tuned_lens=random_lens(), lens_alignment="reference")
@@ -349,7 +349,9 @@ class TestCheckpoints:
         )
         sae = start(config).run()
         # Of the settings that differ it names no lens, which is the same.
-        assert "does not end as it would have: training_tokens." in caplog.text
+        (message,) = [m for m in caplog.messages if "other settings" in m]
+        assert "`training_tokens`: 512" in message
+        assert len(message.splitlines()) == 2
         x = torch.randn(3, D_MODEL)
         torch.testing.assert_close(
             sae.lens.transform(x, 0), tuned_lens.transform_hidden(x, 1)
@@ -401,7 +403,7 @@ class TestCheckpoints:
     ):
         config = make_config(lens_alignment="reference", **{way: checkpoint})
         with pytest.raises(
-            ValueError, match=r"`alignment`, 'reference';.*has 'tuned_lens'"
+            ValueError, match=r"`lens_alignment` .*'tuned_lens'; got 'reference'"
         ):
             start(config)
 
@@ -411,6 +413,6 @@ class TestCheckpoints:
         given: Any = TrainingSAE.load_from_disk(checkpoint)
         config = make_config(lens_alignment="reference")
         with pytest.raises(
-            ValueError, match=r"`alignment`, 'reference';.*has 'tuned_lens'"
+            ValueError, match=r"`lens_alignment` .*'tuned_lens'; got 'reference'"
         ):
             start(config, override_sae=given)

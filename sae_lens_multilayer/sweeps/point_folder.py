@@ -20,7 +20,6 @@ from sae_lens_multilayer.record import RECORD_FILENAME, Record, as_lines
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sweeps.cost import Cost, measured
 from sae_lens_multilayer.sweeps.evaluation import summary
-from sae_lens_multilayer.training.run_folder import comparable_settings
 
 _EVALUATION_FILE = "evaluation.csv"
 _SUMMARY_FILE = "summary.json"
@@ -60,7 +59,7 @@ class PointFolder:
             ValueError: If it was made with others; names them.
         """
         if self._is_begun:
-            wanted = Record(_POINT_KIND, comparable_settings(cfg))
+            wanted = Record(_POINT_KIND, cfg.decisive_settings())
             found = Record.read(self.path, _POINT_KIND)
             if changed := found.differences(wanted):
                 raise ValueError(
@@ -90,7 +89,7 @@ class PointFolder:
     def begin(self, cfg: MultiLayerConfig[Any]) -> MultiLayerConfig[Any]:
         """The config of the run that saves to this folder, and is resumed there."""
         if not self._is_begun:
-            Record(_POINT_KIND, comparable_settings(cfg)).write(self.path)
+            Record(_POINT_KIND, cfg.decisive_settings()).write(self.path)
         begun = copy.copy(cfg)
         begun.output_path = str(self.sae)
         begun.checkpoint_path = str(self.path / "checkpoints")

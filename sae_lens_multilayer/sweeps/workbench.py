@@ -15,7 +15,7 @@ from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import Point
 from sae_lens_multilayer.text.prompts import Prompts, check_positions
 from sae_lens_multilayer.text.text import Text
-from sae_lens_multilayer.training.run_lens import lens_of_run
+from sae_lens_multilayer.training.lens_of_run import lens_of_run
 
 _OF_MODEL = fields_of("model", "model run")
 """Points that agree in these fields share a loaded model."""
