@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,12 @@ class MultiLayerTrainerConfig(SAETrainerConfig):
     max_grad_norm: float | None = None
     standardize_stock_inputs: bool = True
     keep_last_n_checkpoints: int | None = None
+
+    @property
+    @override
+    def total_training_steps(self) -> int:
+        """Steps of the run, a partial last one included (SAELens leaves it out)."""
+        return math.ceil(self.total_training_samples / self.train_batch_size_samples)
 
 
 @dataclass
@@ -216,12 +223,25 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 f"`micro_batch_size_tokens`; got {batch} and {micro}."
             )
         str_to_dtype(self.dtype)
+        self._check_schedule()
         if self.resume_from_checkpoint == LATEST and self.checkpoint_path is None:
             raise ValueError(
                 f"`checkpoint_path` must be given to resume from {LATEST!r}; got None."
             )
         if self.use_cached_activations and self.cached_activations_path is None:
             raise ValueError("`cached_activations_path` must be given; got None.")
+
+    def _check_schedule(self) -> None:
+        n_steps = math.ceil(self.training_tokens / self.train_batch_size_tokens)
+        n_left = n_steps - self.lr_warm_up_steps - self.lr_decay_steps
+        if self.lr_scheduler_name != "constant" and n_left < self.n_restart_cycles:
+            raise ValueError(
+                f"`lr_scheduler_name={self.lr_scheduler_name!r}` needs a step for each "
+                f"of {self.n_restart_cycles} cycles beside warm-up and decay; of the "
+                f"run's {n_steps} steps of `train_batch_size_tokens`, {n_left} are "
+                "left. Use more `training_tokens`, a smaller batch, or fewer steps of "
+                "`lr_warm_up_steps` and `lr_decay_steps`."
+            )
 
     def _check_sae(self) -> None:
         sae: Any = self.sae
@@ -310,6 +330,25 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         return hooks.resolve_hook_names(
             self.hook_name, self.hook_names, self.layers, n_layers, self.model_name
         )
+
+    def replaced(self, **changes: Any) -> "MultiLayerConfig[T_TRAINING_SAE_CONFIG]":
+        """A copy with other values, checked like this one.
+
+        `dataclasses.replace` would give it another folder for checkpoints.
+        """
+        other = copy.copy(self)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        other._check_run()
+        return other
+
+    def decisive_settings(self) -> dict[str, Any]:
+        """Settings that decide the trained weights; the SAE's are named "sae.d_sae"."""
+        values = self.to_dict()
+        settings = {name: values[name] for name in fields_that_decide_weights()}
+        sae = settings.pop("sae")
+        # The metadata lists where the weights come from, and changes during the run.
+        return settings | {f"sae.{n}": v for n, v in sae.items() if n != "metadata"}
 
     @override
     def to_dict(self) -> dict[str, Any]:

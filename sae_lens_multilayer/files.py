@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 PARTIAL_PREFIX = ".partial-"
 """Prefix of the names of incomplete files and folders."""
 LOCK_FILENAME = ".lock"
+_SAMPLE_BYTES = 2**16
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +160,28 @@ def check_writable(path: str | Path, what: str) -> None:
             f"`{what}` must be a path that can be written; {error.strerror}",
             str(path),
         ) from error
+
+
+def files_hash(path: str | Path | None) -> str | None:
+    """Hash (XXH3, 128 bits) of a sample of a local file, or of all files of a folder.
+
+    Names, sizes, and the first and last 64 KiB of each file are hashed. None if
+    nothing is at `path`, such as for a dataset of the hub.
+    """
+    root = Path(path) if path else None
+    if root is None or not root.exists():
+        return None
+    digest = xxhash.xxh3_128()
+    for file in sorted(f for f in [root, *root.rglob("*")] if f.is_file()):
+        if file.name.startswith("cache-"):
+            continue  # `datasets` writes these beside the data
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root)} {size}".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(_SAMPLE_BYTES))
+            data.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(data.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

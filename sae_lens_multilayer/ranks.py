@@ -119,11 +119,9 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Generator[None]:
-        """Raise an error on all ranks if one raises it; the block cannot communicate.
+        """Raise AgreedError on all ranks if the block raises an exception on any.
 
-        Raises:
-            AgreedError: On all ranks, if the block raised an exception on any. With one
-                rank, the exception itself.
+        The block cannot communicate. With one rank, the exception itself is raised.
         """
         if self.is_alone:
             yield
@@ -143,11 +141,7 @@ class Ranks:
         raise AgreedError("; ".join(failed)) from error
 
     def check_same(self, what: str, values: Mapping[str, Any]) -> None:
-        """Check that values, which JSON can hold, are the same on all ranks.
-
-        Raises:
-            RankError: If not, on all ranks; lists the names of the values that differ.
-        """
+        """Raise RankError on all ranks if values, which JSON can hold, differ."""
         if self.is_alone:
             return
         gathered = self.gather_bytes(json.dumps(values).encode())
@@ -162,11 +156,9 @@ class Ranks:
                 )
 
     def own_rows(self, dataset: HfDataset) -> HfDataset:
-        """This rank's share of the rows of a dataset; each row belongs to one rank.
+        """This rank's rows of a dataset: every `count`-th.
 
-        From an indexed dataset, each rank takes every `count`-th row. From a stream, it
-        takes whole files if their number is a multiple of `count`, else it reads all
-        rows and keeps every `count`-th.
+        Of a stream, it takes whole files if their number is a multiple of `count`.
         """
         if self.is_alone:
             return dataset
@@ -198,11 +190,7 @@ ALONE = Ranks()
 
 
 def ranks_of_environment(device: str) -> Ranks:
-    """Connect to the other processes started by torchrun, if there are any.
-
-    Args:
-        device: The device of the SAE.
-    """
+    """Connect to the other processes of torchrun, if any; `device` is the SAE's."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -216,11 +204,7 @@ def ranks_of_environment(device: str) -> Ranks:
 
 
 def check_one_process(what: str) -> None:
-    """Raise ValueError if torchrun has started several processes.
-
-    Args:
-        what: Name of the work that cannot be distributed.
-    """
+    """Raise ValueError if torchrun has started several processes for `what`."""
     count = os.environ.get("WORLD_SIZE", "1")
     if int(count) > 1:
         raise ValueError(
@@ -230,11 +214,7 @@ def check_one_process(what: str) -> None:
 
 
 def own_device(device: str) -> str:
-    """The device of this rank: with "cuda", the GPU with the index LOCAL_RANK.
-
-    Raises:
-        ValueError: If the device is a GPU other than the first.
-    """
+    """The device of this rank: with "cuda", the GPU with the index LOCAL_RANK."""
     named = torch.device(device)
     if named.type != "cuda":
         return device

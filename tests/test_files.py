@@ -31,6 +31,21 @@ def write_half(path, error):
         raise error
 
 
+def test_the_hash_of_files_changes_with_their_names_sizes_and_ends(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    assert files.files_hash(None) is None
+    assert files.files_hash(tmp_path / "missing") is None
+    hashes = [files.files_hash(data)]
+    for name, content in [("a", b"text"), ("a", b"texts"), ("a", b"tests"), ("b", b"")]:
+        (data / name).write_bytes(content)
+        hashes.append(files.files_hash(data))
+    assert len(set(hashes)) == 5
+    (data / "cache-1.arrow").write_bytes(b"x")
+    assert files.files_hash(data) == hashes[-1]
+    assert files.files_hash(data / "a") != files.files_hash(data / "b")
+
+
 def test_folder_appears_when_the_block_ends(tmp_path):
     with complete_or_absent(tmp_path / "new") as partial:
         (partial / "sub").mkdir()

@@ -345,7 +345,9 @@ class TestCheckpoints:
         )
         sae = start(config).run()
         # Of the settings that differ it names no lens, which is the same.
-        assert "`training_tokens`: 512 in the folder" in caplog.text
+        (message,) = [m for m in caplog.messages if "other settings" in m]
+        assert "`training_tokens`: 512" in message
+        assert len(message.splitlines()) == 2
         x = torch.randn(3, D_MODEL)
         torch.testing.assert_close(
             sae.lens.transform(x, 0), tuned_lens.transform_hidden(x, 1)

@@ -9,7 +9,7 @@ from sae_lens import TrainingSAE
 
 from sae_lens_multilayer import files
 from sae_lens_multilayer.files import remove_leftovers
-from sae_lens_multilayer.training.run_folder import check_checkpoint, keep_newest
+from sae_lens_multilayer.training.checkpoint import check_checkpoint, keep_newest
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ from torch import Tensor
 from sae_lens_multilayer import MultiLayerConfig, MultiLayerTrainingSAE
 from sae_lens_multilayer.topk import select
 from sae_lens_multilayer.training import steps
+from sae_lens_multilayer.training.geometric_median import median_of_inputs
+from sae_lens_multilayer.training.scale import fold_scale
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 RESID_POST = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
@@ -105,7 +107,7 @@ class TestDeadLatents:
         for _ in range(12):
             x = next(trainer.data_provider)
             if trainer.n_training_steps == 0:
-                trainer._start_b_dec(x)
+                trainer.sae.b_dec.data.copy_(median_of_inputs(trainer.sae, x))
             acts = trainer.sae.encode(x)
             fired = (acts > threshold).any(0).any(0)
             was_dead = expected >= 192
@@ -286,7 +288,7 @@ class TestSteps:
         trainer._estimate_scale()
         x = next(trainer.data_provider)
         stats = trainer.step(x)
-        trainer._fold_scale()
+        fold_scale(trainer.activation_scaler, trainer.sae)
         # After folding, the SAE takes and gives raw vectors by itself.
         with torch.no_grad():
             x_hat = trainer.sae(x)

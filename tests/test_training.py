@@ -58,9 +58,8 @@ from sae_lens_multilayer import (
     views,
 )
 from sae_lens_multilayer.models import loading
-from sae_lens_multilayer.training import run_folder
+from sae_lens_multilayer.training import checkpoint as checkpoint_module
 from sae_lens_multilayer.training import runner as runner_module
-from sae_lens_multilayer.training import trainer as trainer_module
 from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
@@ -309,6 +308,51 @@ class TestRuns:
         assert not Path(config.output_path).exists()
 
 
+class TestFinite:
+    """No weights that are not finite are saved."""
+
+    @pytest.mark.parametrize("bandwidth", [1e-40, float("nan")])
+    def test_every_gradient_is_checked(self, start, make_config, bandwidth):
+        sae = JumpReLUTrainingSAEConfig(
+            d_in=D_MODEL, d_sae=32, jumprelu_bandwidth=bandwidth
+        )
+        config = make_config(sae=sae, lr=1e-2)
+        with pytest.raises(FloatingPointError, match="threshold"):
+            start(config).run()
+        assert not Path(config.output_path).exists()
+
+    def test_weights_after_the_last_step_are_checked(self, start, make_config):
+        config = make_config(training_tokens=64, lr=1e39, save_final_checkpoint=True)
+        with pytest.raises(FloatingPointError, match=r"must be finite.*W_enc"):
+            start(config).run()
+        assert not Path(config.output_path).exists()
+        assert listing(config.checkpoint_path) == set()
+
+
+class TestSchedules:
+    @pytest.mark.parametrize("name", ["constant", "cosineannealing"])
+    @pytest.mark.parametrize(("n_tokens", "n_steps"), [(32, 1), (200, 4)])
+    def test_a_partial_last_step_has_a_learning_rate(
+        self, start, make_config, name, n_tokens, n_steps, monkeypatch
+    ):
+        rates = []
+        update = MultiLayerTrainer._update_weights
+
+        def record(trainer):
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+            update(trainer)
+
+        monkeypatch.setattr(MultiLayerTrainer, "_update_weights", record)
+        settings = {"lr_scheduler_name": name, "lr_end": 0.0, "output_path": None}
+        start(make_config(training_tokens=n_tokens, **settings)).run()
+        assert len(rates) == n_steps
+        assert min(rates) > 0
+
+    def test_a_schedule_without_steps_is_an_error(self, make_config):
+        with pytest.raises(ValueError, match="`lr_warm_up_steps`"):
+            make_config(lr_scheduler_name="cosineannealing", lr_warm_up_steps=8)
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize(
         ("n_checkpoints", "final"), [(0, False), (3, True), (7, False), (20, False)]
@@ -373,10 +417,10 @@ class TestCheckpoints:
             save(checkpoint_path)
 
         monkeypatch.setattr(runner, "save_checkpoint", fail_once)
-        keep = run_folder.keep_newest
+        keep = checkpoint_module.keep_newest
         seen = []
         monkeypatch.setattr(
-            trainer_module,
+            checkpoint_module,
             "keep_newest",
             lambda folder, n: (seen.append(listing(folder)), keep(folder, n)),
         )
@@ -398,15 +442,53 @@ class TestCheckpoints:
         assert listing(config.checkpoint_path) == {"448", "512", "final_512"}
 
     @pytest.mark.parametrize("where", ["save_inference_model", "to_dict"])
-    def test_final_sae_is_complete_or_absent(
-        self, start, make_config, monkeypatch, where
+    def test_final_sae_is_all_there_or_not_at_all(
+        self, start, make_config, monkeypatch, tmp_path, where
     ):
         config = make_config()
         runner = start(config)
         monkeypatch.setattr(runner.sae if "save" in where else config, where, fail)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         with pytest.raises(OSError, match="disk is full"):
             runner.run()
-        assert listing(Path(config.output_path).parent) == set()
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    def test_an_sae_that_cannot_be_saved_is_saved_elsewhere(
+        self, start, make_config, monkeypatch
+    ):
+        config = make_config()
+        runner = start(config)
+        Path(config.output_path).parent.mkdir(exist_ok=True)
+        save = runner.save_final_sae
+        monkeypatch.setattr(runner, "save_final_sae", fail)
+        with pytest.raises(OSError, match=r"disk is full.*is saved at") as info:
+            runner.run()
+        folder = str(info.value).split("is saved at ")[1].rstrip(".")
+        assert Path(folder).parent == Path(config.checkpoint_path)
+        save(runner.sae, config.output_path)
+        assert same(SAE.load_from_disk(folder), SAE.load_from_disk(config.output_path))
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_waits_for_the_final_save(
+        self, start, make_config, monkeypatch, number
+    ):
+        def interrupted(*_args):
+            raise KeyboardInterrupt
+
+        signal.signal(number, interrupted)
+        config = make_config()
+        runner = start(config)
+        save = runner.sae.save_inference_model
+
+        def slow(folder):
+            signal.raise_signal(number)
+            return save(folder)
+
+        monkeypatch.setattr(runner.sae, "save_inference_model", slow)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run()
+        SAE.load_from_disk(config.output_path)
 
     def test_final_sae_has_its_config_and_its_runs(self, start, make_config):
         config = make_config(
@@ -557,12 +639,38 @@ class TestResuming:
         start(first).run()
         (folder,) = Path(first.checkpoint_path).iterdir()
         again = make_config(
-            resume_from_checkpoint=str(folder), lr=1e-3, seed=7, output_path=None
+            resume_from_checkpoint=str(folder), lr=1e-3, output_path=None
         )
         start(again).run()
         (message,) = [m for m in caplog.messages if "other settings" in m]
         names = [line.split(": ")[0] for line in message.splitlines()[1:]]
-        assert names == ["  `lr`", "  `lr_end`", "  `seed`"]
+        assert names == ["  `lr`", "  `lr_end`"]
+
+    def test_settings_that_may_change_take_effect(self, start, make_config):
+        first = make_config(n_checkpoints=1, output_path=None)
+        start(first).run()
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        changes = {"lr": 1e-9, "adam_beta1": 0.5, "adam_eps": 1e-3}
+        config = make_config(
+            resume_from_checkpoint=str(folder),
+            lr_scheduler_name="cosineannealing",
+            output_path=None,
+            **changes,
+        )
+        runner = start(config)
+        trainer = runner._make_trainer(iter([]))
+        runner._resume(trainer, folder)
+        (group,) = trainer.optimizer.param_groups
+        assert group["betas"] == (0.5, 0.999)
+        assert group["eps"] == 1e-3
+        assert 1e-10 < group["lr"] < 1e-9  # 5 of 8 steps on
+
+    def test_settings_that_would_have_no_effect_are_an_error(self, start, make_config):
+        first = make_config(n_checkpoints=1, output_path=None)
+        start(first).run()
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        with pytest.raises(ValueError, match=r"`seed`: \d+ in the folder, 7 here"):
+            start(make_config(resume_from_checkpoint=str(folder), seed=7))
 
     def test_other_weights_and_another_tokenizer_are_reported(
         self, start, make_config, model, caplog

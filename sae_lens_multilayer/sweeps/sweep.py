@@ -36,8 +36,7 @@ from sae_lens_multilayer.sweeps.points import (
     varied_settings,
 )
 from sae_lens_multilayer.text.prompts import Prompts, Text, check_positions
-from sae_lens_multilayer.training.run_folder import comparable_settings
-from sae_lens_multilayer.training.run_lens import lens_of_run
+from sae_lens_multilayer.training.lens_of_run import lens_of_run
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 logger = logging.getLogger(__name__)
@@ -337,4 +336,4 @@ def _table(rows: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 
 def _point_record(point: Point) -> Record:
-    return Record(_POINT_KIND, comparable_settings(point.cfg))
+    return Record(_POINT_KIND, point.cfg.decisive_settings())

@@ -196,7 +196,7 @@ def read_rows(dataset: HfDataset, start: int) -> Iterator[dict[str, Any]]:
     if isinstance(data, Dataset) and start >= len(data):
         return
     row = start
-    rows: Iterator[Any] = iter(data.skip(start) if start else data)
+    rows: Any = iter(data.skip(start) if start else data)
     while True:
         try:
             values = next(rows)

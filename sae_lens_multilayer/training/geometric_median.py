@@ -1,10 +1,12 @@
-"""The point with the least total distance to a set of vectors: where b_dec starts."""
+"""Where b_dec starts: the point with the least total distance to a set of vectors."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_multilayer.ranks import ALONE, Ranks
+from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
+from sae_lens_multilayer.topk.reference import standardize
 
 _ROWS_AT_A_TIME = 8192
 
@@ -23,12 +25,8 @@ def geometric_median(
     points, where Weiszfeld's would divide by zero, is that of Vardi and Zhang.
 
     Args:
-        max_iter: Most steps.
         tol: Step length (in the points' unit) below which it stops.
         ranks: Each holds as many other points.
-
-    Raises:
-        ValueError: If there is no point.
 
     References:
         Initialisation of the pre-encoder bias: Bricken et al. (2023); Lawson et al.
@@ -44,6 +42,22 @@ def geometric_median(
         if (median - previous).norm() < tol:
             break
     return median
+
+
+def median_of_inputs(
+    sae: MultiLayerTrainingSAE,
+    batch: Float[Tensor, "token layer d_in"],
+    ranks: Ranks = ALONE,
+) -> Float[Tensor, " d_in"]:
+    """Geometric median of the vectors that the encoder receives for a batch."""
+    vectors = torch.empty_like(batch, dtype=torch.float32)
+    for layer in range(batch.shape[1]):
+        of_layer = batch[:, layer], vectors[:, layer]
+        blocks = (rows.split(_ROWS_AT_A_TIME) for rows in of_layer)
+        for rows, into in zip(*blocks, strict=True):
+            z = sae.into_lens(rows.float(), layer)
+            into.copy_(standardize(z)[0] if sae.standardizes else z)
+    return geometric_median(vectors.flatten(0, 1), ranks=ranks)
 
 
 def _step(

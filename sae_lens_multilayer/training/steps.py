@@ -41,6 +41,11 @@ class StepStats:
         """Tokens of the batch."""
         return self.sums.n_tokens
 
+    def constant_layers(self) -> list[int]:
+        """Indices of the layers at which all vectors of the batch are the same."""
+        deviation = self.sums.moments.sum_sq_deviation
+        return (deviation == 0).nonzero().flatten().tolist()
+
     def by_layer(self) -> dict[str, Float[Tensor, " layer"]]:
         """The metrics of this batch, one value per layer.
 
@@ -53,6 +58,25 @@ class StepStats:
             "l0": self.sums.l0,
             "l1": self.sums.l1,
         }
+
+    def to_log_dict(self, labels: list[str]) -> dict[str, float]:
+        """All values: `losses/...`, `metrics/...`, and `label/...` for each layer."""
+        by_layer = self.by_layer()
+        return {
+            **{f"losses/{name}": loss.item() for name, loss in self.losses.items()},
+            **{f"metrics/{name}": v.mean().item() for name, v in by_layer.items()},
+            **{
+                f"{label}/{name}": v[i].item()
+                for i, label in enumerate(labels)
+                for name, v in by_layer.items()
+            },
+            **{f"metrics/{name}": _number(v) for name, v in self.metrics.items()},
+        }
+
+
+def _number(value: Any) -> float:
+    value = value() if callable(value) else value
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def topk_gradients(

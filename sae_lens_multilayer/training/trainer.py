@@ -28,17 +28,20 @@ from sae_lens_multilayer.files import complete_or_absent
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
-from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
-from sae_lens_multilayer.training import trainer_state
+from sae_lens_multilayer.training import checkpoint as checkpoints
+from sae_lens_multilayer.training.checkpoint import check_finite, not_finite
 from sae_lens_multilayer.training.evaluator import steps_between_evaluations
-from sae_lens_multilayer.training.geometric_median import geometric_median
-from sae_lens_multilayer.training.run_folder import keep_newest
+from sae_lens_multilayer.training.geometric_median import median_of_inputs
+from sae_lens_multilayer.training.scale import (
+    estimate_scale,
+    fold_scale,
+    needs_estimate,
+)
+from sae_lens_multilayer.training.signals import held_signals
 from sae_lens_multilayer.training.steps import StepStats, StockStep, topk_gradients
 
 logger = logging.getLogger(__name__)
-
-_ROWS_AT_A_TIME = 8192
 
 
 class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
@@ -53,11 +56,11 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     tokens_since_fired: Tensor
     """Tokens since a latent last fired on any layer, [d_sae]."""
     stop_requested: bool = False
-    """Set from outside to end training after the step under way."""
+    """Set from outside to end training after the current step."""
     has_open_batch: bool = False
-    """Whether a batch was asked for that is not trained on."""
+    """Whether a batch has been taken that is not yet trained on."""
     is_whole: bool = True
-    """Whether weights, optimiser and counters are those after some number of steps."""
+    """Whether weights, optimiser and counters are those after a whole step."""
 
     def __init__(
         self,
@@ -71,17 +74,14 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         ranks: Ranks = ALONE,
         before_checkpoint: Callable[[], None] | None = None,
     ) -> None:
-        """Prepare the optimiser and the counters.
+        """Create the optimiser and the counters.
 
         Args:
             cfg: The trainer's part of a `MultiLayerConfig`, with the hook names.
-            sae: The SAE to train, on its device.
-            data_provider: Gives batches `[token, layer, d_in]`.
-            evaluator: As in SAELens; called at its cadence.
+            data_provider: Gives this rank's share of batches `[token, layer, d_in]`.
             save_checkpoint_fn: Writes the rest of a checkpoint into its folder.
-            initialize_b_dec: Whether `b_dec` of a multi-layer SAE is set to the
-                geometric median of the first batch; not for one that is trained on.
-            ranks: The processes of the run, each with its share of every batch.
+            initialize_b_dec: Set `b_dec` of a multi-layer SAE to the geometric median
+                of the first batch.
             before_checkpoint: Called on all ranks before the first writes a checkpoint.
         """
         self.ranks = ranks
@@ -131,9 +131,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
         Raises:
             InterruptedException: If `stop_requested` was set; the state is that after a
-                whole step, so a checkpoint of it is sound.
-            FloatingPointError: If the loss or its gradient is not finite; the weights
-                are those before that batch.
+                whole step.
+            FloatingPointError: If the loss, a gradient or a final weight is not finite.
         """
         self.sae.to(self.cfg.device)
         self._check_replicas()
@@ -149,11 +148,12 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         ) as progress:
             while self.n_training_samples < self.cfg.total_training_samples:
                 self._fit_batch(progress)
+        check_finite(self.sae.state_dict())
         self.is_whole = False
         # The last sparsity window is not reset, so it has not been logged yet.
         if self.cfg.logger.log_to_wandb:
             self._log(self.full_sparsity_window_log())
-        self._fold_scale()
+        fold_scale(self.activation_scaler, self.sae)
         self.set_final_sae_metadata()
         if self.cfg.save_final_checkpoint:
             self.save_or_report(f"final_{self.n_training_samples}")
@@ -174,7 +174,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             with self.ranks.together():
                 self._log_step(stats)
         finally:
-            # Whatever becomes of the log, the step is done.
+            # The step is done even if logging fails.
             self.n_training_steps += 1
         progress.update(stats.n_tokens)
         progress.set_postfix(
@@ -199,7 +199,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     @override
     def maybe_reset_sparsity(self) -> dict[str, Any]:
-        """Start a new sparsity window where one is full; what to log of the old one."""
+        """Start a new sparsity window if one is full; returns its values to log."""
         if self.cfg.logger.log_to_wandb:
             return super().maybe_reset_sparsity()
         # The host draws a W&B histogram even if nothing is logged.
@@ -225,53 +225,40 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         batch = batch.to(self.sae.device)
         starts_b_dec = self.n_training_steps == 0 and self._initialize_b_dec
         if starts_b_dec:
-            self._start_b_dec(batch)
+            assert isinstance(self.sae, MultiLayerTrainingSAE)
+            median = median_of_inputs(self.sae, batch, self.ranks)
+            self.sae.b_dec.data.copy_(median)
         self.sae.train()
         stats = self._gradients(batch)
-        if not self._is_finite(stats):
+        try:
+            self._check_gradients(stats)
+        except FloatingPointError:
             self.optimizer.zero_grad()
             if starts_b_dec:
                 self.sae.b_dec.data.zero_()
-            raise FloatingPointError(
-                "The loss and its gradient must be finite; the loss is "
-                f"{stats.losses['overall_loss'].item()} at step "
-                f"{self.n_training_steps} (token {self.n_training_samples}). The "
-                f"weights are those before this batch. {self._advice(stats)}"
-            )
+            raise
         self.is_whole = False
         self._update_weights()
         self._count(stats)
         self.is_whole = True
         return stats
 
-    def _advice(self, stats: StepStats) -> str:
-        deviation = stats.sums.moments.sum_sq_deviation
-        constant = (deviation == 0).nonzero().flatten().tolist()
-        if constant:
+    def _check_gradients(self, stats: StepStats) -> None:
+        loss = stats.losses["overall_loss"]
+        gradients = {name: p.grad for name, p in self.sae.named_parameters()}
+        bad = not_finite({"loss": loss, **gradients})
+        if not bad:
+            return
+        advice = "Lower `lr` or look at the data."
+        if constant := stats.constant_layers():
             names = [self.cfg.hook_names[layer] for layer in constant]
-            return f"All vectors of the batch are the same at {names}."
-        return "Lower `lr` or look at the data."
-
-    def _is_finite(self, stats: StepStats) -> bool:
-        gradient = self.sae.b_dec.grad
-        # Every vector has a part in the gradient of b_dec, which is small.
-        parts = [stats.losses["overall_loss"]] + (
-            [] if gradient is None else [gradient]
+            advice = f"All vectors of the batch are the same at {names}."
+        raise FloatingPointError(
+            f"The loss and its gradient must be finite; those of {bad} are not, and "
+            f"the loss is {loss.item()} at step {self.n_training_steps} (token "
+            f"{self.n_training_samples}). The weights are those before this batch. "
+            + advice
         )
-        return all(bool(part.isfinite().all()) for part in parts)
-
-    def _start_b_dec(self, batch: Tensor) -> None:
-        """Set it to the geometric median of the vectors that the encoder sees."""
-        assert isinstance(self.sae, MultiLayerTrainingSAE)
-        vectors = torch.empty_like(batch, dtype=torch.float32)
-        for layer in range(batch.shape[1]):
-            of_layer = batch[:, layer], vectors[:, layer]
-            blocks = (vectors.split(_ROWS_AT_A_TIME) for vectors in of_layer)
-            for rows, into in zip(*blocks, strict=True):
-                z = self.sae.into_lens(rows.float(), layer)
-                into.copy_(standardize(z)[0] if self.sae.standardizes else z)
-        median = geometric_median(vectors.flatten(0, 1), ranks=self.ranks)
-        self.sae.b_dec.data.copy_(median)
 
     def _gradients(self, batch: Tensor) -> StepStats:
         micro = self.cfg.micro_batch_size_tokens
@@ -318,23 +305,11 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self, output: StepStats, n_training_samples: int
     ) -> dict[str, Any]:
         """The values logged for a step: the host's keys, and `layer_{l}/...`."""
-        by_layer = output.by_layer()
-        values = {f"losses/{name}": loss.item() for name, loss in output.losses.items()}
-        values |= {f"metrics/{name}": v.mean().item() for name, v in by_layer.items()}
-        values |= {
-            f"{label}/{name}": v[i].item()
-            for i, label in enumerate(layer_labels(self.cfg.hook_names))
-            for name, v in by_layer.items()
-        }
-        values |= {
-            f"metrics/{name}": _number(value) for name, value in output.metrics.items()
-        }
-        values |= {
-            f"details/{name}_coefficient": value
-            for name, value in self.get_coefficients().items()
-        }
+        coefficients = self.get_coefficients()
         n_dead = self.dead_neurons.sum().item()
-        return values | {
+        return {
+            **output.to_log_dict(layer_labels(self.cfg.hook_names)),
+            **{f"details/{name}_coefficient": v for name, v in coefficients.items()},
             "sparsity/dead_features": n_dead,
             "sparsity/dead_fraction": n_dead / self.sae.cfg.d_sae,
             "details/current_learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -343,44 +318,20 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     @property
     def estimates_scale(self) -> bool:
-        """Whether `fit` takes batches first to estimate the scale of activations."""
-        scaler = self.activation_scaler
-        missing = {
-            "expected_average_only_in": scaler.scaling_factor,
-            "covariance_whitening": scaler.whitening,
-        }
-        normalization = self.sae.cfg.normalize_activations
+        """Whether `fit` starts by taking batches to estimate the scale."""
         is_over = self.n_training_samples >= self.cfg.total_training_samples
-        return not is_over and missing.get(normalization, ...) is None
+        normalization = self.sae.cfg.normalize_activations
+        return not is_over and needs_estimate(self.activation_scaler, normalization)
 
     def _estimate_scale(self) -> None:
-        if not self.estimates_scale:
-            return
-        scaler, n_batches = self.activation_scaler, self.cfg.n_batches_for_norm_estimate
-        rows = (batch.flatten(0, 1) for batch in self.data_provider)
-        with self.ranks.together():
-            if self.sae.cfg.normalize_activations == "covariance_whitening":
-                scaler.estimate_whitening(self.sae.cfg.d_in, rows, n_batches)
-            else:
-                scaler.estimate_scaling_factor(self.sae.cfg.d_in, rows, n_batches)
-        if scaler.scaling_factor is not None and not self.ranks.is_alone:
-            # Mean norms can be averaged; they are in the denominator.
-            inverse = torch.tensor(1 / scaler.scaling_factor, device=self.sae.device)
-            self.ranks.mean_(inverse)
-            scaler.scaling_factor = 1 / inverse.item()
-
-    def _fold_scale(self) -> None:
-        scaler = self.activation_scaler
-        if scaler.scaling_factor is not None:
-            self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-            scaler.scaling_factor = None
-        if scaler.whitening is not None:
-            self.sae.fold_activation_whitening(
-                mean=scaler.whitening.mean,
-                whitening_matrix=scaler.whitening.matrix,
-                unwhitening_matrix=scaler.whitening.inverse_matrix,
+        if self.estimates_scale:
+            estimate_scale(
+                self.activation_scaler,
+                self.sae,
+                self.data_provider,
+                self.cfg.n_batches_for_norm_estimate,
+                self.ranks,
             )
-            scaler.whitening = None
 
     @override
     def _checkpoint_if_needed(self) -> None:
@@ -390,13 +341,10 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.save_or_report(str(self.n_training_samples))
 
     def save_or_report(self, checkpoint_name: str) -> bool:
-        """Write a checkpoint; where that fails, as on a full disk, say so and go on.
+        """Write a checkpoint, or log the error if that fails, as on a full disk.
 
         Returns:
             Whether it was written; True on ranks that do not write.
-
-        Raises:
-            RankError: If the SAE is not the same on all ranks.
         """
         self._agree_before_checkpoint()
         with self.ranks.together():
@@ -410,10 +358,10 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def _write_or_report(self, checkpoint_name: str) -> bool:
         try:
             self._write_checkpoint(checkpoint_name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, FloatingPointError) as error:
             logger.error(
                 "The checkpoint %s/%s could not be saved: %s. Earlier checkpoints are "
-                "as they were, and the run goes on.",
+                "unchanged, and the run continues.",
                 self.cfg.checkpoint_path,
                 checkpoint_name,
                 error,
@@ -446,9 +394,10 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             return
         path = Path(base) / checkpoint_name
         if path.exists():
-            logger.info("The checkpoint %s is there already.", path)
+            logger.info("The checkpoint %s exists already.", path)
             return
-        with complete_or_absent(path) as partial:
+        check_finite(self.sae.state_dict())
+        with held_signals(), complete_or_absent(path) as partial:
             self.sae.save_model(partial)
             sparsity = {"sparsity": self.log_feature_sparsity}
             save_file(sparsity, partial / SPARSITY_FILENAME)
@@ -456,8 +405,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             if self.save_checkpoint_fn is not None:
                 self.save_checkpoint_fn(checkpoint_path=partial)
         if self.cfg.keep_last_n_checkpoints is not None:
-            keep_newest(Path(base), self.cfg.keep_last_n_checkpoints)
-        # What is on the disk stays there, whatever becomes of the upload.
+            checkpoints.keep_newest(Path(base), self.cfg.keep_last_n_checkpoints)
+        # What is on the disk stays there, even if the upload fails.
         if self.cfg.logger.log_to_wandb:
             self.cfg.logger.log(
                 self,
@@ -470,21 +419,12 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     @override
     def save_trainer_state(self, checkpoint_path: Path) -> None:
         """Write the optimiser, the schedules and the counters; no pickle."""
-        trainer_state.save(self, checkpoint_path)
+        checkpoints.write_trainer_state(self, checkpoint_path)
 
     @override
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """Go on from what `save_trainer_state` wrote.
-
-        Raises:
-            FileNotFoundError: If the folder has no such state.
-        """
-        trainer_state.load(self, Path(checkpoint_path))
+        """Load a saved state; rates and schedules are the config's."""
+        checkpoints.load_trainer_state(self, Path(checkpoint_path))
         self.checkpoint_thresholds = [
             n for n in self.checkpoint_thresholds if n > self.n_training_samples
         ]
-
-
-def _number(value: Any) -> float:
-    value = value() if callable(value) else value
-    return value.item() if isinstance(value, Tensor) else value

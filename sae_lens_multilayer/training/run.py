@@ -1,0 +1,294 @@
+"""The start of a training run: every check, once, and a description of the run."""
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sae_lens import TrainingSAE
+from sae_lens.config import HfDataset
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.util import temporary_seed
+
+from sae_lens_multilayer.config import LATEST, MultiLayerConfig
+from sae_lens_multilayer.files import (
+    check_writable,
+    files_hash,
+    read_json,
+    remove_leftovers,
+)
+from sae_lens_multilayer.lens.carrier import LensCarrier
+from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.ranks import Ranks, own_device, ranks_of_environment
+from sae_lens_multilayer.record import Record, model_fingerprints
+from sae_lens_multilayer.store.cache import ActivationCache
+from sae_lens_multilayer.training import checkpoint as checkpoints
+from sae_lens_multilayer.training.evaluator import steps_between_evaluations
+from sae_lens_multilayer.training.lens_of_run import lens_of_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run whose parts have been loaded and fit together."""
+
+    cfg: MultiLayerConfig[Any]
+    """The config as this rank uses it: its devices, and the folders of rank 0."""
+    ranks: Ranks
+    checkpoint: Path | None
+    """Resumed from; None: a new run."""
+    cache: ActivationCache | None
+    """Trained on; None: the vectors come from the model."""
+    model: Any | None
+    """None in a run from a cache that does not evaluate."""
+    hook_names: list[str]
+    sae: TrainingSAE[Any]
+    """On its device."""
+    starts_anew: bool
+    """Whether the weights are newly initialised."""
+    fingerprints: dict[str, Any]
+    """Hashes of the model, its tokenizer and local text files."""
+
+    @property
+    def record(self) -> Record:
+        """What the checkpoints of this run are made of."""
+        settings = self.cfg.decisive_settings()
+        return Record(checkpoints.CHECKPOINT_KIND, settings, self.fingerprints)
+
+
+def prepare(
+    cfg: MultiLayerConfig[Any],
+    override_dataset: HfDataset | None = None,
+    override_model: Any | None = None,
+    override_sae: TrainingSAE[Any] | None = None,
+) -> Run:
+    """Check and load what a run needs, except its data.
+
+    In the order in which mistakes can be found: the config and `override_sae`; the
+    ranks; paths to write to; the checkpoint or weights to start from; the cache; the
+    lens; the shape of the named model; the loaded model; its hooks; the SAE. The store,
+    which is made next, checks the hooks' widths and the dataset.
+
+    Args:
+        override_dataset: Used instead of `cfg.dataset_path`.
+        override_model: Used instead of loading `cfg.model_name`.
+        override_sae: Trained on instead of a new SAE.
+    """
+    _check_given(cfg, override_sae)
+    ranks, cfg = _join_ranks(cfg)
+    with ranks.together():
+        _check_paths(cfg, ranks)
+    cache = _open_cache(cfg, ranks)
+    lens = lens_of_run(cfg, override_sae)
+    model = _load_model(cfg, cache, lens, override_model)
+    hook_names = cfg.resolve_hook_names(_n_layers(cache, model))
+    start = cfg.resume_from_checkpoint and Path(cfg.resume_from_checkpoint)
+    if start:
+        _check_hooks(start, hook_names)
+    sae = override_sae or _make_sae(cfg, lens)
+    _check_normalization(cfg, sae)
+    if lens is not None and model is not None:
+        lens.check_model(model, stacklevel=5)
+    fingerprints = {} if model is None else model_fingerprints(model)
+    if override_dataset is None and cache is None:
+        fingerprints["dataset_hash"] = files_hash(cfg.dataset_path)
+    return Run(
+        cfg=cfg,
+        ranks=ranks,
+        checkpoint=start or None,
+        cache=cache,
+        model=model,
+        hook_names=hook_names,
+        sae=sae.to(cfg.device),
+        starts_anew=override_sae is None and cfg.from_pretrained_path is None,
+        fingerprints=fingerprints,
+    )
+
+
+def _check_given(cfg: Any, override_sae: Any) -> None:
+    if not isinstance(cfg, MultiLayerConfig):
+        raise ValueError(
+            "`cfg` must be a MultiLayerConfig; for other configs use SAELens' "
+            f"LanguageModelSAETrainingRunner. Got {type(cfg).__name__}."
+        )
+    if override_sae is None:
+        return
+    if not isinstance(override_sae, TrainingSAE):
+        raise ValueError(
+            "`override_sae` must be an SAE in training, such as a MultiLayerTrainingSAE"
+            f"; got {type(override_sae).__name__}. To train on a saved one, give its "
+            "folder as `from_pretrained_path`."
+        )
+    wanted = checkpoints.identity_of(cfg.sae)
+    found = checkpoints.identity_of(override_sae.cfg)
+    if found != wanted:
+        raise ValueError(
+            f"`override_sae` must be as `sae` in the config, {wanted}; it has {found}."
+        )
+
+
+def _join_ranks(cfg: MultiLayerConfig[Any]) -> tuple[Ranks, MultiLayerConfig[Any]]:
+    """The ranks, and the config of this one: its GPU, and the folders of rank 0."""
+    ranks = ranks_of_environment(str(cfg.device))
+    if not ranks.is_alone:
+        _check_divisible(cfg, ranks.count)
+        ranks.check_same("Settings", cfg.decisive_settings())
+    folders = cfg.resume_from_checkpoint, cfg.checkpoint_path
+    with ranks.together():
+        if ranks.is_first and cfg.resume_from_checkpoint == LATEST:
+            folders = _find_latest(cfg)
+    if ranks.is_alone and cfg.resume_from_checkpoint != LATEST:
+        return ranks, cfg
+    resume, checkpoint_path = ranks.of_first(folders)
+    cfg = cfg.replaced(resume_from_checkpoint=resume, checkpoint_path=checkpoint_path)
+    if ranks.is_alone:
+        return ranks, cfg
+    log = cfg.logger if ranks.is_first else replace(cfg.logger, log_to_wandb=False)
+    devices = {
+        name: own_device(str(getattr(cfg, name)))
+        for name in ("device", "llm_device", "act_store_device")
+    }
+    return ranks, cfg.replaced(logger=log, **devices)
+
+
+def _check_divisible(cfg: MultiLayerConfig[Any], count: int) -> None:
+    if cfg.train_batch_size_tokens % count:
+        raise ValueError(
+            "`train_batch_size_tokens` is the batch of all processes together and must "
+            f"be a multiple of their number; got {cfg.train_batch_size_tokens} and "
+            f"{count}."
+        )
+    if cfg.sae.normalize_activations == "covariance_whitening":
+        raise ValueError(
+            "`normalize_activations='covariance_whitening'` estimates a matrix that "
+            f"SAELens cannot combine from {count} processes. Train in one, or use "
+            "another normalisation."
+        )
+
+
+def _find_latest(cfg: MultiLayerConfig[Any]) -> tuple[str | None, str]:
+    """The newest checkpoint of such a run, if any, and the folder of its run.
+
+    It is searched for in the `checkpoint_path` that the config was made with and in
+    the folders of runs beneath it, or in that of the run alone if it has a `wandb_id`.
+    """
+    assert cfg.checkpoint_path is not None  # checked by the config
+    own = Path(cfg.checkpoint_path)
+    runs = [own] if cfg.logger.wandb_id else [own.parent, *own.parent.glob("*")]
+    found = checkpoints.latest_checkpoint(runs, cfg.decisive_settings())
+    if found is None:
+        return None, str(own)
+    remove_leftovers(found.parent)
+    return str(found), str(found.parent)
+
+
+def _check_paths(cfg: MultiLayerConfig[Any], ranks: Ranks) -> None:
+    """Check the paths to write to, and the folder that the run starts from."""
+    output, folder = cfg.output_path, cfg.checkpoint_path
+    if ranks.is_first and output is not None:
+        check_writable(output, "output_path")
+    if ranks.is_first and folder is not None:
+        check_writable(Path(folder) / "new", "checkpoint_path")
+        if output and Path(folder).resolve().is_relative_to(Path(output).resolve()):
+            raise ValueError(
+                "`checkpoint_path` must lie outside `output_path`, which must be empty "
+                f"when the SAE is saved there; got {folder} and {output}."
+            )
+    wanted = checkpoints.identity_of(cfg.sae)
+    if cfg.from_pretrained_path is not None:
+        checkpoints.check_checkpoint(cfg.from_pretrained_path, wanted)
+    if cfg.resume_from_checkpoint is not None:
+        checkpoints.check_resumable(
+            Path(cfg.resume_from_checkpoint),
+            wanted | {"normalize_activations": cfg.normalize_activations},
+            cfg.decisive_settings(),
+            ranks.count,
+        )
+
+
+def _open_cache(cfg: MultiLayerConfig[Any], ranks: Ranks) -> ActivationCache | None:
+    if not cfg.use_cached_activations:
+        return None
+    assert cfg.cached_activations_path is not None  # checked by the config
+    cache = ActivationCache(cfg.cached_activations_path)
+    cache.check(cfg)
+    if cfg.training_tokens > cache.n_tokens and ranks.is_first:
+        logger.warning(
+            "The run takes %d tokens and the cache at %s has %d: %.2f epochs, so some "
+            "tokens are used more than once.",
+            cfg.training_tokens,
+            cache.path,
+            cache.n_tokens,
+            cfg.training_tokens / cache.n_tokens,
+        )
+    return cache
+
+
+def _load_model(
+    cfg: MultiLayerConfig[Any],
+    cache: ActivationCache | None,
+    lens: LayerLens | None,
+    override_model: Any | None,
+) -> Any | None:
+    """The model; None if the vectors are cached and nothing is evaluated."""
+    model = override_model
+    if model is None:
+        if cache is not None and not _evaluates(cfg):
+            if lens is not None:
+                name = cache.record.settings["model_name"]
+                lens.config.check_shape(cache.model_shape, name)
+            return None
+        loading.check_named_model(cfg, lens)
+        model = loading.load_model(cfg)
+    if cache is not None:
+        cache.check(cfg, model)
+    return model
+
+
+def _n_layers(cache: ActivationCache | None, model: Any | None) -> int:
+    if model is not None:
+        return as_model(model).shape.n_layers
+    assert cache is not None
+    return cache.model_shape.n_layers
+
+
+def _evaluates(cfg: MultiLayerConfig[Any]) -> bool:
+    every = steps_between_evaluations(cfg.logger)
+    n_steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
+    return every is not None and n_steps >= every
+
+
+def _check_hooks(checkpoint: Path, hook_names: list[str]) -> None:
+    found = read_json(checkpoint / SAE_CFG_FILENAME)["metadata"].get("hook_names")
+    if found != hook_names:
+        raise ValueError(
+            f"The checkpoint at {checkpoint} must be of this run's hooks, "
+            f"{hook_names}; it has {found}."
+        )
+
+
+def _make_sae(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> TrainingSAE[Any]:
+    if cfg.from_pretrained_path is not None:
+        return TrainingSAE.load_from_disk(cfg.from_pretrained_path, cfg.device)
+    settings = cfg.get_training_sae_cfg_dict()
+    settings["normalize_activations"] = cfg.normalize_activations
+    with temporary_seed(cfg.seed):
+        sae = TrainingSAE.from_dict(settings)
+    if lens is not None:
+        assert isinstance(sae, LensCarrier)  # checked by the config
+        sae.lens = lens
+    return sae
+
+
+def _check_normalization(cfg: MultiLayerConfig[Any], sae: TrainingSAE[Any]) -> None:
+    found = sae.cfg.normalize_activations
+    if cfg.standardizes_stock_inputs and found != "layer_norm":
+        raise ValueError(
+            "`normalize_activations` of an SAE that is trained on must be 'layer_norm' "
+            f"when its inputs are standardised; got {found!r}. Set "
+            "`standardize_stock_inputs=False` to train it on raw vectors."
+        )
