@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_multilayer.hooks import block_end
-from sae_lens_multilayer.models.model import PADDING, Model
+from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.models.shape import ModelShape
 from sae_lens_multilayer.models.unembed import ModelUnembed
 
@@ -64,9 +64,7 @@ class _HookedTransformer(_TransformerLensModel):
 
     @override
     def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        stream, _, _, mask = self.module.input_to_embed(
-            tokens.to(self.device), **PADDING
-        )
+        stream, _, _, mask = self.module.input_to_embed(tokens.to(self.device))
         return stream, mask
 
     @override
