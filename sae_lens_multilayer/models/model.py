@@ -24,13 +24,6 @@ _ALIASES = (
     (r"^hook_embed$", "embed.hook_out"),
 )
 
-PADDING: dict[str, Any] = {"prepend_bos": True}
-"""Argument of every forward pass of token ids, to which TransformerLens adds nothing.
-
-It decides what is padding if the tokenizer pads on the left: all leading pad tokens,
-but not the last one if the pad token is also the BOS.
-"""
-
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -151,15 +144,17 @@ class Model(ABC):
         ]
 
     def _run(self, tokens: Tensor, own_names: list[str], **kwargs: Any) -> Any:
+        # Without `prepend_bos`, which would change what is masked as padding if the
+        # tokenizer pads on the left: as in every other pass, the model's default.
         return self.module.run_with_cache(
-            tokens.to(self.device), names_filter=own_names, **PADDING, **kwargs
+            tokens.to(self.device), names_filter=own_names, **kwargs
         )
 
     def logits(
         self, tokens: Int[Tensor, "prompt pos"]
     ) -> Float[Tensor, "prompt pos d_vocab"]:
         """The logits of a whole forward pass."""
-        return self.module(tokens.to(self.device), return_type="logits", **PADDING)
+        return self.module(tokens.to(self.device), return_type="logits")
 
     def logits_with_hooks(
         self, tokens: Int[Tensor, "prompt pos"], replacements: Mapping[str, Replace]
@@ -168,10 +163,7 @@ class Model(ABC):
         own_names = self.own_hook_names(list(replacements))
         hooks = zip(own_names, map(_as_hook, replacements.values()), strict=True)
         return self.module.run_with_hooks(
-            tokens.to(self.device),
-            return_type="logits",
-            fwd_hooks=list(hooks),
-            **PADDING,
+            tokens.to(self.device), return_type="logits", fwd_hooks=list(hooks)
         )
 
     @abstractmethod
