@@ -8,6 +8,7 @@ arguments that `run` receives itself.
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from importlib import import_module
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"\n{PROG} {options.command}: stopped.", file=sys.stderr)
         sys.exit(_STOPPED_BY_USER)
-    except (ValueError, OSError, ModuleNotFoundError, RankError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RankError, re.error) as error:
         # Wrong input; the message is enough.
         if options.traceback:
             raise

@@ -27,12 +27,10 @@ class ShuffleBuffer:
         device: torch.device,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Allocate the slots.
+        """Allocate slots for `capacity` tokens.
 
         Args:
-            capacity: Number of slots, in tokens.
-            generator: Source of randomness, on the CPU; None: serve tokens in the order
-                in which they were added.
+            generator: Of the CPU; None: serve tokens in the order of adding them.
         """
         self.data: Float[Tensor, "slot layer d_in"] = torch.empty(
             capacity, n_layers, d_in, dtype=dtype, device=device
@@ -79,21 +77,13 @@ class ShuffleBuffer:
 
     @property
     def token_numbers(self) -> Int[Tensor, " token"]:
-        """Numbers of the tokens in the buffer, in reverse order of serving.
-
-        The tensor does not change when the buffer does.
-        """
+        """Numbers of the tokens in the buffer, in reverse order of serving."""
         return self._numbers[: self.n_filled]
 
     def restore(
         self, token_numbers: Int[Tensor, " token"], n_added: int
     ) -> Int[Tensor, " token"]:
-        """Fill an unused buffer with these tokens, in reverse order of serving.
-
-        Returns:
-            The slot of each token, into which the caller writes its vectors.
-        """
-        assert self.n_added == 0
+        """Fill an unused buffer; the slots to write the tokens' vectors to."""
         self._numbers = token_numbers
         self.n_filled, self.n_added = len(token_numbers), n_added
         return self._slots[: self.n_filled].to(self.data.device, copy=True)

@@ -88,9 +88,7 @@ def train_and_compare(
         evaluation: Held-out text to measure on. Its analyses are not run.
 
     Raises:
-        ValueError: As `sweep`, or if there are fewer than two layers.
         PointsFailedError: If a training run has failed; the others are done.
-        InterruptedException: As `sweep`.
     """
     runs = Sweep(
         base,

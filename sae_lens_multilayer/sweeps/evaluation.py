@@ -47,11 +47,6 @@ class SweepEvaluation:
         return cls(**plain)
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "batch_size_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1; got {getattr(self, name)}."
-                )
         check_integers("exclude_positions", self.exclude_positions)
         known = [n for n, row in ANALYSES.items() if not _NOT_IN_SWEEPS & {*row.needs}]
         if unknown := [name for name in self.analyses if name not in known]:
