@@ -56,7 +56,6 @@ class ShuffleBuffer:
 
     def commit(self, n_tokens: int) -> None:
         """Count the next `n_tokens` free slots as filled."""
-        assert 0 <= n_tokens <= self.n_free
         old, end = self.n_filled, self.n_filled + n_tokens
         numbers = torch.arange(self.n_added, self.n_added + n_tokens)
         parts = [self._numbers[:old], numbers]

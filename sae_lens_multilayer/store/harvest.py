@@ -99,7 +99,14 @@ class MultiLayerCacheActivationsRunner:
             model_fingerprints(self.model),
         )
         if self._has_begun:
-            self._check_same_cache()
+            found = Record.read(self.path, CACHE_KIND)
+            if differences := found.differences(self.record):
+                raise ValueError(
+                    f"{self.path} holds another cache:{as_lines(differences)}\n"
+                    "Give another `cached_activations_path`."
+                )
+            if not self._is_complete:
+                found.warn_of_versions(self.path)
 
     def _layout(self, shard_bytes: int, block_bytes: int) -> dict[str, Any]:
         """The other settings that decide the bytes of the cache."""
@@ -128,16 +135,6 @@ class MultiLayerCacheActivationsRunner:
     @property
     def _is_complete(self) -> bool:
         return (self.path / SHARDS_FILENAME).exists()
-
-    def _check_same_cache(self) -> None:
-        found = Record.read(self.path, CACHE_KIND)
-        if differences := found.differences(self.record):
-            raise ValueError(
-                f"{self.path} holds another cache:{as_lines(differences)}\n"
-                "Give another `cached_activations_path`."
-            )
-        if not self._is_complete:
-            found.warn_of_versions(self.path)
 
     @property
     def _bytes_per_token(self) -> int:
@@ -244,18 +241,14 @@ class MultiLayerCacheActivationsRunner:
         n_tokens = sum(shard.n_tokens for shard in shards)
         if shards:
             logger.info("Resuming after %d shards, %d tokens.", len(shards), n_tokens)
-            self._check_same_text(shards[0])
+            found, prompts = shards[0].tokens().tokens, self.source.next_chunk()
+            if prompts is None or not torch.equal(prompts.int(), found[: len(prompts)]):
+                raise ValueError(
+                    f"The dataset must be that of the cache at {self.path}; it begins "
+                    "with other tokens."
+                )
             self.source.resume(read_tensors(shards[-1].folder / STATE_FILENAME))
         return len(shards), n_tokens
-
-    def _check_same_text(self, first: Shard) -> None:
-        """Compare the first prompts of the dataset with the first shard."""
-        found, prompts = first.tokens().tokens, self.source.next_chunk()
-        if prompts is None or not torch.equal(prompts.int(), found[: len(prompts)]):
-            raise ValueError(
-                f"The dataset must be that of the cache at {self.path}; it begins with "
-                "other tokens. Give the same one, or another `cached_activations_path`."
-            )
 
     def _fill(self, shard: ShardInMemory, n_missing: int, progress: Any) -> None:
         """Run the model until the shard is full, enough, or the dataset has ended."""

@@ -48,9 +48,6 @@ def resolve_dataset(
             joining them.
         use_chat_formatting: Read conversations; token columns are unchanged.
 
-    Raises:
-        ValueError: If the dataset is empty or has less than one context of tokens.
-        FileNotFoundError: If the path does not exist and cannot be a name on the hub.
     """
     if isinstance(dataset, str):
         found = _load_local(dataset, streaming)
@@ -182,9 +179,10 @@ def read_rows(dataset: HfDataset, start: int) -> Iterator[dict[str, Any]]:
     data: Any = dataset
     if isinstance(data, Dataset) and start >= len(data):
         return
+    rows: Any = data.skip(start) if start else data
     row = start
     try:
-        for values in data.skip(start) if start else data:
+        for values in rows:
             yield values
             row += 1
     except Exception as error:

@@ -1,7 +1,6 @@
 """Text -> prompts to measure on, and which of their positions count."""
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
@@ -262,24 +261,9 @@ def next_rows(
     return torch.cat(rows), False
 
 
-def _check_at_least_one(name: str, value: Any) -> None:
-    if not _is_integer(value) or value < 1:
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
         raise ValueError(f"`{name}` must be at least 1; got {value!r}.")
-
-
-def check_integers(name: str, values: Any) -> None:
-    """Raise ValueError unless the setting `name` is a list or the like of integers."""
-    is_list = isinstance(values, Iterable) and not isinstance(values, str)
-    if not is_list or not all(map(_is_integer, values)):
-        raise ValueError(f"`{name}` must be a list of whole numbers; got {values!r}.")
-
-
-def _is_integer(value: Any) -> bool:
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
 
 
 def check_positions(
