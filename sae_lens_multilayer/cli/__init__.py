@@ -1,8 +1,7 @@
 """The command line: a module for each command, and one handling of errors.
 
-The module of a command has the dataclass `Options`, from which its parser is made, and
-`run(options)`, which computes, prints and writes. A module without `Options` parses the
-arguments that `run` receives itself.
+A command's module has the dataclass `Options`, from which its parser is made, and
+`run(options)`; without `Options`, `run` parses the arguments itself.
 """
 
 import argparse

@@ -20,11 +20,7 @@ from sae_lens_multilayer.record import Record, as_lines, hash_of_json, hash_of_t
 KIND = "analyses"
 
 _WITHOUT_EFFECT = ("device", "batch_size_prompts", "trust_remote_code")
-"""Options on which no result depends."""
-
-_PARTS = ("model", "text", "analysis")
-"""The options that are recorded, each a dataclass."""
-
+_RECORDED = ("model", "text", "analysis")
 T = TypeVar("T")
 
 
@@ -101,7 +97,7 @@ def suite_of(inputs: Inputs, options: Any) -> Suite:
 def _write(
     results: dict[str, Any], output: Path, inputs: Inputs, options: Options
 ) -> None:
-    settings = {name: _settings(getattr(options, name)) for name in _PARTS}
+    settings = {name: _settings(getattr(options, name)) for name in _RECORDED}
     with complete_or_absent(output) as folder:
         save_results(results, folder, inputs.model.tokenizer)
         Record(KIND, settings, _fingerprints(inputs)).write(folder)
@@ -112,7 +108,7 @@ def _write(
 def with_saved_settings(folder: str | Path, options: T) -> T:
     """Options with the values that the analyses in a folder were run with."""
     saved, given = Record.read(folder, KIND).settings, vars(options)
-    parts = {name: _as_saved(given[name], saved[name], folder) for name in _PARTS}
+    parts = {name: _as_saved(given[name], saved[name], folder) for name in _RECORDED}
     return type(options)(**{**given, **parts})
 
 

@@ -42,11 +42,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Run the command.
-
-    The first position of prompts is excluded if its vectors are many times longer than
-    others, with a note on the page.
-    """
+    """Run the command."""
     file = new_file(options.output_path)
     if options.analysis_path is not None:
         options = with_saved_settings(options.analysis_path, options)

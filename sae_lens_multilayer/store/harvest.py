@@ -59,9 +59,8 @@ class MultiLayerCacheActivationsRunner:
 
     As SAELens' `CacheActivationsRunner`, for many hooks, with the config of a training
     run: its first `training_tokens` are cached in whole prompts, in order, in its
-    `dtype`, under its `cached_activations_path`. Vectors are raw, so one cache serves
-    runs with any lens or none. An interrupted or killed harvest is resumed when it is
-    run again, and ends with the same bytes (on the same machine).
+    `dtype`. Vectors are raw, so one cache serves runs with any lens or none. A killed
+    harvest is resumed when it is run again, and ends with the same bytes.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class MultiLayerCacheActivationsRunner:
 
     @property
     def n_bytes(self) -> int:
-        """Upper bound on the cache's bytes on disk, to a few thousandths."""
+        """Upper bound on the cache's bytes on disk."""
         # Prompts, and the prompt and position of each vector, are int32.
         n_prompt_tokens = (
             self.cfg.context_size / self.source.reader.training_context_size
@@ -154,7 +153,6 @@ class MultiLayerCacheActivationsRunner:
         return int(n_tokens * per_token)
 
     def __str__(self) -> str:
-        """What it harvests, and how much disk that takes."""
         settings = self.record.settings
         return (
             f"{settings['training_tokens']:,} tokens x {len(settings['hook_names'])} "
@@ -205,7 +203,7 @@ class MultiLayerCacheActivationsRunner:
         folders = sorted(self.path.glob("shard-*"))
         wanted = [self._shard_folder(index) for index in range(len(folders))]
         if missing := [folder.name for folder in wanted if folder not in folders]:
-            raise ValueError(f"{self.path}: {missing} missing; delete the cache.")
+            raise ValueError(f"{self.path} has {missing} missing; put it back.")
         return [Shard.open(folder) for folder in folders]
 
     def _shard_folder(self, index: int) -> Path:

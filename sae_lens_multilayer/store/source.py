@@ -122,12 +122,11 @@ class ModelSource(Source):
         dataset: HfDataset | None = None,
         ranks: Ranks = ALONE,
     ) -> "ModelSource":
-        """The source of a training run, or of one rank of it.
+        """The source of a training run; each rank reads its own rows.
 
         Args:
             model: A loaded model of any kind that SAELens can hook.
             dataset: Used instead of `cfg.dataset_path`.
-            ranks: Each reads its own rows of the dataset.
         """
         lm = as_model(model)
         reader = Text.from_config(cfg).reader(lm.module, dataset)
@@ -243,7 +242,7 @@ class CacheSource(Source):
 
         Args:
             seed: Decides the order of blocks; None: the order of the dataset.
-            ranks: Each reads its own blocks, of which there must be one for each.
+            ranks: Each reads its own blocks.
         """
         if cache.n_blocks < ranks.count:
             raise ValueError(

@@ -150,7 +150,6 @@ class Sweep:
             self._check_point_folder(point)
 
     def _check_point_folder(self, point: Point) -> None:
-        """Raise ValueError if a point's folder was written with other settings."""
         folder = self.folder / point.name
         if (folder / RECORD_FILENAME).exists():
             found = Record.read(folder, _POINT_KIND)
@@ -219,7 +218,7 @@ class Sweep:
         return self._model, self._prompts
 
     def _hook_names(self, point: Point) -> list[str] | None:
-        """The hooks of all points that share a Hugging Face model; None if unknown."""
+        """The hooks of all points that share a model; None if unknown."""
         shape = loading.named_shape(point.cfg)
         if shape is None:
             return None

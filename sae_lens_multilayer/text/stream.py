@@ -95,11 +95,9 @@ class ResumableTokens(ActivationsStore):
             self._n_bad_rows += 1
             # Log the 1st, 2nd, 4th, 8th, ... of them.
             if self._n_bad_rows & (self._n_bad_rows - 1) == 0:
-                logger.warning(
-                    "Row %d of the dataset is skipped (%d so far): its %r is %.50r.",
-                    *(self.n_rows_this_epoch - 1, self._n_bad_rows),
-                    *(self.tokens_column, value),
-                )
+                message = "Row %d of the dataset is skipped (%d so far): %r is %.50r."
+                row, column = self.n_rows_this_epoch - 1, self.tokens_column
+                logger.warning(message, row, self._n_bad_rows, column, value)
         return usable
 
 
