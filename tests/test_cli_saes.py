@@ -345,7 +345,7 @@ def test_wrong_input_is_a_one_line_error(changes, message, offline):
         (
             "sae_weights.safetensors",
             b"torn",
-            "a complete SAE .* SafetensorErr",
+            "a complete SAE; SafetensorErr",
         ),
         ("cfg.json", b'{"d_sae":', r"cfg\.json must be JSON; "),
         (
@@ -356,7 +356,7 @@ def test_wrong_input_is_a_one_line_error(changes, message, offline):
         (
             "cfg.json",
             {"d_sae": 65},
-            "a complete SAE .* size mismatch for W_dec",
+            "a complete SAE; .* size mismatch for W_dec",
         ),
     ],
 )
