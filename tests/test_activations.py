@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 from sae_lens import LoggingConfig
 from sae_lens.training import activations_store as host_store
 from sae_lens.training.activations_store import ActivationsStore
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_multilayer import (
@@ -377,15 +376,6 @@ class TestState:
             next(store)
             assert len(store.state.chunks) <= most
         assert store.source.n_chunks > 2 * most
-
-    def test_a_file_of_another_kind_is_named(
-        self, make_config, model, token_dataset, tmp_path
-    ):
-        path = tmp_path / "activations_store_state.safetensors"
-        save_file({"n_dataset_processed": torch.tensor(3)}, path)
-        store = make_store(model, make_config(), token_dataset)
-        with pytest.raises(ValueError, match=f"{path.name} must hold the state"):
-            store.load_from_checkpoint(tmp_path)
 
 
 def embedding_model():

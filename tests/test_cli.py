@@ -57,19 +57,13 @@ def test_releases_prints_csv(capsys):
     assert [row.split(",")[1] for row in rows] == ["x64-k32", "x64-k32-tfm"]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [("mlsae-gpt5", "no published SAE matches"), ("(", "not a reg")],
-)
-def test_a_pattern_without_a_match_is_an_error(pattern, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["releases", pattern])
-
-    assert message in str(stop.value) + capsys.readouterr().err
+def test_a_pattern_that_is_no_regular_expression_is_an_error():
+    with pytest.raises(SystemExit, match=r"releases: .*unterminated subpattern"):
+        cli.main(["releases", "("])
 
 
 def test_evals_takes_regular_expressions_alone(capsys):
-    with pytest.raises(SystemExit, match=r"evals: '\(' is not a regular expression"):
+    with pytest.raises(SystemExit, match=r"evals: .*unterminated subpattern"):
         cli.main(["evals", "mlsae-.*", "("])
     with pytest.raises(SystemExit):
         cli.main(["evals"])

@@ -201,7 +201,7 @@ def test_a_path_with_nothing_there_is_an_error(name):
 
 def test_a_file_of_an_unknown_kind_is_an_error(own_place):
     (own_place / "data.docx").write_text("text")
-    with pytest.raises(ValueError, match=r"file ending in one of.*\.jsonl.*data\.docx"):
+    with pytest.raises(ValueError, match=r"must end in one of.*\.jsonl.*data\.docx"):
         resolve_dataset("data.docx", N_CTX)
 
 
@@ -318,12 +318,10 @@ def test_joined_rows_can_be_read_again():
     assert list(joined) == list(joined)
 
 
-@pytest.mark.parametrize(
-    ("disable", "found"), [(False, "all rows together are"), (True, "every row")]
-)
-def test_less_than_one_context_of_tokens_is_an_error(disable, found):
+@pytest.mark.parametrize("disable", [False, True])
+def test_less_than_one_context_of_tokens_is_an_error(disable):
     dataset = Dataset.from_dict({"tokens": [[1, 2], [3]]})
-    with pytest.raises(ValueError, match=f"a whole context of 4 tokens; {found}"):
+    with pytest.raises(ValueError, match="a context of 4 tokens"):
         resolve_dataset(dataset, 4, disable_concat_sequences=disable)
 
 
@@ -344,11 +342,9 @@ def test_a_file_name_is_not_a_pattern(own_place, streaming):
     assert [row["text"] for row in found] == ["wanted"]
 
 
-def test_a_file_in_a_folder_with_brackets_is_read_and_the_folder_refused(own_place):
+def test_a_file_in_a_folder_with_brackets_is_read(own_place):
     folder = Path("data [v2]")
     folder.mkdir()
     (folder / "train.jsonl").write_text(json.dumps({"text": "words"}))
     found = resolve_dataset(str(folder / "train.jsonl"), N_CTX)
     assert [row["text"] for row in found] == ["words"]
-    with pytest.raises(ValueError, match=r"pattern; got data \[v2\]"):
-        resolve_dataset(str(folder), N_CTX)

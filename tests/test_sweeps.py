@@ -146,15 +146,14 @@ class TestPoints:
         ("points", "message"),
         [
             ([], "needs one or more points"),
-            ([{"k": 2}, {"k": 2}], r"differ; \['k2'\] are repeated"),
+            ([{"k": 2}, {"k": 2}], r"differ; got \['k2', 'k2'\]"),
             ([{"kk": 2}], "no setting 'kk'"),
             ([{"layer": [0]}], r"no setting 'layer'. Known: \['layers'"),
-            ([{"output_path": "x"}], r"must not set \['output_path'\]"),
             ([{"k": 65}], "`k` must be at most d_sae = 64; got 65"),
-            ([{"expansion_factor": 0.3}], "must give a whole number of latents"),
-            ([{"expansion_factor": "2"}], "must give a whole number of latents"),
-            ([{"expansion_factor": 2, "d_sae": 3}], "not both; got 2 and 3"),
-            ([{"name": "../up"}], "`name` must consist of letters"),
+            ([{"expansion_factor": 0.3}], r"must be a whole number; got 0\.3"),
+            ([{"expansion_factor": "2"}], "must be a whole number; got '2'"),
+            ([{"expansion_factor": 2, "d_sae": 3}], "not both"),
+            ([{"name": "../up"}], r"`name` must be letters.*got '\.\./up'"),
             ([{"layers": [0, 0]}], "each once"),
             ([{"architecture": "foo"}], "`architecture` must be one of"),
         ],
@@ -343,7 +342,7 @@ class TestSweep:
     def test_a_folder_of_something_else_is_refused(self, run, tmp_path):
         (tmp_path / "sweep/R2_k2").mkdir(parents=True)
         (tmp_path / "sweep/R2_k2/mine").write_text("")
-        with pytest.raises(ValueError, match="must be the folder of a point of this"):
+        with pytest.raises(ValueError, match="R2_k2 must be the folder of a point"):
             run()
 
     @pytest.mark.parametrize("name", ["table.csv", "sweep.png", "comparison"])
@@ -396,8 +395,6 @@ class TestSweep:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_tokens": 0}, "`n_tokens` must be at least 1"),
-        ({"batch_size_prompts": 0}, "`batch_size_prompts` must be at least 1"),
         ({"analyses": ["transfer_matrix"]}, "`analyses` must be among"),
         ({"analyses": ["single_layer_comparison"]}, "`analyses` must be among"),
         ({"tokens": 1}, "no setting 'tokens'"),

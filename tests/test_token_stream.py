@@ -71,8 +71,8 @@ def test_rows_without_text_are_skipped_and_logged(
     with caplog.at_level(logging.WARNING, "sae_lens_multilayer"):
         for _ in range(10):
             assert torch.equal(store.get_batch_tokens(1), clean.get_batch_tokens(1))
-    assert caplog.messages[0].startswith("Row 1 of the dataset is skipped: its ")
-    assert "is None (1 such rows so far)" in caplog.messages[0]
+    assert caplog.messages[0].startswith("Row 1 of the dataset is skipped (1 so far)")
+    assert caplog.messages[0].endswith("is None.")
     assert len(caplog.messages) <= 5
     assert store.get_batch_tokens(1).shape == (1, N_CTX)
 

@@ -1,13 +1,13 @@
 """The command line: a module for each command, and one handling of errors.
 
-The module of a command has the dataclass `Options`, from which its parser is made, and
-`run(options)`, which computes, prints and writes. A module without `Options` parses the
-arguments that `run` receives itself.
+A command's module has the dataclass `Options`, from which its parser is made, and
+`run(options)`; without `Options`, `run` parses the arguments itself.
 """
 
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 from importlib import import_module
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"\n{PROG} {options.command}: stopped.", file=sys.stderr)
         sys.exit(_STOPPED_BY_USER)
-    except (ValueError, OSError, ModuleNotFoundError, RankError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RankError, re.error) as error:
         # Wrong input; the message is enough.
         if options.traceback:
             raise

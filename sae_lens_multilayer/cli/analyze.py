@@ -15,21 +15,12 @@ from sae_lens_multilayer.cli.outputs import new_folder
 from sae_lens_multilayer.cli.saved_sae import load_sae
 from sae_lens_multilayer.files import complete_or_absent, free_path
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
-from sae_lens_multilayer.record import (
-    Record,
-    as_lines,
-    hash_of_json,
-    hash_of_tensors,
-)
+from sae_lens_multilayer.record import Record, as_lines, hash_of_json, hash_of_tensors
 
 KIND = "analyses"
 
 _WITHOUT_EFFECT = ("device", "batch_size_prompts", "trust_remote_code")
-"""Options on which no result depends."""
-
-_PARTS = ("model", "text", "analysis")
-"""The options that are recorded, each a dataclass."""
-
+_RECORDED = ("model", "text", "analysis")
 T = TypeVar("T")
 
 
@@ -74,8 +65,6 @@ def help_epilog() -> str:
 
 def run(options: Options) -> None:
     """Run the command."""
-    if not options.analyses:
-        raise ValueError("`analyses` must name at least one analysis, or be all.")
     output = new_folder(options.output_path)
     inputs = Inputs.load(options)
     inputs.warn_of_first_position(options.analysis.exclude_positions)
@@ -108,7 +97,7 @@ def suite_of(inputs: Inputs, options: Any) -> Suite:
 def _write(
     results: dict[str, Any], output: Path, inputs: Inputs, options: Options
 ) -> None:
-    settings = {name: _settings(getattr(options, name)) for name in _PARTS}
+    settings = {name: _settings(getattr(options, name)) for name in _RECORDED}
     with complete_or_absent(output) as folder:
         save_results(results, folder, inputs.model.tokenizer)
         Record(KIND, settings, _fingerprints(inputs)).write(folder)
@@ -119,10 +108,7 @@ def _write(
 def with_saved_settings(folder: str | Path, options: T) -> T:
     """Options with the values that the analyses in a folder were run with."""
     saved, given = Record.read(folder, KIND).settings, vars(options)
-    try:
-        parts = {name: _as_saved(given[name], saved[name], folder) for name in _PARTS}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The record of {folder} is damaged: {error!r}.") from error
+    parts = {name: _as_saved(given[name], saved[name], folder) for name in _RECORDED}
     return type(options)(**{**given, **parts})
 
 
@@ -133,7 +119,7 @@ def check_same_inputs(folder: str | Path, inputs: Inputs) -> None:
     if differences := found.differences(Record(KIND, {}, _fingerprints(inputs))):
         raise ValueError(
             f"The analyses in {folder} must be of the same SAE and text; they differ:"
-            f"{as_lines(differences)}\nRun `analyze` again."
+            f"{as_lines(differences)}"
         )
 
 
@@ -143,7 +129,7 @@ def _as_saved(given: Any, saved: dict[str, Any], folder: str | Path) -> Any:
         if mine[name] not in (default[name], value):
             raise ValueError(
                 f"--{name} was {value!r} for the analyses in {folder}; got "
-                f"{mine[name]!r}. Leave it out, or run `analyze` again."
+                f"{mine[name]!r}."
             )
     return replace(given, **saved)
 

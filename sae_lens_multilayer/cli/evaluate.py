@@ -36,8 +36,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command."""
-    output = options.output_path
-    file = None if output is None else new_file(output, ".csv")
+    file = None if options.output_path is None else new_file(options.output_path)
     inputs = Inputs.load(options)
     inputs.warn_of_first_position([*options.exclude_positions, *options.keep_positions])
     metrics = evaluate(

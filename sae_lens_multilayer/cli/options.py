@@ -88,9 +88,8 @@ class ModelOptions:
             return {**kwargs, "trust_remote_code": True}
         if left_out := sorted(kwargs.keys() - _SAFE_KWARGS):
             logger.warning(
-                "The SAE's metadata sets arguments for loading the model that may run "
-                "code, or are unknown; they are not used: %s. --trust_remote_code uses "
-                "them.",
+                "Arguments for loading the model that may run code are not used: %s. "
+                "--trust_remote_code uses them.",
                 {name: kwargs[name] for name in left_out},
             )
         return {n: value for n, value in kwargs.items() if n in _SAFE_KWARGS}

@@ -5,11 +5,9 @@ from pathlib import Path
 from sae_lens_multilayer.files import check_writable, free_path, write_whole
 
 
-def new_file(path: str, suffix: str) -> Path:
-    """The path of a file to write, which must not exist and end in `suffix`."""
+def new_file(path: str) -> Path:
+    """The path of a file to write, which must not exist."""
     file = Path(path).expanduser()
-    if file.suffix != suffix:
-        raise ValueError(f"`output_path` must end in {suffix}; got {path}.")
     if file.exists():
         raise FileExistsError(f"{path} exists; nothing is overwritten.")
     check_writable(file, "output_path")

@@ -20,19 +20,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command."""
-    pattern = compiled(options.pattern)
     table = releases()
+    pattern = re.compile(options.pattern)
     table = table[table.repository.map(lambda name: bool(pattern.search(name)))]
-    if table.empty:
-        raise ValueError(f"no published SAE matches {options.pattern!r}.")
     print(table.to_csv(index=False) if options.csv else table.to_string(index=False))
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression; ValueError if it is none."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{pattern!r} is not a regular expression: {error}."
-        ) from error

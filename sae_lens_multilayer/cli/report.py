@@ -42,14 +42,8 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Run the command.
-
-    The first position of prompts is excluded if its vectors are many times longer than
-    others, with a note on the page.
-    """
-    file = new_file(options.output_path, ".html")
-    if options.n_latents < 1:
-        raise ValueError(f"`n_latents` must be at least 1; got {options.n_latents}.")
+    """Run the command."""
+    file = new_file(options.output_path)
     if options.analysis_path is not None:
         options = with_saved_settings(options.analysis_path, options)
     inputs = Inputs.load(options)

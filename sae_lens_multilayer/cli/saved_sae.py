@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from safetensors import SafetensorError
 
@@ -30,47 +30,32 @@ _METADATA_TYPES: dict[str, Any] = {
 """Types of the settings that commands read from an SAE's metadata, unless null."""
 
 
+_DAMAGED = SafetensorError, ArithmeticError, LookupError, RuntimeError, TypeError
+"""SAELens raises these for files that are torn or contradict each other."""
+
+
 def load_sae(path: str, sae_id: str | None, device: str) -> SAE[Any]:
     """Load an SAE from a folder, SAELens' own or of published files, or a release.
 
     Args:
         path: The folder; with `sae_id`, the name of a release.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If the files are damaged.
     """
     if sae_id is not None:
         return SAE.from_pretrained(path, sae_id, device=device)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{path} must be the folder of a saved SAE; there is none. For a published "
-            "one, name its release and give --sae_id."
+            f"{path} must be the folder of a saved SAE, or a release with --sae_id."
         )
     if not has_published_files(folder):
-        for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} must be the folder of a saved SAE; {name} is missing."
-                )
         check_config(folder / SAE_CFG_FILENAME)
     try:
         return SAE.load_from_disk(
             folder, device=device, converter=own_or_mlsae_disk_loader
         )
-    except (
-        SafetensorError,
-        ArithmeticError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-    ) as e:
-        # SAELens raises these for files that are torn or contradict each other.
+    except _DAMAGED as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
-        raise ValueError(
-            f"{folder} must hold a complete SAE that SAELens can load; {reason}"
-        ) from e
+        raise ValueError(f"{folder} must hold a complete SAE; {reason}") from e
 
 
 def check_config(file: Path) -> None:
@@ -79,9 +64,9 @@ def check_config(file: Path) -> None:
     _check_types(file, values, {"architecture": str, "metadata": dict[str, Any]})
     architecture = values.get("architecture", "standard")
     if architecture not in SAE_CLASS_REGISTRY:
+        known = sorted(SAE_CLASS_REGISTRY)
         raise ValueError(
-            f"{file}: `architecture` must be one of {sorted(SAE_CLASS_REGISTRY)}; got "
-            f"{architecture!r}."
+            f"{file}: `architecture` must be one of {known}; got {architecture!r}."
         )
     types = get_type_hints(SAE_CLASS_REGISTRY[architecture][1])
     _check_types(file, values, {n: t for n, t in types.items() if n != "metadata"})

@@ -29,11 +29,7 @@ def run(arguments: list[str]) -> None:
 
 
 def parse_config(arguments: list[str]) -> MultiLayerConfig[Any]:
-    """The config of a run.
-
-    Options are the fields of `MultiLayerConfig`, of the SAE's config and of SAELens'
-    `LoggingConfig`; given options replace settings of the file `--config`.
-    """
+    """The config of a run; options replace settings of the file `--config`."""
     first = argparse.ArgumentParser(prog=f"{PROG} train", add_help=False)
     first.add_argument(
         "--config",

@@ -27,12 +27,10 @@ class ShuffleBuffer:
         device: torch.device,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Allocate the slots.
+        """Allocate slots for `capacity` tokens.
 
         Args:
-            capacity: Number of slots, in tokens.
-            generator: Source of randomness, on the CPU; None: serve tokens in the order
-                in which they were added.
+            generator: Of the CPU; None: serve tokens in the order of adding them.
         """
         self.data: Float[Tensor, "slot layer d_in"] = torch.empty(
             capacity, n_layers, d_in, dtype=dtype, device=device
@@ -58,7 +56,6 @@ class ShuffleBuffer:
 
     def commit(self, n_tokens: int) -> None:
         """Count the next `n_tokens` free slots as filled."""
-        assert 0 <= n_tokens <= self.n_free
         old, end = self.n_filled, self.n_filled + n_tokens
         numbers = torch.arange(self.n_added, self.n_added + n_tokens)
         parts = [self._numbers[:old], numbers]
@@ -79,21 +76,13 @@ class ShuffleBuffer:
 
     @property
     def token_numbers(self) -> Int[Tensor, " token"]:
-        """Numbers of the tokens in the buffer, in reverse order of serving.
-
-        The tensor does not change when the buffer does.
-        """
+        """Numbers of the tokens in the buffer, in reverse order of serving."""
         return self._numbers[: self.n_filled]
 
     def restore(
         self, token_numbers: Int[Tensor, " token"], n_added: int
     ) -> Int[Tensor, " token"]:
-        """Fill an unused buffer with these tokens, in reverse order of serving.
-
-        Returns:
-            The slot of each token, into which the caller writes its vectors.
-        """
-        assert self.n_added == 0
+        """Fill an unused buffer; the slots to write the tokens' vectors to."""
         self._numbers = token_numbers
         self.n_filled, self.n_added = len(token_numbers), n_added
         return self._slots[: self.n_filled].to(self.data.device, copy=True)

@@ -53,18 +53,13 @@ class ActivationCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open a cache.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is incomplete or a shard is missing or damaged.
-        """
+        """Open a complete cache."""
         self.path = Path(path).expanduser()
         self.record = Record.read(self.path, CACHE_KIND)
         if not (self.path / SHARDS_FILENAME).is_file():
             raise ValueError(
-                f"The cache at {self.path} must be complete; its harvest was "
-                "interrupted. Run the same harvest again to resume it."
+                f"The cache at {self.path} must be complete; resume its harvest by "
+                "running it again."
             )
         listed = read_json(self.path / SHARDS_FILENAME)
         self._evaluation_hash: str = listed["evaluation_hash"]
@@ -129,10 +124,7 @@ class ActivationCache:
         They are views of a mapped file: use or copy one before taking the next.
 
         Args:
-            hook_names: Some of its hooks, in any order; only these are read. None: all.
-
-        Raises:
-            ValueError: If a shard is missing or damaged.
+            hook_names: Some of its hooks, in any order; None: all.
         """
         shard, rows = self._find(block)
         return shard.vectors(rows, hook_names or self.hook_names)
@@ -152,11 +144,7 @@ class ActivationCache:
     def read(
         self, hook_names: Sequence[str] | None = None
     ) -> Iterator[tuple[Float[Tensor, "token layer d_in"], ShardTokens]]:
-        """All vectors in the order of the dataset, shard by shard, with their tokens.
-
-        Args:
-            hook_names: As for `vectors`.
-        """
+        """All vectors and their tokens in the dataset's order, shard by shard."""
         names = hook_names or self.hook_names
         for shard in self.shards:
             vectors = torch.stack(list(shard.vectors(slice(None), names)), 1)
@@ -167,9 +155,7 @@ class ActivationCache:
         path = self.path / EVALUATION_FOLDER / EVALUATION_FILENAME
         tensors = read_tensors(path)
         if hash_of_tensors(tensors) != self._evaluation_hash:
-            raise ValueError(
-                f"{path} was changed. Delete the cache and harvest it again."
-            )
+            raise ValueError(f"{path} was changed; harvest the cache again.")
         return tensors["tokens"].long()
 
     def check(self, cfg: MultiLayerConfig[Any], model: Any | None = None) -> None:
@@ -179,22 +165,14 @@ class ActivationCache:
 
         Args:
             model: The model of the run, if it is loaded.
-
-        Raises:
-            ValueError: If not; lists every difference.
         """
-        wanted = Record(
-            CACHE_KIND,
-            vector_settings(cfg),
-            {} if model is None else model_fingerprints(model),
-        )
+        hashes = {} if model is None else model_fingerprints(model)
+        wanted = Record(CACHE_KIND, vector_settings(cfg), hashes)
         ignore = [] if cfg.dataset_path else ["dataset_path"]
         differences = self.record.differences(wanted, ignore)
         needed = cfg.resolve_hook_names(self.model_shape.n_layers)
         if missing := [name for name in needed if name not in self.hook_names]:
-            differences.append(
-                f"the hooks {missing} are missing; it has {self.hook_names}"
-            )
+            differences.append(f"hooks {missing} are missing; it has {self.hook_names}")
         if differences:
             raise ValueError(
                 f"The cache at {self.path} must hold what this run needs; they differ:"
@@ -202,11 +180,7 @@ class ActivationCache:
             )
 
     def verify(self) -> None:
-        """Read the whole cache and compare it with its hashes.
-
-        Raises:
-            ValueError: If something was changed; lists the shards.
-        """
+        """Read the whole cache; raise ValueError if its hashes have changed."""
         self._check_shards(lambda shard: shard.verify(self.hook_names))
         self.evaluation_tokens()
 
@@ -219,6 +193,6 @@ class ActivationCache:
                 faults.append(str(error))
         if faults:
             raise ValueError(
-                f"The cache at {self.path} is damaged:{as_lines(faults)}\nDelete the "
-                "folder and harvest it again."
+                f"The cache at {self.path} is damaged:{as_lines(faults)}\nHarvest it "
+                "again."
             )

@@ -59,9 +59,8 @@ class MultiLayerCacheActivationsRunner:
 
     As SAELens' `CacheActivationsRunner`, for many hooks, with the config of a training
     run: its first `training_tokens` are cached in whole prompts, in order, in its
-    `dtype`, under its `cached_activations_path`. Vectors are raw, so one cache serves
-    runs with any lens or none. An interrupted or killed harvest is resumed when it is
-    run again, and ends with the same bytes (on the same machine).
+    `dtype`. Vectors are raw, so one cache serves runs with any lens or none. A killed
+    harvest is resumed when it is run again, and ends with the same bytes.
     """
 
     def __init__(
@@ -75,16 +74,11 @@ class MultiLayerCacheActivationsRunner:
         """Load the model and the dataset, and compare with a cache at the path.
 
         Args:
-            cfg: Config of a training run.
             override_dataset: Used instead of `cfg.dataset_path`.
             override_model: Used instead of loading `cfg.model_name`.
             shard_bytes: Approximate size of a shard, at least one model batch.
             block_bytes: Approximate bytes of a hook that are read at a time, at least
                 one vector.
-
-        Raises:
-            FileExistsError: If something else is at the path.
-            ValueError: If another cache is there, or the settings do not fit.
         """
         check_one_process("A harvest")
         if cfg.cached_activations_path is None:
@@ -104,13 +98,19 @@ class MultiLayerCacheActivationsRunner:
             model_fingerprints(self.model),
         )
         if self._has_begun:
-            self._check_same_cache()
+            found = Record.read(self.path, CACHE_KIND)
+            if differences := found.differences(self.record):
+                raise ValueError(
+                    f"{self.path} holds another cache:{as_lines(differences)}\n"
+                    "Give another `cached_activations_path`."
+                )
+            if not self._is_complete:
+                found.warn_of_versions(self.path)
 
     def _layout(self, shard_bytes: int, block_bytes: int) -> dict[str, Any]:
         """The other settings that decide the bytes of the cache."""
         source, shape = self.source, as_model(self.model).shape
         split = getattr(source.reader.dataset, "split", None)
-        n_in_shard = shard_bytes // self._bytes_per_token
         n_in_block = block_bytes // (source.d_in * source.dtype.itemsize)
         return {
             "hook_names": source.hook_names,
@@ -121,7 +121,9 @@ class MultiLayerCacheActivationsRunner:
             "training_tokens": self.cfg.training_tokens,
             # The rounding of the vectors depends on it.
             "store_batch_size_prompts": self.cfg.store_batch_size_prompts,
-            "tokens_per_shard": max(n_in_shard, source.max_tokens_per_chunk),
+            "tokens_per_shard": max(
+                shard_bytes // self._bytes_per_token, source.max_tokens_per_chunk
+            ),
             "tokens_per_block": max(1, n_in_block),
         }
 
@@ -133,16 +135,6 @@ class MultiLayerCacheActivationsRunner:
     def _is_complete(self) -> bool:
         return (self.path / SHARDS_FILENAME).exists()
 
-    def _check_same_cache(self) -> None:
-        found = Record.read(self.path, CACHE_KIND)
-        if differences := found.differences(self.record):
-            raise ValueError(
-                f"{self.path} holds another cache, which is not overwritten:"
-                f"{as_lines(differences)}\nGive another `cached_activations_path`."
-            )
-        if not self._is_complete:
-            found.warn_of_versions(self.path)
-
     @property
     def _bytes_per_token(self) -> int:
         """Bytes of the vectors of one token at all hooks."""
@@ -151,7 +143,7 @@ class MultiLayerCacheActivationsRunner:
 
     @property
     def n_bytes(self) -> int:
-        """Upper bound on the cache's bytes on disk, to a few thousandths."""
+        """Upper bound on the cache's bytes on disk."""
         # Prompts, and the prompt and position of each vector, are int32.
         n_prompt_tokens = (
             self.cfg.context_size / self.source.reader.training_context_size
@@ -161,7 +153,6 @@ class MultiLayerCacheActivationsRunner:
         return int(n_tokens * per_token)
 
     def __str__(self) -> str:
-        """What it harvests, and how much disk that takes."""
         settings = self.record.settings
         return (
             f"{settings['training_tokens']:,} tokens x {len(settings['hook_names'])} "
@@ -174,9 +165,8 @@ class MultiLayerCacheActivationsRunner:
     def run(self) -> ActivationCache:
         """Harvest the cache, or the rest of it, and open it.
 
-        Raises:
-            OSError: If the disk lacks room, before anything is written; if it is full
-                later (complete shards stay); or if another process is at work here.
+        OSError is raised before anything is written if the disk lacks room. If it is
+        full later, complete shards stay.
         """
         if self._is_complete:
             logger.info("The cache at %s is complete.", self.path)
@@ -199,30 +189,21 @@ class MultiLayerCacheActivationsRunner:
             parent = parent.parent
         needed = self.n_bytes - sum(shard.n_bytes for shard in self._shards())
         free = shutil.disk_usage(parent).free
-        logger.info(
-            "Caching %s. Still to be written: %.2f GiB; free: %.2f GiB.",
-            self,
-            needed / 2**30,
-            free / 2**30,
-        )
+        logger.info("Caching %s. Disk: %d bytes needed, %d free.", self, needed, free)
         if needed > free:
             raise OSError(
                 errno.ENOSPC,
                 f"The cache needs {needed:,} bytes of disk, and {free:,} are free; "
-                "nothing was written. Make room, cache fewer tokens or layers, or use "
-                "`dtype='bfloat16'`",
+                "cache fewer tokens or layers, or use `dtype='bfloat16'`",
                 str(self.path),
             )
 
     def _shards(self) -> list[Shard]:
         """The shards on disk, in order."""
         folders = sorted(self.path.glob("shard-*"))
-        for expected, folder in enumerate(folders):
-            if folder != self._shard_folder(expected):
-                raise ValueError(
-                    f"{self._shard_folder(expected)} is missing, and {folder.name} is "
-                    "there. Put it back, or delete the cache."
-                )
+        wanted = [self._shard_folder(index) for index in range(len(folders))]
+        if missing := [folder.name for folder in wanted if folder not in folders]:
+            raise ValueError(f"{self.path} has {missing} missing; put it back.")
         return [Shard.open(folder) for folder in folders]
 
     def _shard_folder(self, index: int) -> Path:
@@ -248,33 +229,24 @@ class MultiLayerCacheActivationsRunner:
                     n_shards, n_tokens = n_shards + 1, n_tokens + shard.n_tokens
                 shard.clear()
         if n_tokens < wanted:
-            logger.warning(
-                "The dataset has ended: the cache holds %d of the %d tokens wanted.",
-                n_tokens,
-                wanted,
-            )
+            logger.warning("The dataset has ended after %d tokens.", n_tokens)
 
     def _resume(self) -> tuple[int, int]:
-        """Continue after the shards on disk; their number, and their tokens."""
+        """Continue after the shards on disk; their number and their tokens."""
         # An earlier `run` that failed has left the source elsewhere in the dataset.
         self.source.resume(self._start)
         shards = self._shards()
         n_tokens = sum(shard.n_tokens for shard in shards)
         if shards:
             logger.info("Resuming after %d shards, %d tokens.", len(shards), n_tokens)
-            self._check_same_text(shards[0])
+            found, prompts = shards[0].tokens().tokens, self.source.next_chunk()
+            if prompts is None or not torch.equal(prompts.int(), found[: len(prompts)]):
+                raise ValueError(
+                    f"The dataset must be that of the cache at {self.path}; it begins "
+                    "with other tokens."
+                )
             self.source.resume(read_tensors(shards[-1].folder / STATE_FILENAME))
         return len(shards), n_tokens
-
-    def _check_same_text(self, first: Shard) -> None:
-        """Compare the first prompts of the dataset with the first shard."""
-        found, prompts = first.tokens().tokens, self.source.next_chunk()
-        if prompts is None or not torch.equal(prompts.int(), found[: len(prompts)]):
-            raise ValueError(
-                f"The dataset must be that of the cache at {self.path}, whose harvest "
-                "was interrupted; it begins with other tokens. Give the same dataset, "
-                "or another `cached_activations_path`."
-            )
 
     def _fill(self, shard: ShardInMemory, n_missing: int, progress: Any) -> None:
         """Run the model until the shard is full, enough, or the dataset has ended."""
@@ -298,8 +270,8 @@ class MultiLayerCacheActivationsRunner:
                 save_file(self.source.state(), partial / STATE_FILENAME)
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"{folder} could not be written: {error}. The shards before it are "
-                "complete; run the harvest again to resume it. Is the disk full?"
+                f"{folder} could not be written: {error}. Run the harvest again to "
+                "resume it after the shard before."
             ) from error
 
     def _finish(self) -> None:
@@ -310,8 +282,8 @@ class MultiLayerCacheActivationsRunner:
             for name in (RECORD_FILENAME, LOCK_FILENAME):
                 (self.path / name).unlink()
             raise ValueError(
-                "The dataset must give at least one token that has vectors; it gives "
-                f"none in whole contexts of {self.cfg.context_size} tokens."
+                "The dataset must have at least one token that has vectors, in whole "
+                f"contexts of {self.cfg.context_size}; it has none."
             )
         folder = self.path / EVALUATION_FOLDER
         if not folder.exists():
@@ -319,26 +291,14 @@ class MultiLayerCacheActivationsRunner:
                 tensors = {"tokens": self._evaluation_tokens()}
                 save_file(tensors, partial / EVALUATION_FILENAME)
         tensors = read_tensors(folder / EVALUATION_FILENAME)
-        content = {
-            "evaluation_hash": hash_of_tensors(tensors),
-            "shards": {
-                shard.folder.name: {
-                    "n_tokens": shard.n_tokens,
-                    "n_bytes": shard.n_bytes,
-                    "hash": shard.hash,
-                }
-                for shard in shards
-            },
-        }
+        listed = {shard.folder.name: shard.numbers for shard in shards}
+        content = {"evaluation_hash": hash_of_tensors(tensors), "shards": listed}
         write_whole(self.path / SHARDS_FILENAME, json.dumps(content, indent=1))
 
     def _evaluation_tokens(self) -> Tensor:
         cfg = self.cfg
         if self.source.epoch_ended:
-            logger.warning(
-                "Evaluations in training will be on text that is trained on: the "
-                "dataset has none after that of the cache."
-            )
+            logger.warning("Evaluations will be on text that is trained on.")
         batch = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
         n_prompts = max(1, cfg.n_eval_batches) * batch
         return self.source.evaluation_prompts(n_prompts).cpu().int()

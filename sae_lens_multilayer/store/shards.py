@@ -48,7 +48,7 @@ class ShardInMemory:
     def __init__(
         self, hook_names: Sequence[str], capacity: int, d_in: int, dtype: torch.dtype
     ) -> None:
-        """Allocate the memory for `capacity` tokens."""
+        """Allocate memory for `capacity` tokens."""
         self._vectors: dict[str, Float[Tensor, "token d_in"]] = {
             name: torch.empty(capacity, d_in, dtype=dtype) for name in hook_names
         }
@@ -73,12 +73,7 @@ class ShardInMemory:
         token_indices: Int[Tensor, " token"],
         vectors: Iterable[Float[Tensor, "token d_in"]],
     ) -> None:
-        """Add the tokens of some prompts.
-
-        Args:
-            token_indices: Indices into the flattened prompts.
-            vectors: The vectors of these tokens, hook by hook.
-        """
+        """Add tokens, given as indices into flattened prompts, hook by hook."""
         end = self.n_tokens + len(token_indices)
         for memory, of_hook in zip(self._vectors.values(), vectors, strict=True):
             memory[self.n_tokens : end] = of_hook
@@ -111,15 +106,16 @@ class Shard:
 
     @classmethod
     def open(cls, folder: Path) -> "Shard":
-        """Open a shard that was saved.
-
-        Raises:
-            ValueError: If it is missing or damaged.
-        """
+        """Open a shard that was saved."""
         n_bytes = (folder / ACTIVATIONS_FILENAME).stat().st_size
         with _opened(folder) as file:
             n_tokens = file.get_slice("prompt").get_shape()[0]
             return cls(folder, n_tokens, n_bytes, file.metadata()["hash"])
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Its fields beside its folder."""
+        return {"n_tokens": self.n_tokens, "n_bytes": self.n_bytes, "hash": self.hash}
 
     def check_size(self) -> None:
         """Raise ValueError if its file is missing or has another size."""
@@ -158,7 +154,5 @@ def _opened(folder: Path) -> Generator[Any]:
     try:
         with safe_open(folder / ACTIVATIONS_FILENAME, framework="pt") as file:
             yield file
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is missing.") from error
-    except SafetensorError as error:
-        raise ValueError(f"{folder} is damaged: {error}.") from error
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"{folder} is missing or damaged: {error}.") from error

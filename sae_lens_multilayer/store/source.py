@@ -85,7 +85,6 @@ class Source(ABC):
 
     def evaluation_prompts(self, n_prompts: int) -> Int[Tensor, "prompt pos"] | None:
         """Prompts that are not trained on; None: the source has no text."""
-        del n_prompts
         return None
 
 
@@ -123,16 +122,11 @@ class ModelSource(Source):
         dataset: HfDataset | None = None,
         ranks: Ranks = ALONE,
     ) -> "ModelSource":
-        """The source of a training run, or of one rank of it.
+        """The source of a training run; each rank reads its own rows.
 
         Args:
             model: A loaded model of any kind that SAELens can hook.
-            cfg: The run's configuration.
             dataset: Used instead of `cfg.dataset_path`.
-            ranks: Each reads its own rows of the dataset.
-
-        Raises:
-            ValueError: If model, hooks, `d_in`, context and dataset do not fit.
         """
         lm = as_model(model)
         reader = Text.from_config(cfg).reader(lm.module, dataset)
@@ -187,11 +181,7 @@ class ModelSource(Source):
     def vectors(
         self, chunk: Chunk, rows: Int[Tensor, " token"] | None = None
     ) -> Generator[Float[Tensor, "token d_in"]]:
-        """Run the model on a chunk; its vectors hook by hook.
-
-        Raises:
-            NonFiniteActivationError: If a vector has a NaN or an infinity.
-        """
+        """Run the model on a chunk; its vectors, all finite, hook by hook."""
         indices = self.token_indices(chunk)
         indices = indices if rows is None else indices[rows]
         is_whole = rows is None and len(indices) == chunk.numel()
@@ -209,8 +199,7 @@ class ModelSource(Source):
                 f"Activations must be finite; {n_bad} of {len(vectors)} vectors at "
                 f"{hook_name!r} in model batch {self.n_chunks} (dataset row "
                 f"{self.reader.n_dataset_processed}) are NaN or infinite in "
-                f"{self.dtype}. Nothing was trained on them or saved. Check the dtypes "
-                "of the model and of the run, and this part of the data."
+                f"{self.dtype}. Check the dtypes of the model and of the run."
             )
 
     @override
@@ -249,18 +238,16 @@ class CacheSource(Source):
         seed: int | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Prepare to read.
+        """Prepare to read some hooks of a cache, in any order.
 
         Args:
-            hook_names: Some of the cache's hooks, in any order.
             seed: Decides the order of blocks; None: the order of the dataset.
-            ranks: Each reads its own blocks, of which there must be one for each.
+            ranks: Each reads its own blocks.
         """
         if cache.n_blocks < ranks.count:
             raise ValueError(
                 f"The cache must have a block of tokens for each of {ranks.count} "
-                f"processes; {cache.path} has {cache.n_blocks}. Train in fewer, or "
-                "harvest more tokens."
+                f"processes; {cache.path} has {cache.n_blocks}."
             )
         settings = cache.record.settings
         self.cache, self.hook_names, self.d_in = cache, hook_names, settings["d_in"]
@@ -274,15 +261,9 @@ class CacheSource(Source):
 
     @classmethod
     def from_config(
-        cls,
-        cache: ActivationCache,
-        cfg: MultiLayerConfig[Any],
-        ranks: Ranks = ALONE,
+        cls, cache: ActivationCache, cfg: MultiLayerConfig[Any], ranks: Ranks = ALONE
     ) -> "CacheSource":
-        """The source of a training run from a cache, which `cache.check` accepted.
-
-        Without mixing, blocks come in the order of the dataset.
-        """
+        """The source of a training run; blocks are in order if nothing is mixed."""
         names = cfg.resolve_hook_names(cache.model_shape.n_layers)
         seed = cfg.seed if cfg.activations_mixing_fraction > 0 else None
         return cls(cache, names, seed, ranks)
@@ -330,8 +311,6 @@ class CacheSource(Source):
         prompts = self.cache.evaluation_tokens()[:n_prompts]
         if len(prompts) < n_prompts:
             logger.warning(
-                "An evaluation uses the %d prompts that the cache has for it, not %d.",
-                len(prompts),
-                n_prompts,
+                "The cache has %d of %d evaluation prompts.", len(prompts), n_prompts
             )
         return prompts

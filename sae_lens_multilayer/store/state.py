@@ -64,11 +64,7 @@ class StoreState:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "StoreState":
-        """The state of which `to_tensors` made these tensors.
-
-        Raises:
-            KeyError: If one of them is missing.
-        """
+        """The state of which `to_tensors` made these tensors."""
         chunks = zip(
             tensors["chunk_first_tokens"].tolist(),
             tensors["chunks"].long().split(tensors["chunk_lengths"].tolist()),

@@ -55,9 +55,6 @@ class MultiLayerActivationsStore(ActivationsStore):
 
         Args:
             override_dataset: Used instead of `cfg.dataset_path`.
-
-        Raises:
-            ValueError: As `ModelSource.from_config`.
         """
         source = ModelSource.from_config(model, cfg, override_dataset, ranks)
         return cls.from_source(source, cfg, ranks)
@@ -70,8 +67,7 @@ class MultiLayerActivationsStore(ActivationsStore):
 
         Args:
             source: Gives the vectors of this rank.
-            cfg: The run's configuration; `train_batch_size_tokens` and
-                `training_tokens` are those of all ranks together.
+            cfg: Its batch size and `training_tokens` are those of all ranks together.
         """
         assert cfg.act_store_device is not None  # set by SAELens' config
         device = torch.device(cfg.act_store_device)
@@ -115,16 +111,9 @@ class MultiLayerActivationsStore(ActivationsStore):
         raise_at_epoch_end: bool = False,
         move_to_model_device: bool = True,
     ) -> Int[Tensor, "prompt pos"]:
-        """Take the next prompts of the text, as SAELens' store does.
-
-        Raises:
-            ValueError: If the source, such as a cache, has no text to take them from.
-        """
+        """Take the next prompts of the text, as SAELens' store does."""
         if self.source.reader is None:
-            raise ValueError(
-                "Prompts can be taken from a store that runs a model only; this one's "
-                f"vectors come from a {type(self.source).__name__}."
-            )
+            raise ValueError(f"A {type(self.source).__name__} has no text for prompts.")
         return self.source.reader.get_batch_tokens(
             batch_size or self.store_batch_size_prompts,
             raise_at_epoch_end,
@@ -142,12 +131,7 @@ class MultiLayerActivationsStore(ActivationsStore):
 
     @override
     def __next__(self) -> Float[Tensor, "token layer d_in"]:
-        """The next training batch of `train_batch_size_tokens` tokens.
-
-        Raises:
-            NonFiniteActivationError: If the model gives a NaN or an infinity.
-            ValueError: If an epoch has less than one training batch.
-        """
+        """The next training batch of `train_batch_size_tokens` tokens."""
         buffer, n_missing = self._buffer, self.train_batch_size_tokens
         parts: list[Tensor] = []
         while n_missing > 0:
@@ -185,11 +169,7 @@ class MultiLayerActivationsStore(ActivationsStore):
 
     @property
     def buffer_capacity_tokens(self) -> int:
-        """Slots of the buffer.
-
-        SAELens' size, `n_batches_in_buffer` contexts, or more where that cannot hold
-        a chunk and two training batches.
-        """
+        """At least `n_batches_in_buffer` contexts, and a chunk and two batches."""
         needed = self.source.max_tokens_per_chunk + 2 * self.train_batch_size_tokens
         return max(self.n_batches_in_buffer * self.training_context_size, needed)
 
@@ -244,8 +224,7 @@ class MultiLayerActivationsStore(ActivationsStore):
             raise ValueError(
                 "The data must have at least one training batch of "
                 f"{self.train_batch_size_tokens} tokens, in whole contexts of "
-                f"{self.context_size}; it has {n_tokens}. Use more data, a smaller "
-                "`train_batch_size_tokens` or a shorter `context_size`."
+                f"{self.context_size}; it has {n_tokens}."
             )
         logger.info("The data has ended; a new epoch begins.")
 
@@ -270,33 +249,16 @@ class MultiLayerActivationsStore(ActivationsStore):
 
     @override
     def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
-        """Resume exactly from the state in a checkpoint.
-
-        Raises:
-            ValueError: If the file is damaged or of another kind, or as `resume`.
-        """
+        """Resume exactly from the state in a checkpoint."""
         path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
-        tensors = read_tensors(path)
-        try:
-            state = StoreState.from_tensors(tensors)
-        except KeyError as error:
-            raise ValueError(
-                f"{path} must hold the state of a multi-layer store; {error} is "
-                "missing. Resume from a checkpoint of this version of the package."
-            ) from error
-        self.resume(state)
+        self.resume(StoreState.from_tensors(read_tensors(path)))
 
     def resume(self, state: StoreState) -> None:
-        """Continue exactly from a state; this store must not have been read yet.
-
-        Raises:
-            ValueError: If the state is of another source, or the buffer is too small.
-        """
+        """Continue exactly from a state; this store must not have been read yet."""
         if state.fingerprint != self.source.fingerprint:
             raise ValueError(
                 "A run must be resumed with the source of its vectors: the model, or "
-                "the same cache. Resume with the checkpoint's `use_cached_activations` "
-                "and `cached_activations_path`."
+                "the same cache."
             )
         if len(state.buffered) > self.buffer_capacity_tokens:
             raise ValueError(

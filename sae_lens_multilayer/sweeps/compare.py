@@ -86,11 +86,6 @@ def train_and_compare(
     Args:
         base: Settings of the runs, as in `sweep`; `layers` are those compared.
         evaluation: Held-out text to measure on. Its analyses are not run.
-
-    Raises:
-        ValueError: As `sweep`, or if there are fewer than two layers.
-        PointsFailedError: If a training run has failed; the others are done.
-        InterruptedException: As `sweep`.
     """
     runs = Sweep(
         base,
@@ -121,14 +116,10 @@ def _points(base: Settings, model: Any | None) -> list[dict[str, Any]]:
     shape = None if model is None else as_model(model).shape
     cfg = make_points(base, [{"name": MULTI_LAYER}], shape)[0].cfg
     shape = shape or loading.named_shape(cfg)
-    if shape is None and cfg.layers is None and cfg.hook_names is None:
-        raise ValueError(
-            f"The number of layers of {cfg.model_name!r} is unknown: give `layers`."
-        )
     n_layers = max(cfg.layers or [0]) + 1 if shape is None else shape.n_layers
     names = cfg.resolve_hook_names(n_layers)
     if len(names) < 2:
-        raise ValueError(f"There must be two or more layers to compare; got {names}.")
+        raise ValueError(f"Give two or more layers to compare; got {names}.")
     singles = [
         {"name": label, "layers": None, "hook_names": [name]}
         for label, name in zip(hooks.layer_labels(names), names, strict=True)

@@ -1,6 +1,6 @@
 """What is measured of each point of a sweep, and on which text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,7 +10,7 @@ from sae_lens_multilayer.analysis.suite import ANALYSES, LENS, SINGLE_LAYERS, Su
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.config_files import check_known
 from sae_lens_multilayer.results import Result
-from sae_lens_multilayer.text.prompts import Prompts, Text, check_integers
+from sae_lens_multilayer.text.prompts import Prompts, Text
 
 _NOT_IN_SWEEPS = {LENS, SINGLE_LAYERS}
 """Needs that not every point of a sweep meets."""
@@ -47,12 +47,11 @@ class SweepEvaluation:
         return cls(**plain)
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "batch_size_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1; got {getattr(self, name)}."
-                )
-        check_integers("exclude_positions", self.exclude_positions)
+        found: Any = self.exclude_positions
+        if not isinstance(found, Sequence) or {*map(type, found)} - {int}:
+            raise ValueError(
+                f"`exclude_positions` must be a list of whole numbers; got {found!r}."
+            )
         known = [n for n, row in ANALYSES.items() if not _NOT_IN_SWEEPS & {*row.needs}]
         if unknown := [name for name in self.analyses if name not in known]:
             raise ValueError(f"`analyses` must be among {known}; got {unknown}.")

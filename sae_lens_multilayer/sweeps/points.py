@@ -68,10 +68,7 @@ def grid(**values: Any) -> list[dict[str, Any]]:
     """
     for name, given in values.items():
         if not isinstance(given, (list, tuple, range)) or not given:
-            raise ValueError(
-                f"`{name}` must be a list of values; got {given!r}. One choice of "
-                "layers is a list inside that list."
-            )
+            raise ValueError(f"`{name}` must be a list of values; got {given!r}.")
     combinations = itertools.product(*values.values())
     return [dict(zip(values, chosen, strict=True)) for chosen in combinations]
 
@@ -90,30 +87,17 @@ def combine(points: Sequence[Settings], others: Sequence[Settings]) -> list[Sett
 def make_points(
     base: Settings, points: Sequence[Settings], shape: ModelShape | None = None
 ) -> list[Point]:
-    """The runs of a sweep (see there), with validated configs; no model is loaded.
-
-    Args:
-        shape: Shape of a model that is given instead of named.
-    """
+    """The validated runs of a sweep (see there); `shape`: that of a given model."""
     made: list[Point] = []
     for point in points:
         varied = {name: value for name, value in point.items() if name != "name"}
-        if wrong := [name for name in _OUTPUTS if name in varied]:
-            raise ValueError(
-                f"A point must not set {wrong}: each point is saved and resumed in its "
-                "own folder inside the sweep's."
-            )
         settings, name = _merge(base, varied, shape), _name(point)
         log = {"run_name": name, **mapping(settings, "logger")}
         cfg = config_from_settings({**settings, "logger": log})
         made.append(Point(name, _flat(varied), cfg))
     names = [point.name for point in made]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated or not made:
-        raise ValueError(
-            "A sweep needs one or more points that differ; "
-            + (f"{repeated} are repeated." if repeated else "got none.")
-        )
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"A sweep needs one or more points that differ; got {names}.")
     return made
 
 
@@ -169,10 +153,7 @@ def _with_d_sae(of_sae: dict[str, Any]) -> dict[str, Any]:
     if "expansion_factor" not in of_sae:
         return of_sae
     if "d_sae" in of_sae:
-        raise ValueError(
-            f"Give `expansion_factor` or `d_sae`, not both; got "
-            f"{of_sae['expansion_factor']} and {of_sae['d_sae']}."
-        )
+        raise ValueError("Give `expansion_factor` or `d_sae`, not both.")
     rest = {n: v for n, v in of_sae.items() if n != "expansion_factor"}
     factor, d_in = of_sae["expansion_factor"], of_sae.get("d_in")
     if d_in is None:
@@ -180,8 +161,7 @@ def _with_d_sae(of_sae: dict[str, Any]) -> dict[str, Any]:
     d_sae = factor * d_in if isinstance(factor, (int, float)) else math.nan
     if not d_sae > 0 or d_sae != int(d_sae):
         raise ValueError(
-            "`expansion_factor` must give a whole number of latents, with `d_in` = "
-            f"{d_in}; got {factor!r}."
+            f"`expansion_factor` times {d_in} must be a whole number; got {factor!r}."
         )
     return {**rest, "d_sae": int(d_sae)}
 
@@ -191,9 +171,7 @@ def _name(point: Settings) -> str:
     if "name" in point:
         name = str(point["name"])
         if not re.fullmatch(r"[A-Za-z0-9][\w.%-]*", name):
-            raise ValueError(
-                f"`name` must consist of letters, digits, '.', '-', '_'; got {name!r}."
-            )
+            raise ValueError(f"`name` must be letters, digits, '.-_'; got {name!r}.")
     else:
         parts = [
             f"{_SHORT[n]}{_text(v)}" if n in _SHORT else f"{n}-{_text(v, n)}"

@@ -1,6 +1,5 @@
 """Runs a sweep: each point is trained, evaluated and analysed, and is a table row."""
 
-import copy
 import gc
 import logging
 import traceback
@@ -85,10 +84,8 @@ def sweep(
         numbers of the analyses, the cost of training (`Cost`), and `error`.
 
     Raises:
-        ValueError: If a setting of any point is unknown, invalid or differs from the
-            one in the point's folder; before a model is loaded.
-        FileExistsError: If a file that is not of a sweep would be overwritten.
-        BlockingIOError: If another process uses the folder.
+        ValueError: If a setting of any point is invalid or differs from the one in the
+            point's folder; before a model is loaded.
         InterruptedException: After SIGINT or SIGTERM while training; a checkpoint has
             been saved.
     """
@@ -143,66 +140,52 @@ class Sweep:
         return SAE.load_from_disk(path, device=point.cfg.device)
 
     def _check_folder(self) -> None:
+        outputs = {TABLE_FILE, _FIGURE_FILE, "comparison"}
         if (self.folder / RECORD_FILENAME).exists():
             Record.read(self.folder, _KIND)
-        elif taken := [
-            name
-            for name in (TABLE_FILE, _FIGURE_FILE, "comparison")
-            if (self.folder / name).exists()
-        ]:
-            raise FileExistsError(
-                f"{self.folder} must be a new folder or that of a sweep; its {taken} "
-                "would be overwritten. Choose another folder."
-            )
+        elif taken := outputs & {path.name for path in self.folder.glob("*")}:
+            raise FileExistsError(f"{self.folder}: {taken} would be overwritten.")
         check_writable(self.folder / "new", "folder")
         for point in self.points:
             self._check_point_folder(point)
 
     def _check_point_folder(self, point: Point) -> None:
-        """Raise ValueError if a point's folder was written with other settings."""
         folder = self.folder / point.name
         if (folder / RECORD_FILENAME).exists():
             found = Record.read(folder, _POINT_KIND)
             if changed := found.differences(_point_record(point)):
                 raise ValueError(
-                    f"{folder} has other settings:{as_lines(changed)}\nUse those, move "
-                    "the folder away, or choose another one for this sweep."
+                    f"{folder} has other settings:{as_lines(changed)}\nUse those, or "
+                    "another folder for this sweep."
                 )
         elif any(folder.glob("[!.]*")):
-            raise ValueError(
-                f"{folder} must be the folder of a point of this sweep, or be absent; "
-                f"it has no {RECORD_FILENAME}."
-            )
+            raise ValueError(f"{folder} must be the folder of a point of this sweep.")
         if self._is_done(point):
             found = Record.read(self.analysis_of(point), _ANALYSIS_KIND)
             if changed := found.differences(self._analysis_record()):
                 raise ValueError(
                     f"{folder} was evaluated with other settings:{as_lines(changed)}\n"
-                    "Use those, or move the folders 'analysis' of all points away to "
-                    "evaluate them again."
+                    "Use those, or move the 'analysis' of all points away."
                 )
 
     def _check_data(self) -> None:
         path = self.evaluation.dataset_path
         if (path is None) == (self._held_out is None):
             raise ValueError(
-                "Points are measured on held-out text: give `dataset_path` of "
-                "`evaluation`, or a dataset to `sweep`, and not both."
+                "For held-out text, give `dataset_path` of `evaluation` or a dataset, "
+                "and not both."
             )
         texts = [] if path is None else [self._text]
         if self._dataset is None:
             texts += [Text.from_config(point.cfg) for point in self.points]
-        for number, text in enumerate(texts):
-            if text not in texts[:number]:
+        for index, text in enumerate(texts):
+            if text not in texts[:index]:
                 text.load_dataset()
 
     def _check_models(self) -> None:
         given = self._given_model
         if given is not None and len({p.model_key for p in self.points}) > 1:
-            raise ValueError(
-                "The settings of the model must not vary, as a model is given. Sweep "
-                "over models by name."
-            )
+            raise ValueError("The model must not vary, as one is given.")
         for point in self.points:
             lens = lens_of_run(point.cfg)
             if given is None:
@@ -218,11 +201,7 @@ class Sweep:
         return Record(_ANALYSIS_KIND, self.evaluation.settings(self._text), tokens)
 
     def load(self, point: Point) -> tuple[Any, Prompts]:
-        """The model of a point and its held-out prompts; the last ones are kept.
-
-        Raises:
-            ValueError: If the text is too short, or lacks an excluded position.
-        """
+        """The model of a point and its held-out prompts; the last ones are kept."""
         if self._loaded_key != point.model_key:
             self._loaded_key, self._prompts = "", None
             if self._given_model is None:
@@ -239,7 +218,7 @@ class Sweep:
         return self._model, self._prompts
 
     def _hook_names(self, point: Point) -> list[str] | None:
-        """The hooks of all points that share a Hugging Face model; None if unknown."""
+        """The hooks of all points that share a model; None if unknown."""
         shape = loading.named_shape(point.cfg)
         if shape is None:
             return None
@@ -285,10 +264,12 @@ class Sweep:
             logger.error("%s has failed: %s", folder, message)
 
     def _train(self, point: Point, model: Any) -> None:
-        folder, cfg = self.folder / point.name, copy.copy(point.cfg)
-        cfg.output_path = str(folder / "sae")
-        cfg.checkpoint_path = str(folder / "checkpoints")
-        cfg.resume_from_checkpoint = LATEST
+        folder = self.folder / point.name
+        cfg = point.cfg.replaced(
+            output_path=str(folder / "sae"),
+            checkpoint_path=str(folder / "checkpoints"),
+            resume_from_checkpoint=LATEST,
+        )
         with measured_in(folder / _COST_FILE):
             MultiLayerSAETrainingRunner(
                 cfg, override_dataset=self._dataset, override_model=model
@@ -308,8 +289,7 @@ class Sweep:
             if found.differences(self._analysis_record(prompts)):
                 raise ValueError(
                     f"The held-out tokens must be those that {other.name} was measured "
-                    "on; the text has changed. Use that text, or move the folders "
-                    "'analysis' of all points away to evaluate them again."
+                    "on. Use that text, or move the 'analysis' of all points away."
                 )
 
     def _row(self, point: Point) -> dict[str, Any]:

@@ -48,10 +48,6 @@ def resolve_dataset(
             joining them.
         use_chat_formatting: Read conversations; token columns are unchanged.
 
-    Raises:
-        ValueError: If the dataset is empty or has less than one context of tokens, or
-            the kind of a file is unknown.
-        FileNotFoundError: If the path does not exist and cannot be a name on the hub.
     """
     if isinstance(dataset, str):
         found = _load_local(dataset, streaming)
@@ -89,11 +85,6 @@ def _load_local(name: str, streaming: bool) -> Any:
         return load_dataset(_builder_of(path), data_files=file, streaming=streaming)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return load_from_disk(str(path))
-    if glob.has_magic(str(path.absolute())):
-        raise ValueError(
-            f"`dataset_path` of a folder must not contain *, ? or [, which `datasets` "
-            f"reads as a pattern; got {path}. Rename it, or name one file."
-        )
     # An absolute path is never the name of a builder.
     return load_dataset(str(path.absolute()), streaming=streaming)
 
@@ -109,13 +100,11 @@ def _is_path(name: str) -> bool:
 
 def _builder_of(path: Path) -> str:
     suffixes = [s.lower() for s in path.suffixes if s.lower() not in _COMPRESSED]
-    builder = _BUILDER_OF_SUFFIX.get(suffixes[-1] if suffixes else "")
-    if builder is None:
-        raise ValueError(
-            f"`dataset_path` must be a folder or a file ending in one of "
-            f"{sorted(_BUILDER_OF_SUFFIX)}; got {path}."
-        )
-    return builder
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in _BUILDER_OF_SUFFIX:
+        known = sorted(_BUILDER_OF_SUFFIX)
+        raise ValueError(f"`dataset_path` must end in one of {known}; got {path}.")
+    return _BUILDER_OF_SUFFIX[suffix]
 
 
 def _train_split(splits: DatasetDict | IterableDatasetDict) -> HfDataset:
@@ -132,8 +121,7 @@ def _check_token_ids(column: str, row: Any) -> None:
     values = _as_list(row)
     if values is None or any(not isinstance(value, int) for value in values):
         raise ValueError(
-            f"The column {column!r} must hold lists of token ids, as SAELens reads "
-            f"tokens from it; its first row is {row!r:.100}. Rename or remove it."
+            f"The column {column!r} must hold lists of token ids; got {row!r:.100}."
         )
 
 
@@ -162,11 +150,7 @@ def _of_whole_contexts(
     kwargs |= {"context_size": context_size, "join": join}
     contexts = IterableDataset.from_generator(_contexts, gen_kwargs=kwargs)
     if next(iter(contexts), None) is None:
-        found = "all rows together are" if join else "every row (not joined) is"
-        raise ValueError(
-            f"The dataset must have a whole context of {context_size} tokens; {found} "
-            "shorter. Use more data or a shorter `context_size`."
-        )
+        raise ValueError(f"The dataset must have a context of {context_size} tokens.")
     return contexts
 
 
@@ -195,16 +179,13 @@ def read_rows(dataset: HfDataset, start: int) -> Iterator[dict[str, Any]]:
     data: Any = dataset
     if isinstance(data, Dataset) and start >= len(data):
         return
+    rows: Any = data.skip(start) if start else data
     row = start
-    rows: Any = iter(data.skip(start) if start else data)
-    while True:
-        try:
-            values = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise RuntimeError(
-                f"Row {row} of the dataset must be readable; {error!r}."
-            ) from error
-        yield values
-        row += 1
+    try:
+        for values in rows:
+            yield values
+            row += 1
+    except Exception as error:
+        raise RuntimeError(
+            f"Row {row} of the dataset must be readable; {error!r}."
+        ) from error

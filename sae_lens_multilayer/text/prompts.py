@@ -1,7 +1,6 @@
 """Text -> prompts to measure on, and which of their positions count."""
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
@@ -86,9 +85,6 @@ class Text:
         Args:
             settings: An SAE's metadata or settings; what they lack has its default.
             given: Fields to use instead, unless they are None.
-
-        Raises:
-            ValueError: If neither has `dataset_path` or `context_size`.
         """
         values = {name: value for name, value in given.items() if value is not None}
         for name in (field.name for field in fields(cls) if field.name not in values):
@@ -147,9 +143,6 @@ class Text:
         Args:
             n_tokens: Tokens of text, rounded up to whole prompts.
             dataset: Used instead of `dataset_path`.
-
-        Raises:
-            ValueError: If the text is too short, or the context too long for the model.
         """
         _check_at_least_one("n_tokens", n_tokens)
         reader = self.reader(model, dataset)
@@ -158,8 +151,7 @@ class Text:
             n_there = 0 if ids is None else len(ids)
             raise ValueError(
                 f"`n_tokens` must be at most {n_there * self.context_size}, as the "
-                f"text has {n_there} whole prompts of {self.context_size} tokens; got "
-                f"{n_tokens}. Give more text, or shorter prompts with `context_size`."
+                f"text has {n_there} whole prompts of {self.context_size} tokens."
             )
         return mark_counted(reader, check_prompts(model, ids).cpu())
 
@@ -199,9 +191,6 @@ def mark_counted(
         exclude_tokens: Token ids that do not count; None: those that a store excludes.
         exclude_positions: Positions that do not count; negative ones count from the
             end.
-
-    Raises:
-        ValueError: If a position is not in the prompts.
     """
     check_positions("exclude_positions", exclude_positions, ids)
     seqpos_slice: Sequence[int | None] = (None,)
@@ -230,19 +219,13 @@ def take_prompts(
         n_prompts: Prompts to take from a store; None: one model batch of it.
         batch_size_prompts: Only validated.
         exclude_tokens, exclude_positions: See `mark_counted`.
-
-    Raises:
-        ValueError: If the model cannot run the prompts, or they are too few.
     """
     _check_at_least_one("batch_size_prompts", batch_size_prompts)
     source: Any = tokens
     if isinstance(tokens, ActivationsStore):
         tokens = _take_from_store(tokens, n_prompts)
     elif n_prompts is not None:
-        raise ValueError(
-            "`n_prompts` is the number of prompts to take from a store; the tokens "
-            "themselves were given."
-        )
+        raise ValueError("`n_prompts` is what to take from a store; got prompts.")
     elif isinstance(tokens, Prompts):
         tokens = tokens.ids
     ids = check_prompts(model, tokens)
@@ -259,8 +242,7 @@ def _take_from_store(
         n_left = 0 if prompts is None else len(prompts)
         raise ValueError(
             f"`n_prompts` must be at most {n_left}, the prompts left in the "
-            f"store before its dataset repeats; got {n_wanted}. The store is at the "
-            "start of its dataset again."
+            f"store before its dataset repeats; got {n_wanted}."
         )
     return prompts
 
@@ -279,24 +261,9 @@ def next_rows(
     return torch.cat(rows), False
 
 
-def _check_at_least_one(name: str, value: Any) -> None:
-    if not _is_integer(value) or value < 1:
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
         raise ValueError(f"`{name}` must be at least 1; got {value!r}.")
-
-
-def check_integers(name: str, values: Any) -> None:
-    """Raise ValueError unless the setting `name` is a list or the like of integers."""
-    is_list = isinstance(values, Iterable) and not isinstance(values, str)
-    if not is_list or not all(map(_is_integer, values)):
-        raise ValueError(f"`{name}` must be a list of whole numbers; got {values!r}.")
-
-
-def _is_integer(value: Any) -> bool:
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return not isinstance(value, bool)
 
 
 def check_positions(
@@ -313,25 +280,18 @@ def check_positions(
 
 
 def check_prompts(model: Any, tokens: object) -> Int[Tensor, "prompt pos"]:
-    """Token ids as int64.
-
-    Raises:
-        ValueError: If they are not integers of shape [prompt, pos], a token id is not
-            in the vocabulary, or they are longer than the context.
-    """
-    is_tensor = isinstance(tokens, Tensor)
-    found = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if is_tensor else tokens
-    floating = is_tensor and (tokens.is_floating_point() or tokens.is_complex())
+    """Token ids as int64; ValueError if the model cannot run them."""
     if (
         not isinstance(tokens, Tensor)
-        or floating
-        or tokens.dtype == torch.bool
+        or tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8)
         or tokens.ndim != 2
         or tokens.numel() == 0
     ):
+        shape = tuple(getattr(tokens, "shape", ()))
+        found = f"{getattr(tokens, 'dtype', tokens)} of shape {shape}"
         raise ValueError(
             "`tokens` must be a tensor of token ids, integers of shape [prompt, pos] "
-            f"with at least one prompt of at least one token; got {found!s:.80}."
+            f"with at least one prompt of at least one token; got {found:.80}."
         )
     prompts = tokens.long()
     as_model(model).check_tokens(prompts)

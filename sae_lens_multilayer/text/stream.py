@@ -79,9 +79,8 @@ class ResumableTokens(ActivationsStore):
         for turn in conversation:
             if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
                 raise ValueError(
-                    f"Turns in the column {self.tokens_column!r} must have the keys "
-                    f"'role' and 'content'; row {self.n_rows_this_epoch - 1} has "
-                    f"{turn!r:.100}."
+                    f"Turns in {self.tokens_column!r} must have role and content; row "
+                    f"{self.n_rows_this_epoch - 1} has {turn!r:.100}."
                 )
 
     def _is_usable(self, value: Any) -> bool:
@@ -96,14 +95,9 @@ class ResumableTokens(ActivationsStore):
             self._n_bad_rows += 1
             # Log the 1st, 2nd, 4th, 8th, ... of them.
             if self._n_bad_rows & (self._n_bad_rows - 1) == 0:
-                logger.warning(
-                    "Row %d of the dataset is skipped: its %r is %.50r (%d such rows "
-                    "so far).",
-                    self.n_rows_this_epoch - 1,
-                    self.tokens_column,
-                    value,
-                    self._n_bad_rows,
-                )
+                message = "Row %d of the dataset is skipped (%d so far): %r is %.50r."
+                row, column = self.n_rows_this_epoch - 1, self.tokens_column
+                logger.warning(message, row, self._n_bad_rows, column, value)
         return usable
 
 
