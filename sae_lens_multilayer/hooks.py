@@ -1,7 +1,8 @@
 """Hook names of layers, and layers of hook names."""
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sae_lens.util import extract_layer_from_tlens_hook_name
 
@@ -35,16 +36,11 @@ def resolve_hook_names(
         hook_names: Explicit names; they replace `hook_name` and `layers`.
         layers: Block numbers from 0; None for every block.
         n_layers: Number of blocks of the model.
-        model_name: For messages.
-
-    Raises:
-        ValueError: As `check_hook_choice`, or if a layer is not in the model.
 
     Example:
         >>> resolve_hook_names("blocks.{layer}.hook_resid_post", None, [0, 3], 6)
         ['blocks.0.hook_resid_post', 'blocks.3.hook_resid_post']
     """
-    check_hook_choice(hook_name, hook_names, layers)
     if hook_names is not None:
         return list(hook_names)
     if "{layer}" not in hook_name and (layers is None or len(layers) == 1):
@@ -84,6 +80,13 @@ def check_hook_choice(
             "`hook_name` must contain '{layer}' to name the hooks of `layers` = "
             f"{list(layers)}, as in {DEFAULT_HOOK_NAME!r}; got {hook_name!r}."
         )
+
+
+def unknown_name(problem: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest of the known ones."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.5) or known[:5]
+    return ValueError(f"{problem} {name!r}. The nearest are {near}.")
 
 
 def layer_labels(hook_names: Sequence[str]) -> list[str]:
@@ -160,7 +163,4 @@ def stop_at_layer(hook_names: Sequence[str]) -> int | None:
 
 def is_residual(hook_name: str) -> bool:
     """Whether the name of a hook is one at the residual stream."""
-    return (
-        block_end(hook_name) is not None
-        or _OTHER_RESIDUAL_HOOK.fullmatch(hook_name) is not None
-    )
+    return bool(block_end(hook_name) or _OTHER_RESIDUAL_HOOK.fullmatch(hook_name))

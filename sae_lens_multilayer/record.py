@@ -7,7 +7,7 @@ Checkpoints, caches, folders of analyses, points of a sweep and results each hol
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,12 +70,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: str | Path, kind: str | None = None) -> "Record":
-        """Read the record of a folder; `kind` is the required kind, None: any.
-
-        Raises:
-            FileNotFoundError: If the folder has no record.
-            ValueError: If the record is damaged or of another kind.
-        """
+        """Read the record of a folder; ValueError if it is not of this kind."""
         path = Path(folder) / RECORD_FILENAME
         if not path.is_file():
             raise FileNotFoundError(
@@ -83,8 +78,6 @@ class Record:
                 f"{kind or 'any'!r}; it has no {RECORD_FILENAME}."
             )
         values = read_json(path)
-        if set(values) != {f.name for f in fields(cls)}:
-            raise ValueError(f"{path} is damaged: it holds {sorted(values)}.")
         if kind not in (None, values["kind"]):
             raise ValueError(
                 f"{folder} must be of kind {kind!r}; its {RECORD_FILENAME} has "
@@ -93,13 +86,9 @@ class Record:
         return cls(**values)
 
     def differences(self, wanted: "Record", ignore: Sequence[str] = ()) -> list[str]:
-        """Settings and fingerprints whose values differ, a line for each.
+        """A line for each setting and fingerprint that differs from what is needed now.
 
         Entries that only one of the two records has are not compared.
-
-        Args:
-            wanted: Record of what is needed now.
-            ignore: Names that are not compared.
         """
         found = self.settings | self.fingerprints
         return [

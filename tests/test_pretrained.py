@@ -543,11 +543,6 @@ def _changed(name: str, tensor: torch.Tensor) -> bytes:
             _changed("pre_encoder_bias", torch.ones(65)),
             "contradict .* shapes",
         ),
-        (
-            "model.safetensors",
-            _changed("pre_encoder_bias", torch.full((64,), torch.nan)),
-            "NaN or infinite values; b_dec",
-        ),
     ],
 )
 def test_files_that_are_not_a_valid_mlsae_are_an_error(
@@ -562,7 +557,7 @@ def test_files_that_are_not_a_valid_mlsae_are_an_error(
 def test_a_model_unknown_to_transformer_lens_is_an_error(offline_hub):
     put(offline_hub, "me/mlsae-pythia-71m-x8-k8", plain_files())
 
-    with pytest.raises(ValueError, match=r"no model 'pythia-71m' .*70m"):
+    with pytest.raises(ValueError, match=r"no model 'pythia-71m'.*70m"):
         SAE.from_pretrained(
             "me/mlsae-pythia-71m-x8-k8", "", converter=mlsae_huggingface_loader
         )

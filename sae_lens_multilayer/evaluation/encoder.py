@@ -51,7 +51,7 @@ class LayerEncoder:
 
         Args:
             sae: An SAE trained on several hooks, ours or stock; or one or several SAEs
-                of one hook each, such as views or ordinary SAELens SAEs.
+                of one hook each.
             hook_names: Hooks at which the one SAE given is used, instead of its own.
         """
         self.saes: list[Any] = list(sae) if isinstance(sae, Sequence) else [sae]
@@ -66,8 +66,7 @@ class LayerEncoder:
             if not names or None in names or len(set(names)) != len(names):
                 raise ValueError(
                     "Each SAE in a list must name its own hook in `cfg.metadata."
-                    f"hook_name`; got {names}. An SAE of several hooks is given by "
-                    "itself, without a list."
+                    f"hook_name`; got {names}. Give an SAE of several hooks by itself."
                 )
         self.hook_names = list(names)
 

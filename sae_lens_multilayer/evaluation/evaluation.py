@@ -83,32 +83,25 @@ def evaluate(
     _check_model(encoder, model)
     if any(one.cfg.metadata.hook_head_index is not None for one in encoder.saes):
         raise ValueError(
-            "The evaluation needs SAEs of whole activation vectors; got one of an "
-            "attention head, which `reconstruction_metrics` measures by itself."
+            "SAEs of an attention head cannot be spliced; use `reconstruction_metrics`."
         )
     if ablation not in get_args(Ablation):
         raise ValueError(f"`ablation` must be in {get_args(Ablation)}; got {ablation}.")
     hook_names = encoder.hook_names
     splicer = make_splicer(model, hook_names, _PROMPTS_PER_BLOCK, from_middle)
     prompts = take_prompts(
-        model,
-        tokens,
-        n_prompts,
-        batch_size_prompts,
-        exclude_tokens,
-        exclude_positions,
+        model, tokens, n_prompts, batch_size_prompts, exclude_tokens, exclude_positions
     )
     check_positions("keep_positions", keep_positions, prompts.ids)
     if not prompts.counted[:, :-1].any():
         raise ValueError(
-            "The evaluation needs at least one predicted token; got none. Prompts need "
-            "two tokens or more, not all of them excluded."
+            "The evaluation needs at least one predicted token: prompts of two tokens "
+            "or more, not all of them excluded."
         )
     prompts = prompts.to(model.device)
     batches = prompts.split(batch_size_prompts)
-    runs = EvaluationRuns(
-        encoder, splicer, _find_hooks(hook_names, together), use_error_term
-    )
+    chosen = _find_hooks(hook_names, together)
+    runs = EvaluationRuns(encoder, splicer, chosen, use_error_term)
     if ablation == "mean":
         ids = [batch.ids for batch in batches]
         runs.means = mean_vectors(splicer, len(hook_names), ids)
@@ -135,23 +128,15 @@ def reconstruction_metrics(
     The arguments are those of `evaluate`. Prompts of one token and SAEs of one
     attention head are measured, too.
     """
-    model = as_model(model)
-    encoder = LayerEncoder(sae)
+    model, encoder = as_model(model), LayerEncoder(sae)
     _check_model(encoder, model)
-    model.own_hook_names(encoder.hook_names)
     heads = [one.cfg.metadata.hook_head_index for one in encoder.saes]
     prompts = take_prompts(
-        model,
-        tokens,
-        n_prompts,
-        batch_size_prompts,
-        exclude_tokens,
-        exclude_positions,
+        model, tokens, n_prompts, batch_size_prompts, exclude_tokens, exclude_positions
     )
     sums = ReconstructionSums(encoder)
-    for batch in tqdm(
-        prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
-    ):
+    batches = prompts.split(batch_size_prompts)
+    for batch in tqdm(batches, desc="Evaluating", unit="batch"):
         for hook, x in enumerate(model.vectors(batch.ids, encoder.hook_names, heads)):
             sums.reconstruct(hook, x, batch.counted)
     return sums.compute()

@@ -150,18 +150,15 @@ class LayerMetrics:
     ) -> "LayerMetrics":
         """The metrics of each layer from its sums over the same tokens.
 
+        ValueError if a vector or reconstruction is not finite, or the vectors of a
+        layer do not vary, so that FVU is not defined.
+
         Args:
             shared_sae: Whether one SAE is used at all layers.
-
-        Raises:
-            ValueError: If a vector or reconstruction is not finite, or the vectors of a
-                layer do not vary, so that FVU is not defined.
         """
         _check_defined(hook_names, layers)
-        counts = [
-            layer.fire_counts for layer in layers if layer.fire_counts is not None
-        ]
-        silent = [count == 0 for count in counts]
+        counts = (layer.fire_counts for layer in layers)
+        silent = [count == 0 for count in counts if count is not None]
         dead = [torch.stack(silent).all(0)] * len(silent) if shared_sae else silent
         names = ("fvu", "fvu_scalar", "mse", "l0", "l1")
         return cls(
@@ -198,7 +195,14 @@ class LayerMetrics:
 
     def to_log_dict(self) -> dict[str, float]:
         """Flat keys for loggers: `layer_3/fvu` and so on."""
-        return log_dict(self.to_dataframe())
+        labels = layer_labels(self.hook_names)
+        return {
+            f"{label}/{column}": float(value)
+            for label, (_, row) in zip(
+                labels, self.to_dataframe().iterrows(), strict=True
+            )
+            for column, value in row.items()
+        }
 
 
 @dataclass
@@ -255,13 +259,3 @@ def _check_defined(hook_names: Sequence[str], layers: Sequence[LayerSums]) -> No
         else:
             continue
         raise ValueError(f"Vectors and reconstructions {problem}; see {name!r}.")
-
-
-def log_dict(table: pd.DataFrame) -> dict[str, float]:
-    """A table with one row for each hook as flat keys, `layer_{l}/{column}`."""
-    labels = layer_labels([str(name) for name in table.index])
-    return {
-        f"{label}/{column}": float(value)
-        for label, (_, row) in zip(labels, table.iterrows(), strict=True)
-        for column, value in row.items()
-    }

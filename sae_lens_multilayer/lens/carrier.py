@@ -1,7 +1,7 @@
 """The base class of SAEs that can work in the space of a lens and store it."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +88,10 @@ class LensCarrier(SAE[Any]):
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
         return self.run_time_activation_norm_fn_in(self.into_lens(x, hook)) - self.b_dec
 
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        if self.lens is not None:
-            self.lens.check_tensors(_lens_tensors(state_dict))
-
 
 def lens_of(sae: SAE[Any]) -> LayerLens | None:
     """The lens of an SAE of any class, or None."""
     return sae.lens if isinstance(sae, LensCarrier) else None
-
-
-def _lens_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(LENS_PREFIX): tensor
-        for name, tensor in state_dict.items()
-        if name.startswith(LENS_PREFIX)
-    }
 
 
 def saved_lens(folder: Path) -> LayerLens | None:
@@ -114,8 +100,11 @@ def saved_lens(folder: Path) -> LayerLens | None:
     if settings.get("tuned_lens") is None:
         return None
     with safe_open(folder / SAE_WEIGHTS_FILENAME, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(LENS_PREFIX)]  # noqa: SIM118
-        tensors = _lens_tensors({name: file.get_tensor(name) for name in names})
+        tensors = {
+            name.removeprefix(LENS_PREFIX): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118  (not iterable)
+            if name.startswith(LENS_PREFIX)
+        }
     return LayerLens.from_tensors(LensConfig(**settings["tuned_lens"]), tensors)
 
 

@@ -27,9 +27,6 @@ def translator_of(
         alignment: "reference" uses translator l for the output of block l, as the
             paper's code did; only for the published `-lens` checkpoints.
 
-    Raises:
-        ValueError: If the hook cannot have a lens, or is not in the model.
-
     Example:
         >>> translator_of("blocks.0.hook_resid_pre", 6)
         0
@@ -41,9 +38,8 @@ def translator_of(
     end = hooks.block_end(hook_name)
     if end is None or end[0] >= n_layers:
         raise ValueError(
-            f"{hook_name!r} cannot have a lens: a lens for {n_layers} blocks is for "
-            "the residual stream before or after one of them, such as "
-            "'blocks.0.hook_resid_post' or 'model.layers.0'."
+            f"{hook_name!r} cannot have a lens: it must be the residual stream before "
+            f"or after one of {n_layers} blocks, such as 'blocks.0.hook_resid_post'."
         )
     layer, is_output = end
     if not is_output or alignment == "reference":
@@ -73,8 +69,7 @@ class LensConfig:
     def __post_init__(self) -> None:
         if self.alignment not in get_args(Alignment):
             raise ValueError(
-                f"`alignment` must be one of {get_args(Alignment)}; got "
-                f"{self.alignment!r}."
+                f"`alignment` must be in {get_args(Alignment)}; got {self.alignment!r}."
             )
         for name in self.hook_names:
             translator_of(name, self.n_layers, self.alignment)
@@ -107,18 +102,16 @@ class LensConfig:
             raise ValueError(
                 f"The lens of {self.base_model_name!r} is for {self.n_layers} blocks "
                 f"of width {self.d_in}; {model_name!r} has {shape.n_layers} of width "
-                f"{shape.d_model}. Use the lens of this model or fit one with "
-                "`fit_tuned_lens`."
+                f"{shape.d_model}. Fit one with `fit_tuned_lens`."
             )
 
     def check_sae(self, d_in: int, hook_names: Sequence[str]) -> None:
         """Raise ValueError if an SAE has another width or other hooks."""
         if (self.d_in, self.hook_names) != (d_in, list(hook_names)):
             raise ValueError(
-                f"The lens must have the SAE's width, d_in = {d_in}, and its hooks in "
-                f"the same order, {list(hook_names)}; got {self.d_in} and "
-                f"{self.hook_names}. Build the lens for these hooks, or use "
-                "`lens.select`."
+                f"The lens must have the SAE's width, d_in = {d_in}, and hooks in the "
+                f"same order, {list(hook_names)}; got {self.d_in} and "
+                f"{self.hook_names}. Use `lens.select`."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -167,8 +167,8 @@ class _HuggingFaceModel(Model):
         norms = [norm for n in _FINAL_NORMS if (norm := getattr(decoder, n, None))]
         if not norms:
             raise ValueError(
-                f"The model's decoder must hold its final norm as one of {_FINAL_NORMS}"
-                f"; {type(decoder).__name__} does not. Load it as a HookedTransformer."
+                f"{type(decoder).__name__} must hold its final norm as one of "
+                f"{_FINAL_NORMS}. Load the model as a HookedTransformer."
             )
         return norms[0]
 
@@ -185,11 +185,7 @@ class _HuggingFaceModel(Model):
 
 
 def as_model(raw: Any) -> Model:
-    """Wrap a loaded model of any kind; a `Model` is returned as it is.
-
-    The kinds are HookedTransformer, TransformerBridge, and SAELens' HookedProxyLM
-    around a Hugging Face model. Anything else is a ValueError.
-    """
+    """Wrap a loaded model of any kind; a `Model` is returned as it is."""
     if isinstance(raw, Model):
         return raw
     if isinstance(raw, HookedProxyLM):

@@ -1,6 +1,5 @@
 """Models by name: their shape before they are loaded, and loading them."""
 
-import difflib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.hooks import unknown_name
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.model import ModelShape, missing_hook
 
@@ -156,12 +156,8 @@ def _short_unknown_model_error(model_name: str) -> Generator[None]:
     except ValueError as error:
         if "Valid official model names" not in str(error):
             raise
-        near = difflib.get_close_matches(model_name, OFFICIAL_MODEL_NAMES, 5, 0.3)
-        raise ValueError(
-            f"TransformerLens has no model {model_name!r}"
-            + f" (the nearest are {near})" * bool(near)
-            + "; for a Hugging Face folder, model_class_name must be TransformerBridge."
-        ) from error
+        problem = "For a folder, use a TransformerBridge; TransformerLens has no model"
+        raise unknown_name(problem, model_name, OFFICIAL_MODEL_NAMES) from error
 
 
 def check_modules(

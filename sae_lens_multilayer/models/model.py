@@ -1,6 +1,5 @@
 """A loaded language model of any kind, and its shape."""
 
-import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from tuned_lens.nn.unembed import Unembed
 from tuned_lens.utils import tensor_hash
 
-from sae_lens_multilayer.hooks import is_residual, stop_at_layer
+from sae_lens_multilayer.hooks import is_residual, stop_at_layer, unknown_name
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Computes the replacement of the activations at a hook, heads put end to end."""
@@ -70,10 +69,7 @@ class ModelShape:
             )
 
     def check_width(self, hook_names: Sequence[str], d_in: int) -> None:
-        """Raise ValueError if residual-stream hooks do not have the width `d_in`.
-
-        The width of other hooks is measured when the model runs (`check_widths`).
-        """
+        """Raise ValueError if hooks of the residual stream have another width."""
         residual = filter(is_residual, hook_names)
         check_widths(dict.fromkeys(residual, self.d_model), d_in)
 
@@ -183,10 +179,7 @@ class Model(ABC):
         """The residual stream before each block and after the last one; the logits."""
 
     def can_start_in_middle(self, hook_names: Sequence[str]) -> bool:
-        """Whether these hooks lie between the steps `embed`, `run_block` and `head`.
-
-        True only for kinds of model that implement these three methods.
-        """
+        """Whether these hooks lie between `embed`, `run_block`s and `head`, if any."""
         del hook_names
         return False
 
@@ -249,8 +242,7 @@ class Model(ABC):
         if low < 0 or (d_vocab is not None and high >= d_vocab):
             raise ValueError(
                 f"Token ids must be in [0, {d_vocab or 'd_vocab'}), the model's "
-                f"vocabulary; got ids from {low} to {high}. Use the model's own "
-                "tokenizer, without padding."
+                f"vocabulary; got ids from {low} to {high}."
             )
         self.shape.check_context_size(tokens.shape[1], self.name)
 
@@ -258,11 +250,7 @@ class Model(ABC):
     def check_hook_widths(
         self, hook_names: Sequence[str], d_in: int, **kwargs: Any
     ) -> None:
-        """Run the model on one token; raise ValueError for a width other than `d_in`.
-
-        Args:
-            kwargs: As in `vectors`.
-        """
+        """Run the model on one token; ValueError for a width other than `d_in`."""
         vectors = self.vectors(torch.zeros(1, 1).long(), hook_names, **kwargs)
         widths = (x.shape[-1] for x in vectors)
         check_widths(dict(zip(hook_names, widths, strict=True)), d_in)
@@ -272,8 +260,8 @@ class Model(ABC):
         attached = getattr(self.module, "acts_to_saes", None)
         if attached:
             raise ValueError(
-                "The model must have no SAEs attached, as its own run is measured; it "
-                f"has SAEs at {list(attached)}. Use `model.reset_saes()`."
+                "The model must have no SAEs attached; it has SAEs at "
+                f"{list(attached)}. Use `model.reset_saes()`."
             )
 
 
@@ -287,12 +275,7 @@ def _own_hook_name(known: set[str], name: str) -> str:
 
 def missing_hook(name: str, known: Iterable[str]) -> ValueError:
     """The error for a hook that the model does not have, with the nearest ones."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    if not near:
-        # The first of each kind of repeated part, such as "gpt_neox.layers.0".
-        near = [hook for hook in known if hook.endswith(".0")] or known[:5]
-    return ValueError(f"The model has no hook {name!r}. The nearest are {near}.")
+    return unknown_name("The model has no hook", name, known)
 
 
 def one_vector_per_position(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError, safe_open
@@ -98,14 +97,15 @@ def load(
     # SAELens' shapes; in `W_enc` the weights of one latent are contiguous.
     tensors = {"W_enc": encoder.T, "W_dec": decoder.T.contiguous(), "b_dec": bias}
     cfg = _make_config(settings, d_in, d_sae, origin, lens and lens.config)
-    dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
-    cfg.update({"dtype": dtype, "device": device, **(overrides or {})})
+    stored_dtype = str(tensors["W_enc"].dtype).removeprefix("torch.")
+    cfg.update({"dtype": stored_dtype, "device": device, **(overrides or {})})
     if cfg["architecture"] != ARCHITECTURE:
         tensors["W_enc"] = tensors["W_enc"].contiguous()
         tensors["b_enc"] = tensors["b_dec"].new_zeros(d_sae)
     if lens is not None:
         tensors.update(lens.to(device).state_dict(prefix=LENS_PREFIX))
-    return cfg, _finite(tensors, str_to_dtype(cfg["dtype"]), weights_path)
+    dtype = str_to_dtype(cfg["dtype"])
+    return cfg, {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def load_config(
@@ -317,16 +317,3 @@ def _make_config(
         "apply_b_dec_to_input": True,
         "metadata": metadata,
     }
-
-
-def _finite(
-    tensors: dict[str, Tensor], dtype: torch.dtype, path: Path
-) -> dict[str, Tensor]:
-    """The tensors in a dtype; raises ValueError if one has NaN or infinite values."""
-    for name, tensor in tensors.items():
-        # Unlike `isfinite` of all, this needs no memory; NaN propagates.
-        if not torch.stack(tensor.aminmax()).isfinite().all():
-            raise ValueError(
-                f"{path} must not hold NaN or infinite values; {name} does."
-            )
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}

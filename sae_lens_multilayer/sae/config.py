@@ -82,10 +82,7 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
 def check_whole_number(name: str, value: Any) -> None:
     """Raise ValueError unless a value is None or an int."""
     if value is not None and type(value) is not int:
-        raise ValueError(
-            f"`{name}` must be a whole number (int); got {value!r} of type "
-            f"{type(value).__name__}."
-        )
+        raise ValueError(f"`{name}` must be a whole number (int); got {value!r}.")
 
 
 def check_size(name: str, value: Any) -> None:

@@ -23,15 +23,12 @@ _UNIT_NORM_TOLERANCE = 1e-2
 
 
 def hook_names_of(sae: SAE[Any]) -> list[str]:
-    """The hooks an SAE was trained on, in the order of the layer axis.
-
-    An SAE that was not trained by this package has none, which is a ValueError.
-    """
+    """The hooks an SAE was trained on; ValueError if this package did not train it."""
     names = sae.cfg.metadata.hook_names
     if not names:
         raise ValueError(
             "The SAE must name its hooks in `cfg.metadata.hook_names`, as SAEs trained "
-            f"by this package do; it has hook_name={sae.cfg.metadata.hook_name!r} only."
+            "by this package do."
         )
     return list(names)
 
@@ -177,12 +174,11 @@ def _view_class(stock: type[SAE[Any]]) -> type[SAE[Any]]:
 def check_unit_norm(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
     """Raise ValueError if the norm of a decoder row differs from 1 by more than 0.01.
 
-    The decoders saved by the paper's code differ by far less: one optimiser step.
+    Those saved by the paper's code differ by far less: one optimiser step.
     """
     off = (W_dec.norm(dim=-1) - 1).abs().max().item()
     if not off <= _UNIT_NORM_TOLERANCE:
         raise ValueError(
-            "`fold_W_dec_norm` needs decoder rows of unit norm, since folding other "
-            "norms would change which latents are the k largest; one is off by "
-            f"{off:.3g}."
+            "`fold_W_dec_norm` needs decoder rows of unit norm, as folding others "
+            f"would change which latents are the largest; one is off by {off:.3g}."
         )
