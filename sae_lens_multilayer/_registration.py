@@ -42,8 +42,7 @@ _MARK = "_sae_lens_multilayer"
 def register() -> None:
     """Register the multi-layer SAE, the published checkpoints and the runner.
 
-    Calling it again has no effect. If this package is reloaded, its new classes replace
-    the old ones. An architecture of this name of another package is a ValueError.
+    Calling it again has no effect, except after a reload of this package.
     """
     # A training config looks up its inference class when it is created.
     _register_once(

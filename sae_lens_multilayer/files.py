@@ -120,10 +120,7 @@ def check_free(path: str | Path) -> None:
 
 
 def free_path(path: str | Path) -> Path:
-    """`path`, or a new logged path beside it if something is at `path` by now.
-
-    For the end of a long computation whose `path` was free at its start.
-    """
+    """`path`, or a new logged path beside it if something is at `path` by now."""
     path = Path(path)
     try:
         check_free(path)
@@ -151,10 +148,9 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def files_hash(path: str | Path | None) -> str | None:
-    """Hash (XXH3, 128 bits) of a sample of a local file, or of all files of a folder.
+    """Hash of names, sizes, and first and last 64 KiB of a file or a folder's files.
 
-    Names, sizes, and the first and last 64 KiB of each file are hashed. None if
-    nothing is at `path`, such as for a dataset of the hub.
+    None if nothing is at `path`, such as for a dataset of the hub.
     """
     root = Path(path) if path else None
     if root is None or not root.exists():

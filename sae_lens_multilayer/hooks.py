@@ -16,9 +16,7 @@ _BLOCK_OUTPUT = re.compile(
     r"blocks\.(\d+)\.hook_(?:resid_post|out)"
     r"|(?:model(?:\.language_model|\.decoder)?|gpt_neox|transformer)\.(?:layers|h)\.(\d+)"
 )
-_OTHER_RESIDUAL_HOOK = re.compile(
-    r"blocks\.\d+\.hook_resid_mid|hook_embed|embed\.hook_out"
-)
+_OTHER_RESIDUAL = re.compile(r"blocks\.\d+\.hook_resid_mid|hook_embed|embed\.hook_out")
 _EMBEDDING_HOOKS = ("hook_embed", "hook_pos_embed", "embed.hook_out")
 
 
@@ -59,10 +57,7 @@ def check_hook_choice(
 ) -> None:
     """Raise ValueError for a choice of hooks that is wrong for every model."""
     if hook_names is not None and layers is not None:
-        raise ValueError(
-            "Give either `hook_names` or `layers`, not both; got "
-            f"hook_names={list(hook_names)} and layers={list(layers)}."
-        )
+        raise ValueError("Give either `hook_names` or `layers`, not both.")
     chosen = layers if hook_names is None else hook_names
     if chosen is None:
         return
@@ -95,8 +90,6 @@ def layer_labels(hook_names: Sequence[str]) -> list[str]:
     Example:
         >>> layer_labels(["blocks.0.hook_resid_post", "blocks.3.hook_resid_post"])
         ['layer_0', 'layer_3']
-        >>> layer_labels(["hook_embed", "blocks.0.hook_resid_post"])
-        ['hook_embed', 'blocks.0.hook_resid_post']
     """
     layers = [extract_layer_from_tlens_hook_name(name) for name in hook_names]
     if None in layers or len(set(layers)) != len(layers):
@@ -125,16 +118,11 @@ def find_hook(hook_names: Sequence[str], layer_or_hook_name: int | str) -> int:
 def block_end(hook_name: str) -> tuple[int, bool] | None:
     """The block whose input or output a hook is, and whether it is the output.
 
-    None for hooks that are not at the residual stream between blocks. The module of a
-    block of a Hugging Face model is its output.
+    None for other hooks. A block's module in a Hugging Face model is its output.
 
     Example:
-        >>> block_end("blocks.2.hook_resid_pre")
-        (2, False)
-        >>> block_end("model.layers.2")
-        (2, True)
-        >>> block_end("blocks.2.hook_resid_mid") is None
-        True
+        >>> block_end("blocks.2.hook_resid_pre"), block_end("model.layers.2")
+        ((2, False), (2, True))
     """
     for pattern, is_output in ((_BLOCK_INPUT, False), (_BLOCK_OUTPUT, True)):
         match = pattern.fullmatch(hook_name)
@@ -144,14 +132,7 @@ def block_end(hook_name: str) -> tuple[int, bool] | None:
 
 
 def stop_at_layer(hook_names: Sequence[str]) -> int | None:
-    """First block that need not run for these hooks; None if the whole model must.
-
-    Example:
-        >>> stop_at_layer(["blocks.2.hook_resid_post", "blocks.0.hook_resid_post"])
-        3
-        >>> stop_at_layer(["hook_embed", "blocks.1.hook_resid_pre"])
-        2
-    """
+    """First block that need not run for these hooks; None if the whole model must."""
     stops: list[int] = []
     for name in hook_names:
         layer = extract_layer_from_tlens_hook_name(name)
@@ -162,5 +143,5 @@ def stop_at_layer(hook_names: Sequence[str]) -> int | None:
 
 
 def is_residual(hook_name: str) -> bool:
-    """Whether the name of a hook is one at the residual stream."""
-    return bool(block_end(hook_name) or _OTHER_RESIDUAL_HOOK.fullmatch(hook_name))
+    """Whether a hook is at the residual stream."""
+    return bool(block_end(hook_name) or _OTHER_RESIDUAL.fullmatch(hook_name))

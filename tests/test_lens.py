@@ -28,7 +28,7 @@ from tuned_lens import TunedLens
 from tuned_lens.nn.unembed import Unembed
 
 from sae_lens_multilayer.lens import fit as lens_fit
-from sae_lens_multilayer.lens.config import LensConfig, translator_of
+from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.kinds import as_model
@@ -115,12 +115,13 @@ def random_lens(d_in: int, scale: float, hook_names=POST, dtype=float64) -> Laye
     ],
 )
 def test_a_hook_uses_the_translator_of_the_block_that_reads_it(name, expected):
-    assert translator_of(name, BLOCKS) == expected
+    assert LensConfig([name], BLOCKS, D_IN).translator(name) == expected
 
 
 def test_reference_alignment_uses_a_blocks_own_translator_for_its_output():
-    assert [translator_of(n, BLOCKS, "reference") for n in POST] == [0, 1, 2, 3, 4]
-    assert [translator_of(n, BLOCKS, "reference") for n in PRE] == [0, 1, 2, 3, 4]
+    config = LensConfig(POST, BLOCKS, D_IN, "reference")
+    assert [config.translator(n) for n in POST] == [0, 1, 2, 3, 4]
+    assert [config.translator(n) for n in PRE] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_reference_alignment_uses_a_blocks_own_translator_for_its_output():
 )
 def test_other_hooks_cannot_have_a_lens(name, message):
     with pytest.raises(ValueError, match=message) as error:
-        translator_of(name, BLOCKS)
+        LensConfig([name], BLOCKS, D_IN).translator(name)
     assert repr(name) in str(error.value)
 
 
@@ -346,12 +347,6 @@ def test_a_part_shares_memory_until_it_is_converted_or_loaded_into():
     for part in (converted, loaded):
         back = part.invert(part.transform(x, 0), 0)
         torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
-
-
-def test_repr_describes_the_lens(tuned_lens):
-    text = repr(layer_lens(tuned_lens))
-    assert "alignment='tuned_lens'" in text
-    assert repr(FOLDER) in text
 
 
 # Travelling in a checkpoint

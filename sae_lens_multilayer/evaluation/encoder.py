@@ -33,9 +33,6 @@ class NonzeroActs:
 class LayerEncoder:
     """One SAE for all hooks, or one SAE for each, behind one interface.
 
-    A multi-layer SAE of this package keeps only its k largest latents and applies the
-    lens of each layer; stock SAEs encode densely.
-
     Attributes:
         hook_names: The hooks, in the order of the layer axis.
         saes: The SAE of each hook; an SAE of several hooks is repeated.
@@ -114,7 +111,7 @@ class ReconstructionSums:
     """Reconstructs vectors batch by batch and adds up the metrics of each layer."""
 
     def __init__(self, encoder: LayerEncoder) -> None:
-        """Start with no token."""
+        """Start with no tokens."""
         self.encoder = encoder
         self._by_layer: dict[int, LayerSums] = {}
 
@@ -124,13 +121,7 @@ class ReconstructionSums:
         x: Float[Tensor, "*batch d_in"],
         counted: Bool[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruct vectors of a hook, in raw space and their own dtype.
-
-        Args:
-            layer: Index on the layer axis.
-            counted: Vectors that are added to the metrics, of the same tokens at every
-                hook; None: none.
-        """
+        """Reconstruct vectors of a hook; those `counted` are added to the metrics."""
         sae = self.encoder.saes[layer]
         check_widths({self.encoder.hook_names[layer]: x.shape[-1]}, sae.cfg.d_in)
         if counted is None:

@@ -46,10 +46,6 @@ def evaluate(
 ) -> SpliceMetrics:
     """Splice reconstructions into each layer in turn and compare with the clean run.
 
-    If the model can start in the middle, the run of a layer starts after it, and the
-    runs of all layers share the blocks above as one larger batch. Otherwise each run is
-    a whole pass with a hook. The result does not depend on the batch size.
-
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package, or one or
             a list of SAEs of one hook each. At a hook with heads they take the heads

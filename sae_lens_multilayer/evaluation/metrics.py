@@ -48,10 +48,7 @@ class LayerSums:
         values: Float[Tensor, " act"],
         d_sae: int,
     ) -> "LayerSums":
-        """Sums over the tokens of one layer, in float64 on the CPU.
-
-        `latents` and `values` are those of all nonzero activations.
-        """
+        """Sums over the tokens of one layer, in float64 on the CPU."""
         x, x_hat = _double(x), _double(x_hat)
         moments = LayerMoments.of(x)
         fire_counts = latents.bincount(minlength=d_sae).cpu()

@@ -42,8 +42,7 @@ class ResidualSplicer:
     """Runs the blocks once in order; each edited run starts at its first hook.
 
     All runs share a block as one larger batch. For L hooked layers that is about L/2
-    passes through the model in addition to the clean one, instead of L. The model must
-    be one that `can_start_in_middle` at these hooks.
+    passes through the model in addition to the clean one, instead of L.
     """
 
     def __init__(

@@ -30,9 +30,8 @@ class LensCarrier(SAE[Any]):
     """
 
     lens: LayerLens | None
-    """The lens, or None. Setting it also replaces `cfg`, so that other SAEs made from
-    the same config stay as they are. The SAE's lens has the SAE's dtype and device, and
-    shares the memory of the one given where these are the same."""
+    """The lens, or None, in the SAE's dtype and on its device. Setting it also replaces
+    `cfg`, which other SAEs may use, and copies only tensors that must be converted."""
 
     def __init__(self, cfg: SAEConfig, use_error_term: bool = False) -> None:
         """Create the lens that `cfg` describes, to load tensors into."""
@@ -67,17 +66,13 @@ class LensCarrier(SAE[Any]):
     def into_lens(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Map raw vectors into the space that is reconstructed.
-
-        Args:
-            hook: As in `LayerLens.transform`; ignored without a lens.
-        """
+        """Map raw vectors into the space that is reconstructed; see `LayerLens`."""
         return x if self.lens is None else self.lens.transform(x, hook)
 
     def out_of_lens(
         self, z: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Map reconstructions back to raw space; see `into_lens`."""
+        """Map reconstructions back to raw space."""
         return z if self.lens is None else self.lens.invert(z, hook)
 
     @override

@@ -76,7 +76,7 @@ class LayerLens(nn.Module):
             source: A lens, a folder that tuned-lens saved, or a name in tuned-lens'
                 hub space, such as "EleutherAI/pythia-70m-deduped".
             hook_names: The hooks, in the order of the layer axis.
-            alignment: See `translator_of`.
+            alignment: See `LensConfig`.
             model: The model to check the lens against; see `check_model`.
             load_kwargs: For `tuned_lens.load_artifacts.load_lens_artifacts`, such as
                 `revision` and `cache_dir`.

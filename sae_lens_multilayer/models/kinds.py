@@ -118,10 +118,7 @@ class _HookedTransformer(_TransformerLensModel):
     @override
     def run_block(self, stream: Tensor, block: int, mask: Tensor | None) -> Tensor:
         return self.module(
-            stream,
-            start_at_layer=block,
-            stop_at_layer=block + 1,
-            attention_mask=mask,
+            stream, start_at_layer=block, stop_at_layer=block + 1, attention_mask=mask
         )
 
     @override

@@ -48,9 +48,6 @@ def load_by_name(
 
     Args:
         hook_names: The hooks to install on a Hugging Face model; None: all modules.
-
-    Raises:
-        ValueError: If the model or its class is unknown, or the model lacks a hook.
     """
     kwargs = kwargs or {}
     if model_class_name == "TransformerBridge":
@@ -105,12 +102,7 @@ def shape_by_name(
 ) -> ModelShape | None:
     """Read the shape of a model from its configuration, before it is loaded.
 
-    Args:
-        kwargs: The arguments that the model will be loaded with; some change its shape.
-
-    Returns:
-        The shape, or None if the configuration cannot be read (no network, or a class
-        without a small configuration); the loaded model then gives it.
+    None if it cannot be read: no network, or a class without a small configuration.
     """
     kwargs = kwargs or {}
     hub_kwargs = _only(kwargs, *_HUB_KWARGS)

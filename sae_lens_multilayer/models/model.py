@@ -114,8 +114,7 @@ class Model(ABC):
         """The names under which the model itself lists these hooks.
 
         SAETransformerBridge lists `blocks.{layer}.hook_out` but silently ignores its
-        alias `blocks.{layer}.hook_resid_post`, and so on. A hook that the model lacks
-        is a ValueError.
+        alias `blocks.{layer}.hook_resid_post`, and so on.
         """
         if not set(hook_names) <= set(self._own_names):
             known = set(self.module.hook_dict)
@@ -132,9 +131,7 @@ class Model(ABC):
         """The vectors of each hook, from one run that stops after the last hook.
 
         Args:
-            head_indices: The attention head to read at each hook; None: all heads, put
-                end to end.
-            model_kwargs: Further arguments of the model's forward pass.
+            head_indices: The attention head to read at each hook; None: all heads.
         """
         own_names = self.own_hook_names(hook_names)
         _, cache = self._run(
@@ -186,10 +183,7 @@ class Model(ABC):
     def embed(
         self, tokens: Int[Tensor, "prompt pos"]
     ) -> tuple[Float[Tensor, "prompt pos d_model"], Int[Tensor, "prompt pos"] | None]:
-        """The residual stream before the first block, and the mask for `run_block`.
-
-        The mask marks padding on the left, which the blocks cannot see otherwise.
-        """
+        """The residual stream before the first block, and the mask of padding."""
         raise NotImplementedError
 
     def run_block(
@@ -226,17 +220,11 @@ class Model(ABC):
         """tuned-lens' `Unembed` of this model, which shares its unembedding."""
 
     def unembedding_hash(self) -> str:
-        """tuned-lens' hash of the unembedding, which a lens stores of its model.
-
-        It prints the corners of the matrix to one decimal, so two models may share it.
-        """
+        """tuned-lens' hash of the unembedding, which two models may share."""
         return tensor_hash(self.token_unembeddings.float().cpu().numpy())
 
     def check_tokens(self, tokens: Int[Tensor, "prompt pos"]) -> None:
-        """Raise ValueError if prompts have unknown token ids or are too long.
-
-        A negative id, such as padding of -1, would read the end of the embedding.
-        """
+        """Raise ValueError if prompts have unknown token ids or are too long."""
         d_vocab = self.shape.d_vocab
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (d_vocab is not None and high >= d_vocab):

@@ -13,10 +13,7 @@ ARCHITECTURE = "multilayer"
 
 @dataclass
 class MultiLayerSAEConfig(SAEConfig):
-    """Configuration of a multi-layer SAE for inference.
-
-    The hooks that it was trained on are `metadata.hook_names`, in the order of the
-    layer axis.
+    """Configuration of a multi-layer SAE for inference; its hooks are in `metadata`.
 
     Args:
         k: Number of latents kept for each activation vector.
@@ -85,8 +82,7 @@ def check_whole_number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a whole number (int); got {value!r}.")
 
 
-def check_size(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is a positive int."""
+def _check_size(name: str, value: Any) -> None:
     check_whole_number(name, value)
     if value is None or value <= 0:
         raise ValueError(f"`{name}` must be positive; got {value}.")
@@ -94,14 +90,14 @@ def check_size(name: str, value: Any) -> None:
 
 def check_sizes(cfg: SAEConfig) -> None:
     """Raise ValueError unless `d_in` and `d_sae` are positive ints."""
-    check_size("d_in", cfg.d_in)
-    check_size("d_sae", cfg.d_sae)
+    for name in ("d_in", "d_sae"):
+        _check_size(name, getattr(cfg, name))
 
 
 def _check_config(cfg: SAEConfig, **latents: int) -> None:
     check_sizes(cfg)
     for name, value in latents.items():
-        check_size(name, value)
+        _check_size(name, value)
         if value > cfg.d_sae:
             raise ValueError(
                 f"`{name}` must be at most d_sae = {cfg.d_sae}; got {value}."

@@ -71,15 +71,12 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
 
     @override
     def decode(
-        self,
-        feature_acts: Float[Tensor, "*batch d_sae"],
-        hook: int | str | None = None,
+        self, feature_acts: Float[Tensor, "*batch d_sae"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
         """Reconstruct the vectors that were last encoded, in raw space.
 
         As in SAELens, this uses and deletes the mean and standard deviation stored by
-        the last `encode`; `decode_topk` reads them from its argument instead. `hook` is
-        the one given to `encode`.
+        the last `encode`, which had the same `hook`.
         """
         recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         return self.out_of_lens(self.run_time_activation_norm_fn_out(recons), hook)
@@ -88,10 +85,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     def encode_topk(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> sparse.TopKActs:
-        """The k largest latents of each vector, without a tensor of d_sae columns.
-
-        The arguments are those of `encode`. Values are after ReLU.
-        """
+        """The k largest latents of each vector, after ReLU; see `encode`."""
         return sparse.encode_topk(
             self.into_lens(x.to(self.dtype), hook),
             self.W_enc,
@@ -163,9 +157,8 @@ class MultiLayerTrainingSAE(
 ):
     """The multi-layer SAE in training.
 
-    The trainer of this package calls `accumulate_gradients`, which uses the k active
-    latents only. `training_forward_pass` is the dense version of the same loss for
-    SAELens' own trainers.
+    Our trainer calls `accumulate_gradients`, which uses the k active latents only;
+    SAELens' own call `training_forward_pass`, the dense version of the same loss.
     """
 
     @override
@@ -251,6 +244,4 @@ class MultiLayerTrainingSAE(
 
     @override
     def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise NotImplementedError(
-            "The auxiliary loss is part of `training_forward_pass`; call that."
-        )
+        raise NotImplementedError("It is part of `training_forward_pass`.")

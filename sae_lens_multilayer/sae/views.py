@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +18,7 @@ from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.sae.config import MultiLayerSAEConfig
 from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
 
-_UNIT_NORM_TOLERANCE = 1e-2
+_UNIT_NORM_TOLERANCE = 1e-2  # the paper's decoders differ less: one optimiser step
 
 
 def hook_names_of(sae: SAE[Any]) -> list[str]:
@@ -40,8 +39,7 @@ def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
     Only writing to its tensors in place, as an optimiser does, changes `sae` and the
     other views: train a `copy.deepcopy`.
 
-    A stock SAE in training folds norms and thresholds into its weights when it is saved
-    for inference; its views hold copies of the weights folded in this way.
+    Views of a stock SAE in training hold copies of its weights, folded for inference.
 
     Args:
         sae: A `MultiLayerSAE`, or any SAELens SAE trained on a multi-layer stream.
@@ -52,27 +50,19 @@ def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
         SAELens without this package. With a lens, which no stock class applies, a
         `MultiLayerSAE` of one hook, which needs this package to load.
     """
-    names = hook_names_of(sae)
-    return _views_of(sae, [names[find_hook(names, layer_or_hook_name)]])[0]
+    index = find_hook(hook_names_of(sae), layer_or_hook_name)
+    return views(sae)[index]
 
 
 def views(sae: SAE[Any]) -> list[SAE[Any]]:
     """The views of all hooks, in the order of the layer axis."""
-    return _views_of(sae, hook_names_of(sae))
-
-
-def _views_of(sae: SAE[Any], hook_names: Sequence[str]) -> list[SAE[Any]]:
     cfg, tensors = _view_form(sae)
     lens = lens_of(sae)
-    return [_HookView.build(cfg, tensors, name, lens) for name in hook_names]
+    return [_HookView.build(cfg, tensors, n, lens) for n in hook_names_of(sae)]
 
 
 def _view_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """The inference config and tensors of an SAE equivalent to `sae`.
-
-    For a multi-layer SAE they are those of the stock TopK SAE with a zero encoder bias,
-    or with a lens, which no stock SAE applies, of a `MultiLayerSAE`.
-    """
+    """The inference config and tensors of an equivalent SAE, stock without a lens."""
     if isinstance(sae, LensCarrier):
         shared = {f.name: getattr(sae.cfg, f.name) for f in fields(SAEConfig)}
         if sae.lens is not None:
@@ -89,8 +79,6 @@ def _view_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
 
 
 def _with_own_memory(name: str) -> Any:
-    """The method of this name, on a view whose tensors were copied before."""
-
     def method(self: "_HookView", *args: Any, **kwargs: Any) -> Any:
         self.copy_tensors()
         return getattr(super(_HookView, self), name)(*args, **kwargs)
@@ -172,10 +160,7 @@ def _view_class(stock: type[SAE[Any]]) -> type[SAE[Any]]:
 
 
 def check_unit_norm(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Raise ValueError if the norm of a decoder row differs from 1 by more than 0.01.
-
-    Those saved by the paper's code differ by far less: one optimiser step.
-    """
+    """Raise ValueError if the norm of a decoder row is off 1 by more than 0.01."""
     off = (W_dec.norm(dim=-1) - 1).abs().max().item()
     if not off <= _UNIT_NORM_TOLERANCE:
         raise ValueError(
