@@ -45,9 +45,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
 def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
     """The config of a new run from plain values; missing ones have their defaults.
 
-    Args:
-        settings: Fields of `MultiLayerConfig`; `sae` and `logger` hold those of their
-            own configs, and `sae["architecture"]` is "multilayer" by default.
+    `sae` and `logger` hold the fields of their own configs.
     """
     sae = {"architecture": ARCHITECTURE, **mapping(settings, "sae")}
     logger = mapping(settings, "logger")
@@ -57,10 +55,7 @@ def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
     check_known(logger, [field.name for field in fields(LoggingConfig)])
     missing = [name for name in ("d_in", "d_sae") if name not in sae]
     if missing:
-        raise ValueError(
-            f"The SAE needs `d_in`, the width of the model, and `d_sae`; {missing} "
-            "must still be given."
-        )
+        raise ValueError(f"The SAE needs `d_in` and `d_sae`; {missing} must be given.")
     cfg = MultiLayerConfig.from_dict({**settings, "sae": sae, "logger": logger})
     if settings.get("checkpoint_path") is not None:
         # `from_dict` keeps it, as of a resumed run; a new run has its own folder in it.

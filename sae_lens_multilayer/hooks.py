@@ -29,11 +29,7 @@ def resolve_hook_names(
 ) -> list[str]:
     """Name the hooks that feed the SAE, in the order of the layer axis.
 
-    Args:
-        hook_name: A template with `{layer}`, or one hook name for a single hook.
-        hook_names: Explicit names; they replace `hook_name` and `layers`.
-        layers: Block numbers from 0; None for every block.
-        n_layers: Number of blocks of the model.
+    The settings are those of `MultiLayerConfig`; `check_hook_choice` checks them.
 
     Example:
         >>> resolve_hook_names("blocks.{layer}.hook_resid_post", None, [0, 3], 6)

@@ -1,8 +1,7 @@
 """The processes (ranks) of one training run: sums, messages and errors on all ranks.
 
-The only module that uses `torch.distributed`. torchrun starts the processes. Gradients
-and sums use NCCL on GPUs and gloo on CPUs, messages always gloo. Nothing is pickled. A
-run of one process does not communicate.
+torchrun starts the processes. Gradients and sums use NCCL on GPUs and gloo on CPUs,
+messages always gloo. A run of one process does not communicate.
 """
 
 import atexit
@@ -37,10 +36,7 @@ class AgreedError(RankError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process of a run; by default the only one.
-
-    Methods that communicate must be called by all ranks in the same order.
-    """
+    """One process of a run; all call methods that communicate in the same order."""
 
     index: int = 0
     count: int = 1

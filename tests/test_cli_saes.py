@@ -70,7 +70,7 @@ def test_every_architecture_has_its_own_options():
     [
         ("{d_im: 3}", r"no setting 'd_im'.*"),
         ("{sae: {d_in: 16, d_sae: 64, kk: 3}}", r"no setting 'kk'. The nearest.*'k'"),
-        ("{sae: {d_in: 16}}", r"needs .*\['d_sae'\] must still be given"),
+        ("{sae: {d_in: 16}}", r"needs .*\['d_sae'\] must be given"),
         ("{sae: {architecture: foo}}", "`architecture` must be one of .*got 'foo'"),
         ("{sae: 3}", "`sae` must hold names and values; got 3"),
         ("[1]", "run.yaml must hold names and values"),

@@ -93,7 +93,7 @@ def test_without_a_lens_the_hook_changes_nothing():
 @pytest.mark.parametrize("encode", ["encode", "encode_topk"])
 def test_vectors_of_unknown_hooks_are_an_error(shape, encode):
     sae = sae_with_lens()
-    message = r"\[\*batch, layer = 2, d_in\]; got shape .*give its index or name"
+    message = r"\[\*batch, layer = 2, d_in\]; got shape .*For one hook"
     with pytest.raises(ValueError, match=message):
         getattr(sae, encode)(torch.randn(shape))
     with pytest.raises(ValueError, match="2 hooks; 2 is not an index"):

@@ -48,8 +48,7 @@ def evaluate(
 
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package, or one or
-            a list of SAEs of one hook each. At a hook with heads they take the heads
-            concatenated. Their tuned lenses are applied; all metrics are in raw space.
+            a list of SAEs of one hook each. All metrics are in raw space.
         model: The model that the SAE was trained on, without SAEs attached.
         tokens: Prompts with their special tokens, `Prompts` with the positions that
             count, or a store to take them from.
@@ -57,18 +56,16 @@ def evaluate(
             `store_batch_size_prompts`.
         batch_size_prompts: Prompts of a clean forward pass.
         exclude_tokens: Token ids whose positions keep their own vectors and are left
-            out of all averages, as SAELens' `exclude_special_tokens`; None: those that
-            a store excludes.
+            out of all averages; None: those that a store excludes.
         exclude_positions: Positions in a prompt, treated likewise; negative ones count
-            from its end. The first one's vectors are often many times longer.
+            from its end.
         keep_tokens, keep_positions: As `exclude_...`, but left out of the metrics of
             reconstruction only.
         ablation: What the ablated runs replace a layer's vectors by: zeros (as SAELens)
             or their mean over these tokens.
         together: Hooks, by name or block number, that one more run replaces all at
             once; "all" for all of them.
-        use_error_term: Add the error of each reconstruction back, so that nothing is
-            changed; a check.
+        use_error_term: Add the error of each reconstruction back, as a check.
         from_middle: See `make_splicer`; None: where the model can.
 
     References:

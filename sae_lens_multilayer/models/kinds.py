@@ -23,11 +23,7 @@ _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 
 
 class ModelUnembed(Unembed):
-    """tuned-lens' `Unembed` for every kind of model.
-
-    tuned-lens' own supports HookedTransformer and seven Hugging Face families, and no
-    soft cap on the logits.
-    """
+    """tuned-lens' `Unembed` for every kind of model, and with a soft cap."""
 
     def __init__(
         self,
@@ -36,12 +32,7 @@ class ModelUnembed(Unembed):
         bias: Float[Tensor, " d_vocab"] | None,
         soft_cap: float | None,
     ) -> None:
-        """Copy the final norm and share the memory of the unembedding.
-
-        Args:
-            soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`; None, or 0 or
-                less: they stay as they are.
-        """
+        """Copy the final norm and share the memory of the unembedding."""
         nn.Module.__init__(self)
         self.final_norm = copy.deepcopy(final_norm)
         # The hooks of a HookedProxyLM would write to its hook points.
@@ -59,7 +50,6 @@ class ModelUnembed(Unembed):
     def forward(
         self, h: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits of residual-stream vectors, as the end of the model computes them."""
         logits = super().forward(h)
         if self.soft_cap is None:
             return logits

@@ -24,16 +24,12 @@ _ALIASES = (
 )
 
 PADDING: dict[str, Any] = {"prepend_bos": True}
-"""Argument of every forward pass of token ids, to which TransformerLens adds nothing.
-
-It decides what is padding if the tokenizer pads on the left: all leading pad tokens,
-but not the last one if the pad token is also the BOS.
-"""
+"""Argument of every forward pass of token ids, which decides what is padding."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model; None where its configuration does not state one."""
+    """The sizes of a model; None where its configuration lacks one."""
 
     n_layers: int
     d_model: int
@@ -128,11 +124,7 @@ class Model(ABC):
         head_indices: Sequence[int | None] | None = None,
         **model_kwargs: Any,
     ) -> list[Float[Tensor, "prompt pos d_vector"]]:
-        """The vectors of each hook, from one run that stops after the last hook.
-
-        Args:
-            head_indices: The attention head to read at each hook; None: all heads.
-        """
+        """The vectors of each hook, from one run that stops after the last hook."""
         own_names = self.own_hook_names(hook_names)
         _, cache = self._run(
             tokens, own_names, stop_at_layer=stop_at_layer(own_names), **model_kwargs
@@ -272,8 +264,7 @@ def one_vector_per_position(
     """Choose one head of a hook that has heads, or put the heads end to end."""
     if head_index is not None and acts.ndim != 4:
         raise ValueError(
-            "`hook_head_index` must be None at a hook without heads; got "
-            f"{head_index} for activations of shape {tuple(acts.shape)}."
+            f"`hook_head_index` must be None at a hook without heads; got {head_index}."
         )
     return acts.flatten(2) if head_index is None else acts[:, :, head_index]
 

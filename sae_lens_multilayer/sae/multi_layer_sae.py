@@ -36,8 +36,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     def initialize_weights(self) -> None:
         """Draw decoder rows of unit norm; the encoder starts as their transpose.
 
-        `W_enc` has SAELens' shape [d_in, d_sae], but the weights of one latent are
-        contiguous, as the sparse step gathers them.
+        In `W_enc`, the weights of one latent are contiguous for the sparse step.
         """
         SAE.initialize_weights(self)
         with torch.no_grad():
@@ -176,8 +175,7 @@ class MultiLayerTrainingSAE(
         """Add the gradients of the loss of a training batch to `.grad`.
 
         Args:
-            x: Activation vectors in raw space. With a lens, losses and sums are in the
-                space of the lens, which has no gradient.
+            x: Vectors in raw space; losses and sums are in the space of the lens.
             dead_latents: Latents that the auxiliary loss trains.
             micro_batch_size: Tokens of one layer that are encoded at a time.
             ranks: Each holds an equal share of the tokens of the batch.
@@ -206,9 +204,7 @@ class MultiLayerTrainingSAE(
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The loss by its dense definition, differentiable by autograd.
 
-        Args:
-            step_input: `sae_in` is [token, layer, d_in] in raw space, or [token, d_in]
-                of one layer. With a lens, the loss is in the space of the lens.
+        `step_input.sae_in` is [token, layer, d_in] in raw space, or [token, d_in].
         """
         x = step_input.sae_in.to(self.dtype)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(x)

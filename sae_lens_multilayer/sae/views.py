@@ -35,9 +35,8 @@ def hook_names_of(sae: SAE[Any]) -> list[str]:
 def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
     """An ordinary SAE for one hook of an SAE that was trained on several.
 
-    Its tensors share the memory of `sae` until it is converted, folded or loaded into.
-    Only writing to its tensors in place, as an optimiser does, changes `sae` and the
-    other views: train a `copy.deepcopy`.
+    Its tensors share the memory of `sae` until it is converted, folded or loaded into:
+    train a `copy.deepcopy`.
 
     Views of a stock SAE in training hold copies of its weights, folded for inference.
 
@@ -133,11 +132,8 @@ class _HookView(CopyableLayerNorm):
 
     @override
     def fold_W_dec_norm(self) -> None:
-        """Scale the decoder rows to unit norm.
-
-        A TopK view with unit norms stays unchanged: SAEDashboard calls this for every
-        SAE, and the stock TopK raises an error.
-        """
+        """Scale the decoder rows to unit norm; those of a TopK view must have it."""
+        # SAEDashboard calls this for every SAE, and the stock TopK raises an error.
         is_topk = isinstance(self, (TopKSAE, LensCarrier))
         if is_topk and not getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
             check_unit_norm(self.W_dec)
