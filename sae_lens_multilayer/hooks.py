@@ -77,7 +77,7 @@ def unknown_name(problem: str, name: object, known: Iterable[str]) -> ValueError
     """The error for a name that does not exist, with the nearest of the known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.5) or known[:5]
-    return ValueError(f"{problem} {name!r}. The nearest are {near}.")
+    return ValueError(f"{problem} {name!r}. Known: {near}.")
 
 
 def layer_labels(hook_names: Sequence[str]) -> list[str]:

@@ -69,7 +69,7 @@ def test_every_architecture_has_its_own_options():
     ("content", "message"),
     [
         ("{d_im: 3}", r"no setting 'd_im'.*"),
-        ("{sae: {d_in: 16, d_sae: 64, kk: 3}}", r"no setting 'kk'. The nearest.*'k'"),
+        ("{sae: {d_in: 16, d_sae: 64, kk: 3}}", r"no setting 'kk'. Known: .*'k'"),
         ("{sae: {d_in: 16}}", r"needs .*\['d_sae'\] must be given"),
         ("{sae: {architecture: foo}}", "`architecture` must be one of .*got 'foo'"),
         ("{sae: 3}", "`sae` must hold names and values; got 3"),
@@ -459,7 +459,7 @@ def test_a_model_unknown_to_transformer_lens_is_a_one_line_error(
     dataset = offline[:2]
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, *dataset, "--model_name", "tiny"])
-    assert "TransformerLens has no model 'tiny'. The nearest" in str(stop.value)
+    assert "TransformerLens has no model 'tiny'. Known: " in str(stop.value)
     assert len(str(stop.value)) < 400
 
 

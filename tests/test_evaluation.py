@@ -4,6 +4,8 @@ Reference: brute force on the whole set of tokens, from the definitions of secti
 the design; and `sae_lens.evals.run_evals` on a view.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import D_MODEL, D_VOCAB, N_CTX, N_LAYERS, tiny_model, tiny_sae_config
@@ -251,7 +253,10 @@ class TestErrors:
             reconstruction_metrics(train(), other, tokens)
 
 
-def test_the_padding_side_does_not_matter_without_padding(model, tokens, monkeypatch):
+def test_the_padding_side_does_not_matter_without_padding(
+    tokenizer, tokens, monkeypatch
+):
+    model: Any = tiny_model(tokenizer, default_prepend_bos=True)
     sae = random_sae()
     tokens[:, 0] = model.tokenizer.pad_token_id  # also its BOS
     assert model.tokenizer.bos_token_id == model.tokenizer.pad_token_id

@@ -148,7 +148,7 @@ class TestPoints:
             ([], "needs one or more points"),
             ([{"k": 2}, {"k": 2}], r"differ; \['k2'\] are repeated"),
             ([{"kk": 2}], "no setting 'kk'"),
-            ([{"layer": [0]}], r"no setting 'layer'. The nearest are \['layers'"),
+            ([{"layer": [0]}], r"no setting 'layer'. Known: \['layers'"),
             ([{"output_path": "x"}], r"must not set \['output_path'\]"),
             ([{"k": 65}], "`k` must be at most d_sae = 64; got 65"),
             ([{"expansion_factor": 0.3}], "must give a whole number of latents"),

@@ -17,7 +17,7 @@ from tuned_lens.nn.unembed import Unembed
 from typing_extensions import override
 
 from sae_lens_multilayer.hooks import block_end
-from sae_lens_multilayer.models.model import PADDING, Model, ModelShape
+from sae_lens_multilayer.models.model import Model, ModelShape
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 
@@ -100,9 +100,7 @@ class _HookedTransformer(_TransformerLensModel):
 
     @override
     def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        stream, _, _, mask = self.module.input_to_embed(
-            tokens.to(self.device), **PADDING
-        )
+        stream, _, _, mask = self.module.input_to_embed(tokens.to(self.device))
         return stream, mask
 
     @override

@@ -23,9 +23,6 @@ _ALIASES = (
     (r"^hook_embed$", "embed.hook_out"),
 )
 
-PADDING: dict[str, Any] = {"prepend_bos": True}
-"""Argument of every forward pass of token ids, which decides what is padding."""
-
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -136,15 +133,17 @@ class Model(ABC):
         ]
 
     def _run(self, tokens: Tensor, own_names: list[str], **kwargs: Any) -> Any:
+        # Without `prepend_bos`, which would change what is masked as padding if the
+        # tokenizer pads on the left: as in every other pass, the model's default.
         return self.module.run_with_cache(
-            tokens.to(self.device), names_filter=own_names, **PADDING, **kwargs
+            tokens.to(self.device), names_filter=own_names, **kwargs
         )
 
     def logits(
         self, tokens: Int[Tensor, "prompt pos"]
     ) -> Float[Tensor, "prompt pos d_vocab"]:
         """The logits of a whole forward pass."""
-        return self.module(tokens.to(self.device), return_type="logits", **PADDING)
+        return self.module(tokens.to(self.device), return_type="logits")
 
     def logits_with_hooks(
         self, tokens: Int[Tensor, "prompt pos"], replacements: Mapping[str, Replace]
@@ -153,10 +152,7 @@ class Model(ABC):
         own_names = self.own_hook_names(list(replacements))
         hooks = zip(own_names, map(_as_hook, replacements.values()), strict=True)
         return self.module.run_with_hooks(
-            tokens.to(self.device),
-            return_type="logits",
-            fwd_hooks=list(hooks),
-            **PADDING,
+            tokens.to(self.device), return_type="logits", fwd_hooks=list(hooks)
         )
 
     @abstractmethod
