@@ -82,7 +82,8 @@ def check_whole_number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a whole number (int); got {value!r}.")
 
 
-def _check_size(name: str, value: Any) -> None:
+def check_size(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is a positive int."""
     check_whole_number(name, value)
     if value is None or value <= 0:
         raise ValueError(f"`{name}` must be positive; got {value}.")
@@ -91,13 +92,13 @@ def _check_size(name: str, value: Any) -> None:
 def check_sizes(cfg: SAEConfig) -> None:
     """Raise ValueError unless `d_in` and `d_sae` are positive ints."""
     for name in ("d_in", "d_sae"):
-        _check_size(name, getattr(cfg, name))
+        check_size(name, getattr(cfg, name))
 
 
 def _check_config(cfg: SAEConfig, **latents: int) -> None:
     check_sizes(cfg)
     for name, value in latents.items():
-        _check_size(name, value)
+        check_size(name, value)
         if value > cfg.d_sae:
             raise ValueError(
                 f"`{name}` must be at most d_sae = {cfg.d_sae}; got {value}."
