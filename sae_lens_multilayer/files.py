@@ -52,7 +52,7 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
         kept = _beside(path)
         os.replace(partial, kept)
         raise FileExistsError(
-            f"Something has appeared at {path}; what was to go there is saved at {kept}"
+            f"Something has appeared at {path}; the new folder is saved at {kept}"
         ) from error
     _flush(path.parent)
 

@@ -74,10 +74,7 @@ class LayerEncoder:
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "token layer d_in"]) -> NonzeroActs:
-        """Encode raw vectors of all hooks with the SAE that they share.
-
-        The row of an activation is `token * n_layers + layer`.
-        """
+        """Encode all hooks with their SAE; rows are `token * n_layers + layer`."""
         assert self.is_shared
         sae = self.saes[0]
         if _is_multi_layer(sae):

@@ -116,10 +116,7 @@ def _double(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 @dataclass
 class LayerMetrics:
-    """How well an SAE reconstructs each layer.
-
-    Each tensor has one entry for each hook, in the order of `hook_names`.
-    """
+    """How well an SAE reconstructs each of its hooks, in their order."""
 
     hook_names: list[str]
     n_tokens: int
@@ -147,11 +144,8 @@ class LayerMetrics:
     ) -> "LayerMetrics":
         """The metrics of each layer from its sums over the same tokens.
 
-        ValueError if a vector or reconstruction is not finite, or the vectors of a
-        layer do not vary, so that FVU is not defined.
-
-        Args:
-            shared_sae: Whether one SAE is used at all layers.
+        ValueError if a vector or reconstruction is not finite, or a layer's vectors do
+        not vary. `shared_sae` is whether one SAE is used at all layers.
         """
         _check_defined(hook_names, layers)
         counts = (layer.fire_counts for layer in layers)
@@ -206,8 +200,7 @@ class LayerMetrics:
 class SpliceMetrics(LayerMetrics, Result):
     """How well an SAE reconstructs each layer, and the model's loss with it, in nats.
 
-    Each hook is spliced by itself; tensors have one entry for each, in the order of
-    `hook_names`.
+    Each hook is spliced by itself.
     """
 
     ce_loss_clean: float

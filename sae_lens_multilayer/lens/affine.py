@@ -24,7 +24,7 @@ class AffineMap(nn.Module):
     bias: Tensor
 
     def __init__(self, hook_name: str, weight: Tensor, bias: Tensor) -> None:
-        """Wrap W and b; `hook_name` is for error messages."""
+        """`hook_name` is for error messages."""
         super().__init__()
         self._hook_name = hook_name
         self.register_buffer("weight", weight)
@@ -32,10 +32,7 @@ class AffineMap(nn.Module):
         self._factors: list[Tensor] = []
 
     def shared(self) -> "AffineMap":
-        """A second module with the same tensors and LU factors.
-
-        Loading into one of the two or converting it leaves the other as it is.
-        """
+        """A second module with the same tensors until one is loaded or converted."""
         other = AffineMap(self._hook_name, self.weight, self.bias)
         other._factors = self._factors
         return other

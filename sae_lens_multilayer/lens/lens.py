@@ -95,11 +95,7 @@ class LayerLens(nn.Module):
         hook_names: Sequence[str],
         alignment: Alignment = "tuned_lens",
     ) -> "LayerLens":
-        """Copy the tensors of a tuned lens that belong to these hooks.
-
-        Args:
-            tensors: `{i}.weight` [d_in, d_in] and `{i}.bias` [d_in], for each block i.
-        """
+        """Copy the tensors `{i}.weight` and `{i}.bias` that belong to these hooks."""
         config = LensConfig.from_tuned_lens(tuned_config, hook_names, alignment)
         zeros = tensors["0.weight"].new_zeros(config.d_in)
         biases = (f"{i}.bias" for i in range(config.n_layers))
@@ -138,8 +134,7 @@ class LayerLens(nn.Module):
     def hook(self, hook: int | str, inverse: bool = False) -> tuple[str, HookFunction]:
         """A hook name and function for `run_with_hooks`.
 
-        The two directions in sequence leave the model as it was. The hook names of a
-        SAETransformerBridge differ: see `Model.own_hook_names`.
+        The hook names of a SAETransformerBridge differ: see `Model.own_hook_names`.
         """
         i = self._index(hook)
         change = self.invert if inverse else self.transform
@@ -164,8 +159,7 @@ class LayerLens(nn.Module):
         """Check that the lens was made for this model.
 
         Another width or depth is a ValueError. Another hash of the unembedding is a
-        warning: usually the weights were folded or centred when the model was loaded,
-        which changes its residual stream.
+        warning: usually the weights were folded or centred on loading.
         """
         model = as_model(model)
         self.config.check_shape(model.shape, model.name)
