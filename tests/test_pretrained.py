@@ -317,7 +317,7 @@ def test_a_stored_lens_without_a_tensor_is_an_error(offline_hub):
         {**files, "model.safetensors": save(tensors)},
     )
 
-    with pytest.raises(ValueError, match=r"'2\.bias': 'None instead"):
+    with pytest.raises(KeyError, match=r"2\.bias"):
         SAE.from_pretrained(RELEASE, f"{SAE_ID}-lens-tfm")
 
 
@@ -526,7 +526,7 @@ def _changed(name: str, tensor: torch.Tensor) -> bytes:
         ("config.json", paper_config("mlsae", n_inputs=65), "contradict .*: 65"),
         ("config.json", paper_config("mlsae", expansion_factor=9), "contradict .*: 9"),
         ("config.json", paper_config("mlsae", layers=[7]), r"in \[0, 6\)"),
-        ("model.safetensors", b"", "must be a complete safetensors file; its 0 bytes"),
+        ("model.safetensors", b"", "must be a complete safetensors file"),
         (
             "model.safetensors",
             plain_files()["model.safetensors"][:-1],

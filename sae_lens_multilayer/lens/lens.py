@@ -97,9 +97,10 @@ class LayerLens(nn.Module):
     ) -> "LayerLens":
         """Copy the tensors `{i}.weight` and `{i}.bias` that belong to these hooks."""
         config = LensConfig.from_tuned_lens(tuned_config, hook_names, alignment)
-        zeros = tensors["0.weight"].new_zeros(config.d_in)
-        biases = (f"{i}.bias" for i in range(config.n_layers))
-        tensors = {**dict.fromkeys(biases, zeros), **tensors}
+        if not tuned_config.bias:
+            zeros = tensors["0.weight"].new_zeros(config.d_in)
+            biases = (f"{i}.bias" for i in range(config.n_layers))
+            tensors = {**tensors, **dict.fromkeys(biases, zeros)}
         chosen = {
             # Two hooks may have the same translator; safetensors refuses shared memory.
             f"{i}.{part}": tensors[f"{translator}.{part}"].detach().clone()
