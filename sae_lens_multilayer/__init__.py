@@ -2,10 +2,7 @@
 
 from sae_lens_multilayer._registration import register
 from sae_lens_multilayer.config import MultiLayerConfig
-from sae_lens_multilayer.evaluation.evaluation import (
-    evaluate,
-    reconstruction_metrics,
-)
+from sae_lens_multilayer.evaluation.evaluation import evaluate, reconstruction_metrics
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics, SpliceMetrics
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens

@@ -42,8 +42,7 @@ _MARK = "_sae_lens_multilayer"
 def register() -> None:
     """Register the multi-layer SAE, the published checkpoints and the runner.
 
-    Calling it again has no effect. If this package is reloaded, its new classes replace
-    the old ones. An architecture of this name of another package is a RuntimeError.
+    Calling it again has no effect, except after a reload of this package.
     """
     # A training config looks up its inference class when it is created.
     _register_once(
@@ -91,16 +90,9 @@ def _register_once(
     registry: dict[str, Any], register_class: Any, sae_class: Any, config_class: Any
 ) -> None:
     present = registry.get(ARCHITECTURE)
-    if present is None:
-        register_class(ARCHITECTURE, sae_class, config_class)
-    elif present[0].__module__ == sae_class.__module__:
-        registry[ARCHITECTURE] = (sae_class, config_class)
-    else:
-        raise RuntimeError(
-            f"sae_lens_multilayer cannot register the architecture {ARCHITECTURE!r}: "
-            f"{present[0].__module__}.{present[0].__qualname__} is registered under "
-            "this name. Import only one of the two packages."
-        )
+    if present is not None and present[0].__module__ == sae_class.__module__:
+        del registry[ARCHITECTURE]
+    register_class(ARCHITECTURE, sae_class, config_class)
 
 
 def _patch_runner() -> None:

@@ -1,6 +1,5 @@
 """Settings of runs from JSON and YAML files."""
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.hooks import unknown_name
 from sae_lens_multilayer.sae.config import ARCHITECTURE
 
 
@@ -29,15 +29,8 @@ _Loader.add_implicit_resolver(
 
 
 def read_settings_file(path: str | Path) -> dict[str, Any]:
-    """Read names and values from a JSON or YAML file, such as a `runner_cfg.json`.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not JSON or YAML, or holds something else.
-    """
+    """Read names and values from a JSON or YAML file, such as a `runner_cfg.json`."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} must be a JSON or YAML file; there is none.")
     try:
         text = path.read_text()
         is_json = path.suffix == ".json"
@@ -52,12 +45,7 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
 def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
     """The config of a new run from plain values; missing ones have their defaults.
 
-    Args:
-        settings: Fields of `MultiLayerConfig`; `sae` and `logger` hold those of their
-            own configs, and `sae["architecture"]` is "multilayer" by default.
-
-    Raises:
-        ValueError: If a field is unknown or invalid, or the SAE has no sizes.
+    `sae` and `logger` hold the fields of their own configs.
     """
     sae = {"architecture": ARCHITECTURE, **mapping(settings, "sae")}
     logger = mapping(settings, "logger")
@@ -67,10 +55,7 @@ def config_from_settings(settings: dict[str, Any]) -> MultiLayerConfig[Any]:
     check_known(logger, [field.name for field in fields(LoggingConfig)])
     missing = [name for name in ("d_in", "d_sae") if name not in sae]
     if missing:
-        raise ValueError(
-            f"The SAE needs `d_in`, the width of the model, and `d_sae`; {missing} "
-            "must still be given."
-        )
+        raise ValueError(f"The SAE needs `d_in` and `d_sae`; {missing} must be given.")
     cfg = MultiLayerConfig.from_dict({**settings, "sae": sae, "logger": logger})
     if settings.get("checkpoint_path") is not None:
         # `from_dict` keeps it, as of a resumed run; a new run has its own folder in it.
@@ -83,8 +68,7 @@ def check_known(given: Sequence[str] | dict[str, Any], known: Sequence[str]) -> 
     """Raise ValueError if a name is unknown; lists the nearest ones."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known) or sorted(known)
-            raise ValueError(f"There is no setting {name!r}. Known: {near}.")
+            raise unknown_name("There is no setting", name, known)
 
 
 def sae_config_class(architecture: str) -> type[TrainingSAEConfig]:

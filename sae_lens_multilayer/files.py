@@ -30,11 +30,8 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
     """Yield a folder beside `path` that is renamed to `path` when the block ends.
 
     If the block raises, the folder is removed and `path` is unchanged. Everything is
-    flushed to the disk before the rename, so a crash cannot leave half a folder.
-
-    Raises:
-        FileExistsError: If something is at `path`, unless it is an empty folder. If it
-            appears during the block, the finished folder is kept; the message names it.
+    flushed to the disk before the rename, so a crash cannot leave half a folder. If
+    something appears at `path` during the block, the error names the finished folder.
     """
     check_free(path)
     # A folder cannot be renamed onto a link, or onto "."
@@ -55,7 +52,7 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
         kept = _beside(path)
         os.replace(partial, kept)
         raise FileExistsError(
-            f"Something has appeared at {path}; what was to go there is saved at {kept}"
+            f"Something has appeared at {path}; the new folder is saved at {kept}"
         ) from error
     _flush(path.parent)
 
@@ -92,11 +89,7 @@ def remove_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Generator[None, None, None]:
-    """Make and lock a folder until the block or this process ends.
-
-    Raises:
-        BlockingIOError: If another process has locked it.
-    """
+    """Make and lock a folder until the block or this process ends."""
     # Imported here because Windows has no fcntl; everything else works there.
     import fcntl
 
@@ -121,17 +114,13 @@ def check_free(path: str | Path) -> None:
         not path.is_dir() or any(path.iterdir()) or path.resolve().is_mount()
     ):
         raise FileExistsError(
-            f"{path} must be a new or an empty folder (and not the root of a file "
-            "system), so that nothing is overwritten. Choose another path or move what "
-            "is there."
+            f"{path} must be a new or an empty folder, and not the root of a file "
+            "system, so that nothing is overwritten."
         )
 
 
 def free_path(path: str | Path) -> Path:
-    """`path`, or a new logged path beside it if something is at `path` by now.
-
-    For the end of a long computation whose `path` was free at its start.
-    """
+    """`path`, or a new logged path beside it if something is at `path` by now."""
     path = Path(path)
     try:
         check_free(path)
@@ -142,11 +131,7 @@ def free_path(path: str | Path) -> Path:
 
 
 def check_writable(path: str | Path, what: str) -> None:
-    """Raise an error if no file or folder can be made at `path` later.
-
-    Args:
-        what: The name of the setting, for the message.
-    """
+    """Raise an error if no file or folder can be made at `path`, the setting `what`."""
     check_free(path)
     try:
         parent = Path(path).resolve().parent
@@ -163,10 +148,9 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def files_hash(path: str | Path | None) -> str | None:
-    """Hash (XXH3, 128 bits) of a sample of a local file, or of all files of a folder.
+    """Hash of names, sizes, and first and last 64 KiB of a file or a folder's files.
 
-    Names, sizes, and the first and last 64 KiB of each file are hashed. None if
-    nothing is at `path`, such as for a dataset of the hub.
+    None if nothing is at `path`, such as for a dataset of the hub.
     """
     root = Path(path) if path else None
     if root is None or not root.exists():
@@ -187,12 +171,9 @@ def files_hash(path: str | Path | None) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; a ValueError names a damaged file."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"expected an object, got {values!r:.80}")
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(_damaged(path, "JSON", error)) from error
-    return values  # pyright: ignore[reportUnknownVariableType]
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -204,10 +185,7 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 
 
 def _damaged(path: Path, kind: str, problem: object) -> str:
-    return (
-        f"{path} must be {kind}; {problem}. The file is damaged: use another one, such "
-        "as that of an earlier checkpoint."
-    )
+    return f"{path} must be {kind}; {problem}. The file is damaged: use another one."
 
 
 def _partial_of(path: Path) -> Path:

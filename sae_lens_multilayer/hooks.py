@@ -1,7 +1,8 @@
 """Hook names of layers, and layers of hook names."""
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sae_lens.util import extract_layer_from_tlens_hook_name
 
@@ -15,9 +16,7 @@ _BLOCK_OUTPUT = re.compile(
     r"blocks\.(\d+)\.hook_(?:resid_post|out)"
     r"|(?:model(?:\.language_model|\.decoder)?|gpt_neox|transformer)\.(?:layers|h)\.(\d+)"
 )
-_OTHER_RESIDUAL_HOOK = re.compile(
-    r"blocks\.\d+\.hook_resid_mid|hook_embed|embed\.hook_out"
-)
+_OTHER_RESIDUAL = re.compile(r"blocks\.\d+\.hook_resid_mid|hook_embed|embed\.hook_out")
 _EMBEDDING_HOOKS = ("hook_embed", "hook_pos_embed", "embed.hook_out")
 
 
@@ -30,21 +29,12 @@ def resolve_hook_names(
 ) -> list[str]:
     """Name the hooks that feed the SAE, in the order of the layer axis.
 
-    Args:
-        hook_name: A template with `{layer}`, or one hook name for a single hook.
-        hook_names: Explicit names; they replace `hook_name` and `layers`.
-        layers: Block numbers from 0; None for every block.
-        n_layers: Number of blocks of the model.
-        model_name: For messages.
-
-    Raises:
-        ValueError: As `check_hook_choice`, or if a layer is not in the model.
+    The settings are those of `MultiLayerConfig`; `check_hook_choice` checks them.
 
     Example:
         >>> resolve_hook_names("blocks.{layer}.hook_resid_post", None, [0, 3], 6)
         ['blocks.0.hook_resid_post', 'blocks.3.hook_resid_post']
     """
-    check_hook_choice(hook_name, hook_names, layers)
     if hook_names is not None:
         return list(hook_names)
     if "{layer}" not in hook_name and (layers is None or len(layers) == 1):
@@ -63,10 +53,7 @@ def check_hook_choice(
 ) -> None:
     """Raise ValueError for a choice of hooks that is wrong for every model."""
     if hook_names is not None and layers is not None:
-        raise ValueError(
-            "Give either `hook_names` or `layers`, not both; got "
-            f"hook_names={list(hook_names)} and layers={list(layers)}."
-        )
+        raise ValueError("Give either `hook_names` or `layers`, not both.")
     chosen = layers if hook_names is None else hook_names
     if chosen is None:
         return
@@ -86,14 +73,19 @@ def check_hook_choice(
         )
 
 
+def unknown_name(problem: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest of the known ones."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.5) or known[:5]
+    return ValueError(f"{problem} {name!r}. Known: {near}.")
+
+
 def layer_labels(hook_names: Sequence[str]) -> list[str]:
     """Name each hook for logs and tables: `layer_3`, or the hook where that is unclear.
 
     Example:
         >>> layer_labels(["blocks.0.hook_resid_post", "blocks.3.hook_resid_post"])
         ['layer_0', 'layer_3']
-        >>> layer_labels(["hook_embed", "blocks.0.hook_resid_post"])
-        ['hook_embed', 'blocks.0.hook_resid_post']
     """
     layers = [extract_layer_from_tlens_hook_name(name) for name in hook_names]
     if None in layers or len(set(layers)) != len(layers):
@@ -122,16 +114,11 @@ def find_hook(hook_names: Sequence[str], layer_or_hook_name: int | str) -> int:
 def block_end(hook_name: str) -> tuple[int, bool] | None:
     """The block whose input or output a hook is, and whether it is the output.
 
-    None for hooks that are not at the residual stream between blocks. The module of a
-    block of a Hugging Face model is its output.
+    None for other hooks. A block's module in a Hugging Face model is its output.
 
     Example:
-        >>> block_end("blocks.2.hook_resid_pre")
-        (2, False)
-        >>> block_end("model.layers.2")
-        (2, True)
-        >>> block_end("blocks.2.hook_resid_mid") is None
-        True
+        >>> block_end("blocks.2.hook_resid_pre"), block_end("model.layers.2")
+        ((2, False), (2, True))
     """
     for pattern, is_output in ((_BLOCK_INPUT, False), (_BLOCK_OUTPUT, True)):
         match = pattern.fullmatch(hook_name)
@@ -141,14 +128,7 @@ def block_end(hook_name: str) -> tuple[int, bool] | None:
 
 
 def stop_at_layer(hook_names: Sequence[str]) -> int | None:
-    """First block that need not run for these hooks; None if the whole model must.
-
-    Example:
-        >>> stop_at_layer(["blocks.2.hook_resid_post", "blocks.0.hook_resid_post"])
-        3
-        >>> stop_at_layer(["hook_embed", "blocks.1.hook_resid_pre"])
-        2
-    """
+    """First block that need not run for these hooks; None if the whole model must."""
     stops: list[int] = []
     for name in hook_names:
         layer = extract_layer_from_tlens_hook_name(name)
@@ -159,8 +139,5 @@ def stop_at_layer(hook_names: Sequence[str]) -> int | None:
 
 
 def is_residual(hook_name: str) -> bool:
-    """Whether the name of a hook is one at the residual stream."""
-    return (
-        block_end(hook_name) is not None
-        or _OTHER_RESIDUAL_HOOK.fullmatch(hook_name) is not None
-    )
+    """Whether a hook is at the residual stream."""
+    return bool(block_end(hook_name) or _OTHER_RESIDUAL.fullmatch(hook_name))

@@ -1,8 +1,7 @@
 """The processes (ranks) of one training run: sums, messages and errors on all ranks.
 
-The only module that uses `torch.distributed`. torchrun starts the processes. Gradients
-and sums use NCCL on GPUs and gloo on CPUs, messages always gloo. Nothing is pickled. A
-run of one process does not communicate.
+torchrun starts the processes. Gradients and sums use NCCL on GPUs and gloo on CPUs,
+messages always gloo. A run of one process does not communicate.
 """
 
 import atexit
@@ -37,10 +36,7 @@ class AgreedError(RankError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process of a run; by default the only one.
-
-    Methods that communicate must be called by all ranks in the same order.
-    """
+    """One process of a run; all call methods that communicate in the same order."""
 
     index: int = 0
     count: int = 1
@@ -180,8 +176,7 @@ class Ranks:
         except RuntimeError as error:
             raise RankError(
                 f"Rank {self.index} of {self.count} has lost the connection to the "
-                "others: one has ended or cannot be reached. The run ends; its newest "
-                f"complete checkpoint is unchanged ({error})."
+                f"others: one has ended or cannot be reached ({error})."
             ) from error
 
 
@@ -208,8 +203,7 @@ def check_one_process(what: str) -> None:
     count = os.environ.get("WORLD_SIZE", "1")
     if int(count) > 1:
         raise ValueError(
-            f"{what} must run in one process; torchrun has started {count}. Start it "
-            "without torchrun."
+            f"{what} must run in one process; torchrun has started {count}."
         )
 
 
@@ -220,8 +214,7 @@ def own_device(device: str) -> str:
         return device
     if named.index not in (None, 0):
         raise ValueError(
-            "With several processes, each uses the GPU with the index LOCAL_RANK: use "
-            f"'cuda' as device instead of {device!r}."
+            f"With several processes, the device must be 'cuda'; got {device!r}."
         )
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 

@@ -7,7 +7,7 @@ Checkpoints, caches, folders of analyses, points of a sweep and results each hol
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,21 +70,14 @@ class Record:
 
     @classmethod
     def read(cls, folder: str | Path, kind: str | None = None) -> "Record":
-        """Read the record of a folder; `kind` is the required kind, None: any.
-
-        Raises:
-            FileNotFoundError: If the folder has no record.
-            ValueError: If the record is damaged or of another kind.
-        """
+        """Read the record of a folder; ValueError if it is not of this kind."""
         path = Path(folder) / RECORD_FILENAME
         if not path.is_file():
             raise FileNotFoundError(
-                f"{folder} must be a folder written by this package, of kind "
-                f"{kind or 'any'!r}; it has no {RECORD_FILENAME}."
+                f"{folder} must be a folder of kind {kind or 'any'!r}; it has no "
+                f"{RECORD_FILENAME}."
             )
         values = read_json(path)
-        if set(values) != {f.name for f in fields(cls)}:
-            raise ValueError(f"{path} is damaged: it holds {sorted(values)}.")
         if kind not in (None, values["kind"]):
             raise ValueError(
                 f"{folder} must be of kind {kind!r}; its {RECORD_FILENAME} has "
@@ -93,13 +86,9 @@ class Record:
         return cls(**values)
 
     def differences(self, wanted: "Record", ignore: Sequence[str] = ()) -> list[str]:
-        """Settings and fingerprints whose values differ, a line for each.
+        """A line for each setting and fingerprint that differs from what is needed now.
 
         Entries that only one of the two records has are not compared.
-
-        Args:
-            wanted: Record of what is needed now.
-            ignore: Names that are not compared.
         """
         found = self.settings | self.fingerprints
         return [
@@ -118,8 +107,7 @@ class Record:
         ]
         if changed:
             logger.warning(
-                "%s was written with other package versions, so numbers may be rounded "
-                "differently: %s.",
+                "%s was written with other package versions: %s.",
                 folder,
                 ", ".join(changed),
             )
@@ -147,11 +135,7 @@ def hash_of_json(value: Any) -> str:
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """Cheap hash of a model's weights.
-
-    It is of names, shapes, dtypes and up to `SAMPLES_PER_PARAMETER` entries of all
-    parameters, so a change of a few single entries may be missed.
-    """
+    """Hash of up to `SAMPLES_PER_PARAMETER` entries of each of a model's parameters."""
     samples: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -162,10 +146,7 @@ def weights_hash(module: torch.nn.Module) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
-    """Hash of all that decides a tokenizer's tokens; None if there is no tokenizer.
-
-    Truncation and padding, which a call of the tokenizer changes, are left out.
-    """
+    """Hash of all that decides a tokenizer's tokens; None if there is no tokenizer."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -173,7 +154,7 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
         rules: Any = tokenizer.get_vocab()
     else:
         rules = json.loads(backend.to_str())
-        del rules["truncation"], rules["padding"]
+        del rules["truncation"], rules["padding"]  # changed by calls of the tokenizer
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
     return hash_of_json([rules, special])
 

@@ -69,8 +69,8 @@ def test_every_architecture_has_its_own_options():
     ("content", "message"),
     [
         ("{d_im: 3}", r"no setting 'd_im'.*"),
-        ("{sae: {d_in: 16, d_sae: 64, kk: 3}}", r"no setting 'kk'. Known: \['k'"),
-        ("{sae: {d_in: 16}}", r"needs .*\['d_sae'\] must still be given"),
+        ("{sae: {d_in: 16, d_sae: 64, kk: 3}}", r"no setting 'kk'. Known: .*'k'"),
+        ("{sae: {d_in: 16}}", r"needs .*\['d_sae'\] must be given"),
         ("{sae: {architecture: foo}}", "`architecture` must be one of .*got 'foo'"),
         ("{sae: 3}", "`sae` must hold names and values; got 3"),
         ("[1]", "run.yaml must hold names and values"),
@@ -84,7 +84,7 @@ def test_a_wrong_file_is_an_error(content, message, tmp_path):
 
 
 def test_only_settings_files_are_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be a JSON or YAML file"):
+    with pytest.raises(FileNotFoundError, match="No such file"):
         read_settings_file(tmp_path / "run.yaml")
     (tmp_path / "run.py").write_text("import sys")
     with pytest.raises(ValueError, match=r"run\.py must hold names and values"):
@@ -458,7 +458,7 @@ def test_a_model_unknown_to_transformer_lens_is_a_one_line_error(
     dataset = offline[:2]
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, *dataset, "--model_name", "tiny"])
-    assert "TransformerLens has no model 'tiny'; for a" in str(stop.value)
+    assert "TransformerLens has no model 'tiny'. Known: " in str(stop.value)
     assert len(str(stop.value)) < 400
 
 

@@ -428,7 +428,7 @@ def test_an_unwritable_path_is_an_error_before_a_model_is_loaded(
         ({"context_size": 4096}, "`context_size` must be at most .* got 4096"),
         (
             {"hook_name": "gpt_neox.layer.{layer}"},
-            r"has no hook 'gpt_neox\.layer\.0'. The nearest are .*gpt_neox\.layers\.",
+            r"has no hook 'gpt_neox\.layer\.0'. Known: .*gpt_neox\.layers\.",
         ),
     ],
 )

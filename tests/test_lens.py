@@ -28,7 +28,7 @@ from tuned_lens import TunedLens
 from tuned_lens.nn.unembed import Unembed
 
 from sae_lens_multilayer.lens import fit as lens_fit
-from sae_lens_multilayer.lens.config import LensConfig, translator_of
+from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.kinds import as_model
@@ -115,12 +115,13 @@ def random_lens(d_in: int, scale: float, hook_names=POST, dtype=float64) -> Laye
     ],
 )
 def test_a_hook_uses_the_translator_of_the_block_that_reads_it(name, expected):
-    assert translator_of(name, BLOCKS) == expected
+    assert LensConfig([name], BLOCKS, D_IN).translator(name) == expected
 
 
 def test_reference_alignment_uses_a_blocks_own_translator_for_its_output():
-    assert [translator_of(n, BLOCKS, "reference") for n in POST] == [0, 1, 2, 3, 4]
-    assert [translator_of(n, BLOCKS, "reference") for n in PRE] == [0, 1, 2, 3, 4]
+    config = LensConfig(POST, BLOCKS, D_IN, "reference")
+    assert [config.translator(n) for n in POST] == [0, 1, 2, 3, 4]
+    assert [config.translator(n) for n in PRE] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_reference_alignment_uses_a_blocks_own_translator_for_its_output():
 )
 def test_other_hooks_cannot_have_a_lens(name, message):
     with pytest.raises(ValueError, match=message) as error:
-        translator_of(name, BLOCKS)
+        LensConfig([name], BLOCKS, D_IN).translator(name)
     assert repr(name) in str(error.value)
 
 
@@ -348,12 +349,6 @@ def test_a_part_shares_memory_until_it_is_converted_or_loaded_into():
         torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
 
 
-def test_repr_describes_the_lens(tuned_lens):
-    text = repr(layer_lens(tuned_lens))
-    assert "alignment='tuned_lens'" in text
-    assert repr(FOLDER) in text
-
-
 # Travelling in a checkpoint
 
 
@@ -378,19 +373,16 @@ def test_hooks_with_the_same_translator_share_no_memory(tuned_lens, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"0.bias": None}, r"'0.bias': 'None instead of \(4,\)'"),
-        ({"1.bias": torch.ones(4)}, r"'1.bias': '\(4,\) instead of None'"),
-        ({"0.bias": torch.ones(4, 4)}, r"'0.bias': '\(4, 4\) instead of \(4,\)'"),
-        ({"0.bias": torch.full((4,), torch.nan)}, "'0.bias'.*NaN"),
+        ({"0.bias": None}, r'Missing .*"0.bias"'),
+        ({"1.bias": torch.ones(4)}, r'Unexpected .*"1.bias"'),
+        ({"0.bias": torch.ones(4, 4)}, r"size mismatch for 0.bias"),
     ],
 )
 def test_a_state_dict_of_another_lens_is_an_error(changes, message):
     lens = random_lens(4, 0.1, POST[:1])
     changed = {**lens.state_dict(), **changes}
     tensors = {k: v for k, v in changed.items() if v is not None}
-    with pytest.raises(ValueError, match=message):
-        lens.check_tensors(tensors)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         LayerLens.from_tensors(lens.config, tensors)
 
 
@@ -446,26 +438,6 @@ def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **changes) -
     if tensors is not None:
         held = torch.load(folder / "params.pt", weights_only=True)
         torch.save({**held, **tensors}, folder / "params.pt")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"d_model": 32}, r"'0.weight': '\(64, 64\) instead of \(32, 32\)'"),
-        ({"num_hidden_layers": 6}, "'5.bias': 'None instead"),
-        ({"num_hidden_layers": 4}, "'4.bias': .* instead of None"),
-    ],
-)
-def test_files_that_do_not_fit_each_other_are_an_error(folder, changes, message):
-    rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=message):
-        layer_lens(folder, POST[:4])
-
-
-def test_a_nan_in_the_file_is_an_error_even_where_it_is_not_used(folder):
-    rewrite(folder, {"0.bias": torch.full((D_IN,), torch.nan)})
-    with pytest.raises(ValueError, match=r"'0\.bias'.*NaN"):
-        layer_lens(folder)
 
 
 @pytest.mark.parametrize(

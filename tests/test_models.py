@@ -248,7 +248,7 @@ class TestErrors:
             model_class_name="TransformerBridge",
             hook_name="blocks.{layer}.hook_residual_post",
         )
-        self.check(config, token_dataset, r"no hook.*The nearest are.*blocks.0.hook_")
+        self.check(config, token_dataset, r"no hook.*Known.*blocks.0.hook_")
 
     @pytest.mark.parametrize(
         ("changes", "match"),
@@ -370,9 +370,7 @@ def test_a_bridge_gives_the_vectors_of_the_paper_under_these_names(bridges, cls)
 
 
 def test_a_hook_that_does_not_exist_is_an_error_that_lists_near_ones(model):
-    message = (
-        r"has no hook 'blocks\.0\.hook_resid_pots'.*nearest are.*'blocks\.0\.hook_r"
-    )
+    message = r"has no hook 'blocks\.0\.hook_resid_pots'.*Known.*'blocks\.0\.hook_r"
     with pytest.raises(ValueError, match=message):
         as_model(model).own_hook_names([POST[0], "blocks.0.hook_resid_pots"])
     with pytest.raises(ValueError, match=r"no hook 'blocks\.2\.hook_resid_post'"):
@@ -380,7 +378,7 @@ def test_a_hook_that_does_not_exist_is_an_error_that_lists_near_ones(model):
 
 
 def test_a_hook_like_no_other_is_an_error_too(model):
-    with pytest.raises(ValueError, match=r"no hook 'qqqq'. The nearest are \['"):
+    with pytest.raises(ValueError, match=r"no hook 'qqqq'. Known: \['"):
         as_model(model).own_hook_names(["qqqq"])
 
 
@@ -455,10 +453,8 @@ def test_an_unknown_name_is_left_to_the_loader(kind, name):
 
 
 def test_a_name_unknown_to_transformer_lens_is_an_error_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no model 'pythia-7m' .*pythia-70m.*Bridge"):
+    with pytest.raises(ValueError, match=r"Bridge.* no model 'pythia-7m'.*pythia-70m"):
         shape_by_name("HookedTransformer", "pythia-7m")
-    with pytest.raises(ValueError, match=r"no model '0!0'; for"):
-        shape_by_name("HookedTransformer", "0!0")
 
 
 def test_a_class_without_a_small_configuration_has_no_shape():
@@ -477,7 +473,7 @@ def test_submodules_that_exist_pass():
     "name", ["model.layers.0", "gpt_neox.layers.5", "gpt_neox.lay"]
 )
 def test_a_missing_submodule_is_an_error_that_lists_near_ones(name):
-    message = rf"no hook '{re.escape(name)}'. The nearest are \[.*'gpt_neox\.lay"
+    message = rf"no hook '{re.escape(name)}'. Known: \[.*'gpt_neox\.lay"
     with pytest.raises(ValueError, match=message):
         check_modules(FOLDER, ["gpt_neox.layers.0", name], {})
 

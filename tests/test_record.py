@@ -1,7 +1,5 @@
 """Records. Reference: what was written, and the inputs that were changed."""
 
-import json
-
 import pytest
 import torch
 from conftest import N_CTX, tiny_model
@@ -42,18 +40,12 @@ def test_other_versions_are_logged_and_no_difference(tmp_path, caplog):
     assert f"torch 0.1 (now {torch.__version__})" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    ["{", "[]", '{"kind": 1}', {"extra": 1}],
-    ids=str,
-)
+@pytest.mark.parametrize("damaged", ["{", ""])
 def test_a_damaged_record_is_one_clear_line(tmp_path, damaged):
     Record("thing", {"a": 1}).write(tmp_path)
     path = tmp_path / "record.json"
-    if isinstance(damaged, dict):
-        damaged = json.dumps(json.loads(path.read_text()) | damaged)
     path.write_text(damaged)
-    with pytest.raises(ValueError, match=r"record\.json (must be|is damaged)") as error:
+    with pytest.raises(ValueError, match=r"record\.json must be") as error:
         Record.read(tmp_path, "thing")
     assert "\n" not in str(error.value)
 

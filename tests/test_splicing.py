@@ -431,7 +431,7 @@ class TestWhatIsReplaced:
 class TestBadInput:
     def test_no_predicted_token(self, model, tokens, monkeypatch):
         monkeypatch.setattr(model, "forward", None)  # as it is known before any run
-        message = "at least one predicted token; got none"
+        message = "at least one predicted token"
         with pytest.raises(ValueError, match=message):
             evaluate(random_sae(), model, torch.tensor([[1], [2]]))
         places = list(range(tokens.shape[1] - 1))

@@ -157,7 +157,7 @@ def test_an_sae_that_names_no_hooks_has_no_views():
     stock.cfg.metadata.hook_name = HOOK_NAMES[0]
 
     for attempt in (lambda: view(stock, 0), lambda: views(stock)):
-        with pytest.raises(ValueError, match=r"`cfg.metadata.hook_names`.*blocks\.0"):
+        with pytest.raises(ValueError, match=r"cfg\.metadata\.hook_names"):
             attempt()
     with pytest.raises(ValueError, match="must name its hooks"):
         view(random_sae().view(0), 0)
@@ -310,18 +310,6 @@ def test_folding_other_norms_of_a_topk_view_is_an_error():
 
     with pytest.raises(ValueError, match="one is off by 1"):
         sae.view(0).fold_W_dec_norm()
-
-
-@pytest.mark.parametrize("method", sorted(NEEDS_RAW_INPUTS))
-def test_a_standardising_view_refuses_to_fold_a_scale(method):
-    each = random_sae().view(0)
-    before = each.W_enc.clone()
-
-    with pytest.raises(ValueError, match="normalize_activations='none'"):
-        CHANGES[method](each)
-
-    assert torch.equal(each.W_enc, before)
-    assert each.cfg.normalize_activations == "layer_norm"
 
 
 def test_folding_a_scale_into_a_view_gives_the_same_map_of_unscaled_inputs():

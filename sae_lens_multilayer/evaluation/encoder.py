@@ -33,9 +33,6 @@ class NonzeroActs:
 class LayerEncoder:
     """One SAE for all hooks, or one SAE for each, behind one interface.
 
-    A multi-layer SAE of this package keeps only its k largest latents and applies the
-    lens of each layer; stock SAEs encode densely.
-
     Attributes:
         hook_names: The hooks, in the order of the layer axis.
         saes: The SAE of each hook; an SAE of several hooks is repeated.
@@ -51,7 +48,7 @@ class LayerEncoder:
 
         Args:
             sae: An SAE trained on several hooks, ours or stock; or one or several SAEs
-                of one hook each, such as views or ordinary SAELens SAEs.
+                of one hook each.
             hook_names: Hooks at which the one SAE given is used, instead of its own.
         """
         self.saes: list[Any] = list(sae) if isinstance(sae, Sequence) else [sae]
@@ -66,8 +63,7 @@ class LayerEncoder:
             if not names or None in names or len(set(names)) != len(names):
                 raise ValueError(
                     "Each SAE in a list must name its own hook in `cfg.metadata."
-                    f"hook_name`; got {names}. An SAE of several hooks is given by "
-                    "itself, without a list."
+                    f"hook_name`; got {names}. Give an SAE of several hooks by itself."
                 )
         self.hook_names = list(names)
 
@@ -78,10 +74,7 @@ class LayerEncoder:
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "token layer d_in"]) -> NonzeroActs:
-        """Encode raw vectors of all hooks with the SAE that they share.
-
-        The row of an activation is `token * n_layers + layer`.
-        """
+        """Encode all hooks with their SAE; rows are `token * n_layers + layer`."""
         assert self.is_shared
         sae = self.saes[0]
         if _is_multi_layer(sae):
@@ -115,7 +108,7 @@ class ReconstructionSums:
     """Reconstructs vectors batch by batch and adds up the metrics of each layer."""
 
     def __init__(self, encoder: LayerEncoder) -> None:
-        """Start with no token."""
+        """Start with no tokens."""
         self.encoder = encoder
         self._by_layer: dict[int, LayerSums] = {}
 
@@ -125,13 +118,7 @@ class ReconstructionSums:
         x: Float[Tensor, "*batch d_in"],
         counted: Bool[Tensor, "*batch"] | None = None,
     ) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruct vectors of a hook, in raw space and their own dtype.
-
-        Args:
-            layer: Index on the layer axis.
-            counted: Vectors that are added to the metrics, of the same tokens at every
-                hook; None: none.
-        """
+        """Reconstruct vectors of a hook; those `counted` are added to the metrics."""
         sae = self.encoder.saes[layer]
         check_widths({self.encoder.hook_names[layer]: x.shape[-1]}, sae.cfg.d_in)
         if counted is None:

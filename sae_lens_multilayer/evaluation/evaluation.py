@@ -46,14 +46,9 @@ def evaluate(
 ) -> SpliceMetrics:
     """Splice reconstructions into each layer in turn and compare with the clean run.
 
-    If the model can start in the middle, the run of a layer starts after it, and the
-    runs of all layers share the blocks above as one larger batch. Otherwise each run is
-    a whole pass with a hook. The result does not depend on the batch size.
-
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package, or one or
-            a list of SAEs of one hook each. At a hook with heads they take the heads
-            concatenated. Their tuned lenses are applied; all metrics are in raw space.
+            a list of SAEs of one hook each. All metrics are in raw space.
         model: The model that the SAE was trained on, without SAEs attached.
         tokens: Prompts with their special tokens, `Prompts` with the positions that
             count, or a store to take them from.
@@ -61,18 +56,16 @@ def evaluate(
             `store_batch_size_prompts`.
         batch_size_prompts: Prompts of a clean forward pass.
         exclude_tokens: Token ids whose positions keep their own vectors and are left
-            out of all averages, as SAELens' `exclude_special_tokens`; None: those that
-            a store excludes.
+            out of all averages; None: those that a store excludes.
         exclude_positions: Positions in a prompt, treated likewise; negative ones count
-            from its end. The first one's vectors are often many times longer.
+            from its end.
         keep_tokens, keep_positions: As `exclude_...`, but left out of the metrics of
             reconstruction only.
         ablation: What the ablated runs replace a layer's vectors by: zeros (as SAELens)
             or their mean over these tokens.
         together: Hooks, by name or block number, that one more run replaces all at
             once; "all" for all of them.
-        use_error_term: Add the error of each reconstruction back, so that nothing is
-            changed; a check.
+        use_error_term: Add the error of each reconstruction back, as a check.
         from_middle: See `make_splicer`; None: where the model can.
 
     References:
@@ -83,32 +76,25 @@ def evaluate(
     _check_model(encoder, model)
     if any(one.cfg.metadata.hook_head_index is not None for one in encoder.saes):
         raise ValueError(
-            "The evaluation needs SAEs of whole activation vectors; got one of an "
-            "attention head, which `reconstruction_metrics` measures by itself."
+            "SAEs of an attention head cannot be spliced; use `reconstruction_metrics`."
         )
     if ablation not in get_args(Ablation):
         raise ValueError(f"`ablation` must be in {get_args(Ablation)}; got {ablation}.")
     hook_names = encoder.hook_names
     splicer = make_splicer(model, hook_names, _PROMPTS_PER_BLOCK, from_middle)
     prompts = take_prompts(
-        model,
-        tokens,
-        n_prompts,
-        batch_size_prompts,
-        exclude_tokens,
-        exclude_positions,
+        model, tokens, n_prompts, batch_size_prompts, exclude_tokens, exclude_positions
     )
     check_positions("keep_positions", keep_positions, prompts.ids)
     if not prompts.counted[:, :-1].any():
         raise ValueError(
-            "The evaluation needs at least one predicted token; got none. Prompts need "
-            "two tokens or more, not all of them excluded."
+            "The evaluation needs at least one predicted token: prompts of two tokens "
+            "or more, not all of them excluded."
         )
     prompts = prompts.to(model.device)
     batches = prompts.split(batch_size_prompts)
-    runs = EvaluationRuns(
-        encoder, splicer, _find_hooks(hook_names, together), use_error_term
-    )
+    chosen = _find_hooks(hook_names, together)
+    runs = EvaluationRuns(encoder, splicer, chosen, use_error_term)
     if ablation == "mean":
         ids = [batch.ids for batch in batches]
         runs.means = mean_vectors(splicer, len(hook_names), ids)
@@ -135,23 +121,15 @@ def reconstruction_metrics(
     The arguments are those of `evaluate`. Prompts of one token and SAEs of one
     attention head are measured, too.
     """
-    model = as_model(model)
-    encoder = LayerEncoder(sae)
+    model, encoder = as_model(model), LayerEncoder(sae)
     _check_model(encoder, model)
-    model.own_hook_names(encoder.hook_names)
     heads = [one.cfg.metadata.hook_head_index for one in encoder.saes]
     prompts = take_prompts(
-        model,
-        tokens,
-        n_prompts,
-        batch_size_prompts,
-        exclude_tokens,
-        exclude_positions,
+        model, tokens, n_prompts, batch_size_prompts, exclude_tokens, exclude_positions
     )
     sums = ReconstructionSums(encoder)
-    for batch in tqdm(
-        prompts.split(batch_size_prompts), desc="Evaluating", unit="batch"
-    ):
+    batches = prompts.split(batch_size_prompts)
+    for batch in tqdm(batches, desc="Evaluating", unit="batch"):
         for hook, x in enumerate(model.vectors(batch.ids, encoder.hook_names, heads)):
             sums.reconstruct(hook, x, batch.counted)
     return sums.compute()

@@ -48,10 +48,7 @@ class LayerSums:
         values: Float[Tensor, " act"],
         d_sae: int,
     ) -> "LayerSums":
-        """Sums over the tokens of one layer, in float64 on the CPU.
-
-        `latents` and `values` are those of all nonzero activations.
-        """
+        """Sums over the tokens of one layer, in float64 on the CPU."""
         x, x_hat = _double(x), _double(x_hat)
         moments = LayerMoments.of(x)
         fire_counts = latents.bincount(minlength=d_sae).cpu()
@@ -119,10 +116,7 @@ def _double(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 @dataclass
 class LayerMetrics:
-    """How well an SAE reconstructs each layer.
-
-    Each tensor has one entry for each hook, in the order of `hook_names`.
-    """
+    """How well an SAE reconstructs each of its hooks, in their order."""
 
     hook_names: list[str]
     n_tokens: int
@@ -150,18 +144,12 @@ class LayerMetrics:
     ) -> "LayerMetrics":
         """The metrics of each layer from its sums over the same tokens.
 
-        Args:
-            shared_sae: Whether one SAE is used at all layers.
-
-        Raises:
-            ValueError: If a vector or reconstruction is not finite, or the vectors of a
-                layer do not vary, so that FVU is not defined.
+        ValueError if a vector or reconstruction is not finite, or a layer's vectors do
+        not vary. `shared_sae` is whether one SAE is used at all layers.
         """
         _check_defined(hook_names, layers)
-        counts = [
-            layer.fire_counts for layer in layers if layer.fire_counts is not None
-        ]
-        silent = [count == 0 for count in counts]
+        counts = (layer.fire_counts for layer in layers)
+        silent = [count == 0 for count in counts if count is not None]
         dead = [torch.stack(silent).all(0)] * len(silent) if shared_sae else silent
         names = ("fvu", "fvu_scalar", "mse", "l0", "l1")
         return cls(
@@ -198,15 +186,21 @@ class LayerMetrics:
 
     def to_log_dict(self) -> dict[str, float]:
         """Flat keys for loggers: `layer_3/fvu` and so on."""
-        return log_dict(self.to_dataframe())
+        labels = layer_labels(self.hook_names)
+        return {
+            f"{label}/{column}": float(value)
+            for label, (_, row) in zip(
+                labels, self.to_dataframe().iterrows(), strict=True
+            )
+            for column, value in row.items()
+        }
 
 
 @dataclass
 class SpliceMetrics(LayerMetrics, Result):
     """How well an SAE reconstructs each layer, and the model's loss with it, in nats.
 
-    Each hook is spliced by itself; tensors have one entry for each, in the order of
-    `hook_names`.
+    Each hook is spliced by itself.
     """
 
     ce_loss_clean: float
@@ -255,13 +249,3 @@ def _check_defined(hook_names: Sequence[str], layers: Sequence[LayerSums]) -> No
         else:
             continue
         raise ValueError(f"Vectors and reconstructions {problem}; see {name!r}.")
-
-
-def log_dict(table: pd.DataFrame) -> dict[str, float]:
-    """A table with one row for each hook as flat keys, `layer_{l}/{column}`."""
-    labels = layer_labels([str(name) for name in table.index])
-    return {
-        f"{label}/{column}": float(value)
-        for label, (_, row) in zip(labels, table.iterrows(), strict=True)
-        for column, value in row.items()
-    }

@@ -93,8 +93,7 @@ class EvaluationRuns:
     ) -> None:
         """Add the ablated runs of all prompts from one run, where they are the same.
 
-        Ablating the whole residual stream leaves nothing of a prompt; past other hooks,
-        such as an MLP's output, it goes on, and `add` adds their runs.
+        Ablating the whole residual stream leaves nothing of a prompt.
         """
         if not isinstance(self._splicer, ResidualSplicer):
             return

@@ -85,12 +85,9 @@ def add_scores(
 ) -> None:
     """Add the scores of a batch of prompts, holding few logits at a time.
 
-    Runs of a single prompt that are not compared with the clean run are scored against
-    all of `tokens`.
-
     Args:
-        sums: Sums of each run of `runs`, added to.
-        clean_sums: Sums of the clean run, added to; None: it is not scored.
+        sums: Sums of each run of `runs`. A run may have one prompt for all of `tokens`.
+        clean_sums: Sums of the clean run; None: it is not scored.
         scored: Positions that count.
     """
     first = clean(slice(0, 1))

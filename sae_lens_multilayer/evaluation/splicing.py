@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,24 +16,9 @@ Run = Callable[[slice], Float[Tensor, "prompt chunk d_vocab"]]
 """A run of a batch of prompts: computes its logits at a slice of the positions."""
 
 
-@runtime_checkable
-class Splicer(Protocol):
-    """Runs a batch of prompts clean and with edits."""
-
-    def runs(
-        self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
-    ) -> Iterator[tuple[Run, Mapping[int, Run]]]:
-        """Yield the clean run with one or several edited runs at a time, by index.
-
-        The replacements of the edits that start at a hook are called in the order of
-        the edits, with clean activations unless an earlier hook was edited too.
-        """
-        ...
-
-
 def make_splicer(
     model: Model, hook_names: Sequence[str], max_prompts: int, from_middle: bool | None
-) -> Splicer:
+) -> "Splicer":
     """The fastest splicer for this model and these hooks.
 
     Args:
@@ -47,8 +31,7 @@ def make_splicer(
     if from_middle and not can:
         raise ValueError(
             "`from_middle` needs a HookedTransformer and hooks at hook_resid_pre or "
-            f"hook_resid_post; got {type(model.module).__name__} and hooks "
-            f"{list(hook_names)}."
+            f"hook_resid_post; got {type(model.module).__name__} and {hook_names}."
         )
     if can and from_middle is not False:
         return ResidualSplicer(model, hook_names, max_prompts)
@@ -59,8 +42,7 @@ class ResidualSplicer:
     """Runs the blocks once in order; each edited run starts at its first hook.
 
     All runs share a block as one larger batch. For L hooked layers that is about L/2
-    passes through the model in addition to the clean one, instead of L. The model must
-    be one that `can_start_in_middle` at these hooks.
+    passes through the model in addition to the clean one, instead of L.
     """
 
     def __init__(
@@ -129,7 +111,7 @@ class HookSplicer:
     """Runs a whole forward pass with hooks for each edit, with any model."""
 
     def __init__(self, model: Model, hook_names: Sequence[str]) -> None:
-        """Store the model and the hooks."""
+        """See `make_splicer`."""
         self._model = model
         self._hook_names = list(hook_names)
 
@@ -142,6 +124,14 @@ class HookSplicer:
             by_name = {self._hook_names[hook]: edit[hook] for hook in edit}
             logits = self._model.logits_with_hooks(tokens, by_name)
             yield clean, {i: partial(_logits_at, logits)}
+
+
+Splicer = ResidualSplicer | HookSplicer
+"""Runs a batch of prompts clean and with edits, one or several at a time, by index.
+
+The replacements of the edits that start at a hook are called in the order of the edits,
+with clean activations unless an earlier hook was edited too.
+"""
 
 
 def _logits_at(logits: Tensor, positions: slice) -> Tensor:

@@ -1,7 +1,6 @@
 """An invertible affine map of the vectors of one hook."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ class AffineMap(nn.Module):
     bias: Tensor
 
     def __init__(self, hook_name: str, weight: Tensor, bias: Tensor) -> None:
-        """Wrap W and b; `hook_name` is for error messages."""
+        """`hook_name` is for error messages."""
         super().__init__()
         self._hook_name = hook_name
         self.register_buffer("weight", weight)
@@ -33,10 +32,7 @@ class AffineMap(nn.Module):
         self._factors: list[Tensor] = []
 
     def shared(self) -> "AffineMap":
-        """A second module with the same tensors and LU factors.
-
-        Loading into one of the two or converting it leaves the other as it is.
-        """
+        """A second module with the same tensors until one is loaded or converted."""
         other = AffineMap(self._hook_name, self.weight, self.bias)
         other._factors = self._factors
         return other
@@ -51,25 +47,19 @@ class AffineMap(nn.Module):
         return z.to(x.dtype)
 
     def invert(self, z: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Solve `x (I + W)^T = z - b` in float64 (float32 on MPS).
-
-        Raises ValueError if I + W has a condition number above 1e6.
-        """
+        """Solve `x (I + W)^T = z - b` in float64 (float32 on MPS)."""
         if not self._factors:
             # Tensors made in inference mode could not be used by autograd later.
             with torch.inference_mode(False), torch.no_grad():
-                self._factors.extend(self._factorize())
+                self._factors.extend(self.factorize())
         lu, pivots = self._factors
         rows = (z.to(lu.dtype) - self.bias.to(lu.dtype)).reshape(-1, z.shape[-1])
         with torch.autocast(z.device.type, enabled=False):
             x = torch.linalg.lu_solve(lu, pivots, rows, left=False, adjoint=True)
         return x.reshape(z.shape).to(z.dtype)
 
-    def check_invertible(self) -> None:
-        """Raise ValueError if I + W has a condition number above 1e6."""
-        self._factorize()
-
-    def _factorize(self) -> tuple[Tensor, Tensor]:
+    def factorize(self) -> tuple[Tensor, Tensor]:
+        """LU factors of I + W; ValueError if its condition number is above 1e6."""
         # float64 for any dtype of W: the error is the condition number times epsilon.
         dtype = torch.float32 if self.weight.device.type == "mps" else torch.float64
         identity = torch.eye(len(self.weight), dtype=dtype, device=self.weight.device)
@@ -89,9 +79,8 @@ class AffineMap(nn.Module):
         if not condition <= MAX_CONDITION_NUMBER:
             raise ValueError(
                 f"The lens at {self._hook_name!r} cannot be inverted accurately: "
-                f"cond(I + W) = {condition:.3g} in {self.weight.dtype}; at most "
-                f"{MAX_CONDITION_NUMBER:.0e} is allowed. Leave out this hook, use "
-                "another lens, or a wider dtype if rounding to this one is the cause."
+                f"cond(I + W) = {condition:.3g} in {self.weight.dtype}, above "
+                f"{MAX_CONDITION_NUMBER:.0e}. Leave out this hook or use a wider dtype."
             )
 
     @override
@@ -108,22 +97,3 @@ class AffineMap(nn.Module):
         self.weight, self.bias = self.weight.clone(), self.bias.clone()
         self._factors = []
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def check_tensors(tensors: Mapping[Any, Any], shapes: Mapping[str, torch.Size]) -> None:
-    """Raise ValueError unless tensors are finite, with these names and shapes."""
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(shape) for name, shape in shapes.items()}
-    wrong = {
-        name: f"{found.get(name)} instead of {expected.get(name)}"
-        for name in found | expected
-        if found.get(name) != expected.get(name)
-    }
-    if wrong:
-        raise ValueError(
-            f"The lens must hold tensors of the right shapes; got {wrong}. Was it made "
-            "for a model of another width or depth?"
-        )
-    not_finite = [name for name, t in tensors.items() if not t.isfinite().all()]
-    if not_finite:
-        raise ValueError(f"{not_finite} of the lens must not hold NaN or infinity.")

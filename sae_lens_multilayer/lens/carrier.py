@@ -1,7 +1,7 @@
 """The base class of SAEs that can work in the space of a lens and store it."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ class LensCarrier(SAE[Any]):
     """
 
     lens: LayerLens | None
-    """The lens, or None. Setting it also replaces `cfg`, so that other SAEs made from
-    the same config stay as they are. The SAE's lens has the SAE's dtype and device, and
-    shares the memory of the one given where these are the same."""
+    """The lens, or None, in the SAE's dtype and on its device. Setting it also replaces
+    `cfg`, which other SAEs may use, and copies only tensors that must be converted."""
 
     def __init__(self, cfg: SAEConfig, use_error_term: bool = False) -> None:
         """Create the lens that `cfg` describes, to load tensors into."""
@@ -67,17 +66,13 @@ class LensCarrier(SAE[Any]):
     def into_lens(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Map raw vectors into the space that is reconstructed.
-
-        Args:
-            hook: As in `LayerLens.transform`; ignored without a lens.
-        """
+        """Map raw vectors into the space that is reconstructed; see `LayerLens`."""
         return x if self.lens is None else self.lens.transform(x, hook)
 
     def out_of_lens(
         self, z: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Map reconstructions back to raw space; see `into_lens`."""
+        """Map reconstructions back to raw space."""
         return z if self.lens is None else self.lens.invert(z, hook)
 
     @override
@@ -88,24 +83,10 @@ class LensCarrier(SAE[Any]):
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
         return self.run_time_activation_norm_fn_in(self.into_lens(x, hook)) - self.b_dec
 
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        if self.lens is not None:
-            self.lens.check_tensors(_lens_tensors(state_dict))
-
 
 def lens_of(sae: SAE[Any]) -> LayerLens | None:
     """The lens of an SAE of any class, or None."""
     return sae.lens if isinstance(sae, LensCarrier) else None
-
-
-def _lens_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(LENS_PREFIX): tensor
-        for name, tensor in state_dict.items()
-        if name.startswith(LENS_PREFIX)
-    }
 
 
 def saved_lens(folder: Path) -> LayerLens | None:
@@ -114,8 +95,11 @@ def saved_lens(folder: Path) -> LayerLens | None:
     if settings.get("tuned_lens") is None:
         return None
     with safe_open(folder / SAE_WEIGHTS_FILENAME, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(LENS_PREFIX)]  # noqa: SIM118
-        tensors = _lens_tensors({name: file.get_tensor(name) for name in names})
+        tensors = {
+            name.removeprefix(LENS_PREFIX): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118  (not iterable)
+            if name.startswith(LENS_PREFIX)
+        }
     return LayerLens.from_tensors(LensConfig(**settings["tuned_lens"]), tensors)
 
 

@@ -12,45 +12,6 @@ from sae_lens_multilayer.models.model import ModelShape
 Alignment = Literal["tuned_lens", "reference"]
 
 
-def translator_of(
-    hook_name: str, n_layers: int, alignment: Alignment = "tuned_lens"
-) -> int | None:
-    """Index of the tuned-lens translator of a hook; None: the identity.
-
-    Translator i was trained on the input of block i, so the output of block l uses
-    l + 1, and the output of the last block none.
-
-    Args:
-        hook_name: The residual stream before or after a block, with the name of
-            TransformerLens or Hugging Face (whose blocks mean their output).
-        n_layers: Number of blocks of the model.
-        alignment: "reference" uses translator l for the output of block l, as the
-            paper's code did; only for the published `-lens` checkpoints.
-
-    Raises:
-        ValueError: If the hook cannot have a lens, or is not in the model.
-
-    Example:
-        >>> translator_of("blocks.0.hook_resid_pre", 6)
-        0
-        >>> translator_of("blocks.0.hook_resid_post", 6)
-        1
-        >>> translator_of("model.layers.5", 6) is None
-        True
-    """
-    end = hooks.block_end(hook_name)
-    if end is None or end[0] >= n_layers:
-        raise ValueError(
-            f"{hook_name!r} cannot have a lens: a lens for {n_layers} blocks is for "
-            "the residual stream before or after one of them, such as "
-            "'blocks.0.hook_resid_post' or 'model.layers.0'."
-        )
-    layer, is_output = end
-    if not is_output or alignment == "reference":
-        return layer
-    return layer + 1 if layer + 1 < n_layers else None
-
-
 @dataclass(frozen=True)
 class LensConfig:
     """The settings of a lens, saved in the metadata of an SAE that has it."""
@@ -62,7 +23,8 @@ class LensConfig:
     d_in: int
     """Width of the residual stream."""
     alignment: Alignment = "tuned_lens"
-    """Which translator a block's output uses; see `translator_of`."""
+    """"reference" uses translator l for the output of block l, as the paper's code did;
+    only for the published `-lens` checkpoints. See `translator`."""
     base_model_name: str | None = None
     """The model that the lens was made for, as tuned-lens names it."""
     base_model_revision: str | None = None
@@ -73,11 +35,10 @@ class LensConfig:
     def __post_init__(self) -> None:
         if self.alignment not in get_args(Alignment):
             raise ValueError(
-                f"`alignment` must be one of {get_args(Alignment)}; got "
-                f"{self.alignment!r}."
+                f"`alignment` must be in {get_args(Alignment)}; got {self.alignment!r}."
             )
         for name in self.hook_names:
-            translator_of(name, self.n_layers, self.alignment)
+            self.translator(name)
 
     @classmethod
     def from_tuned_lens(
@@ -98,8 +59,27 @@ class LensConfig:
         )
 
     def translator(self, hook_name: str) -> int | None:
-        """Index of the tuned-lens translator of a hook; None: the identity."""
-        return translator_of(hook_name, self.n_layers, self.alignment)
+        """Index of the tuned-lens translator of a hook; None: the identity.
+
+        Translator i was trained on the input of block i, so the output of block l uses
+        l + 1, and the output of the last block none.
+
+        Example:
+            >>> lens = LensConfig(["model.layers.5"], n_layers=6, d_in=512)
+            >>> lens.translator("blocks.0.hook_resid_post")
+            1
+        """
+        end = hooks.block_end(hook_name)
+        if end is None or end[0] >= self.n_layers:
+            raise ValueError(
+                f"{hook_name!r} cannot have a lens: it must be the residual stream "
+                f"before or after one of {self.n_layers} blocks, such as "
+                "'blocks.0.hook_resid_post'."
+            )
+        layer, is_output = end
+        if not is_output or self.alignment == "reference":
+            return layer
+        return layer + 1 if layer + 1 < self.n_layers else None
 
     def check_shape(self, shape: ModelShape, model_name: str) -> None:
         """Raise ValueError if the model has another width or depth."""
@@ -107,18 +87,16 @@ class LensConfig:
             raise ValueError(
                 f"The lens of {self.base_model_name!r} is for {self.n_layers} blocks "
                 f"of width {self.d_in}; {model_name!r} has {shape.n_layers} of width "
-                f"{shape.d_model}. Use the lens of this model or fit one with "
-                "`fit_tuned_lens`."
+                f"{shape.d_model}. Fit one with `fit_tuned_lens`."
             )
 
     def check_sae(self, d_in: int, hook_names: Sequence[str]) -> None:
         """Raise ValueError if an SAE has another width or other hooks."""
         if (self.d_in, self.hook_names) != (d_in, list(hook_names)):
             raise ValueError(
-                f"The lens must have the SAE's width, d_in = {d_in}, and its hooks in "
-                f"the same order, {list(hook_names)}; got {self.d_in} and "
-                f"{self.hook_names}. Build the lens for these hooks, or use "
-                "`lens.select`."
+                f"The lens must have the SAE's width, d_in = {d_in}, and hooks in the "
+                f"same order, {list(hook_names)}; got {self.d_in} and "
+                f"{self.hook_names}. Use `lens.select`."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from tuned_lens import TunedLens
 from tuned_lens.nn.lenses import TunedLensConfig
-from tuned_lens.nn.unembed import Unembed
 
-from sae_lens_multilayer.files import (
-    check_writable,
-    complete_or_absent,
-    free_path,
-)
+from sae_lens_multilayer.files import check_writable, complete_or_absent, free_path
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.text.prompts import check_prompts
@@ -80,16 +75,11 @@ def fit_tuned_lens(
             tuned-lens, that of SGD is multiplied by 1 - momentum.
         weight_decay: Coefficient of the L2 penalty on W and b.
         max_grad_norm: Largest norm of the gradient of all layers together.
-        output_path: Folder to save to, in tuned-lens' format. It must be new or empty;
-            if it was filled by the end, the lens is saved beside it.
+        output_path: New or empty folder to save to, in the format that
+            `TunedLens.from_unembed_and_pretrained` loads.
 
     Returns:
-        The lens in the model's dtype. `TunedLens.from_unembed_and_pretrained` loads it
-        from `output_path`.
-
-    Raises:
-        ValueError: If the model has SAEs attached or cannot run the tokens.
-        FloatingPointError: If the loss or the lens is not finite.
+        The lens in the model's dtype.
 
     References:
         Belrose et al. (2023), arXiv:2303.08112, and tuned-lens' `train_loop.py`.
@@ -146,9 +136,9 @@ def lens_kl(
     total = torch.zeros(len(lens), dtype=torch.float64)
     with torch.no_grad():
         for part in tokens.split(forward_batch_size_prompts):
-            streams, log_p = _run(model, lens.unembed, part)
+            streams, log_p = _run(model, part)
             for i, h in enumerate(streams[:-1]):
-                total[i] += _kl(log_p, _lens_logits(lens, h, i)).item()
+                total[i] += _kl(log_p, lens, h, i).item()
     return total / tokens.numel()
 
 
@@ -211,30 +201,26 @@ def _backward(
     """Add the gradients of the mean KL of each layer; returns these means."""
     losses = torch.zeros(len(lens), dtype=torch.float64)
     for part in batch.split(forward_batch_size_prompts):
-        streams, log_p = _run(model, lens.unembed, part)
+        streams, log_p = _run(model, part)
         # One layer at a time, to hold the logits of one layer only.
         for i, h in enumerate(streams[:-1]):
-            loss = _kl(log_p, _lens_logits(lens, h, i)) / batch.numel()
+            loss = _kl(log_p, lens, h, i) / batch.numel()
             loss.backward()
             losses[i] += loss.item()
     return losses
 
 
-def _lens_logits(lens: TunedLens, h: Tensor, i: int) -> Tensor:
+def _kl(log_p: Tensor, lens: TunedLens, h: Tensor, i: int) -> Tensor:
+    """KL(p || the lens' prediction before block i), summed over positions."""
     dtype = next(lens[i].parameters()).dtype
     z = lens.transform_hidden(h.to(dtype), i)
-    return lens.unembed(z.to(h.dtype))
-
-
-def _kl(log_p: Tensor, logits: Tensor) -> Tensor:
-    """KL(p || softmax(logits)), summed over positions."""
-    log_q = logits.to(log_p.dtype).log_softmax(-1)
+    log_q = lens.unembed(z.to(h.dtype)).to(log_p.dtype).log_softmax(-1)
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 @torch.no_grad()
 def _run(
-    model: Model, unembed: Unembed, tokens: Tensor
+    model: Model, tokens: Tensor
 ) -> tuple[list[Tensor], Float[Tensor, "prompt pos d_vocab"]]:
     """The residual stream before each block and after the last; log-probabilities."""
     streams, logits = model.residual_streams(tokens)

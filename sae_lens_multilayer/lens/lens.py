@@ -12,10 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tuned_lens import TunedLens
 from tuned_lens.nn.lenses import TunedLensConfig
-from typing_extensions import override
 
 from sae_lens_multilayer import hooks
-from sae_lens_multilayer.lens.affine import AffineMap, check_tensors
+from sae_lens_multilayer.lens.affine import AffineMap
 from sae_lens_multilayer.lens.config import Alignment, LensConfig
 from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
 from sae_lens_multilayer.models.kinds import as_model
@@ -52,16 +51,13 @@ class LayerLens(nn.Module):
     ) -> "LayerLens":
         """Create a lens from a state dict, without copying it.
 
-        Raises:
-            ValueError: If a tensor is missing, of another shape or not finite, or I + W
-                has a condition number above 1e6.
+        Raises ValueError if an I + W has a condition number above 1e6.
         """
         lens = cls(config, device="meta")
-        lens.check_tensors(tensors)
         lens.load_state_dict(tensors, assign=True)
         for affine_map in lens.children():
             assert isinstance(affine_map, AffineMap)
-            affine_map.check_invertible()
+            affine_map.factorize()
         return lens
 
     @classmethod
@@ -80,14 +76,10 @@ class LayerLens(nn.Module):
             source: A lens, a folder that tuned-lens saved, or a name in tuned-lens'
                 hub space, such as "EleutherAI/pythia-70m-deduped".
             hook_names: The hooks, in the order of the layer axis.
-            alignment: See `translator_of`.
+            alignment: See `LensConfig`.
             model: The model to check the lens against; see `check_model`.
             load_kwargs: For `tuned_lens.load_artifacts.load_lens_artifacts`, such as
                 `revision` and `cache_dir`.
-
-        Raises:
-            ValueError: If the lens cannot be read or inverted, or a hook cannot have a
-                lens.
         """
         tuned_config, tensors = read_tuned_lens(source, **load_kwargs)
         lens = cls.from_translators(tuned_config, tensors, hook_names, alignment)
@@ -103,18 +95,12 @@ class LayerLens(nn.Module):
         hook_names: Sequence[str],
         alignment: Alignment = "tuned_lens",
     ) -> "LayerLens":
-        """Copy the tensors of a tuned lens that belong to these hooks.
-
-        Args:
-            tensors: `{i}.weight` [d_in, d_in] and `{i}.bias` [d_in], for each block i.
-        """
+        """Copy the tensors `{i}.weight` and `{i}.bias` that belong to these hooks."""
         config = LensConfig.from_tuned_lens(tuned_config, hook_names, alignment)
-        d_in, blocks = config.d_in, range(config.n_layers)
-        shapes = {f"{i}.weight": torch.Size([d_in, d_in]) for i in blocks}
-        biases = {f"{i}.bias": torch.Size([d_in]) for i in blocks}
-        check_tensors(tensors, shapes | (biases if tuned_config.bias else {}))
-        zeros = tensors["0.weight"].new_zeros(d_in)
-        tensors = {**dict.fromkeys(biases, zeros), **tensors}
+        if not tuned_config.bias:
+            zeros = tensors["0.weight"].new_zeros(config.d_in)
+            biases = (f"{i}.bias" for i in range(config.n_layers))
+            tensors = {**tensors, **dict.fromkeys(biases, zeros)}
         chosen = {
             # Two hooks may have the same translator; safetensors refuses shared memory.
             f"{i}.{part}": tensors[f"{translator}.{part}"].detach().clone()
@@ -126,7 +112,7 @@ class LayerLens(nn.Module):
 
     @property
     def hook_names(self) -> list[str]:
-        """The hooks, in the order of the layer axis."""
+        """`config.hook_names`."""
         return list(self.config.hook_names)
 
     def transform(
@@ -149,8 +135,7 @@ class LayerLens(nn.Module):
     def hook(self, hook: int | str, inverse: bool = False) -> tuple[str, HookFunction]:
         """A hook name and function for `run_with_hooks`.
 
-        The two directions in sequence leave the model as it was. The hook names of a
-        SAETransformerBridge differ: see `Model.own_hook_names`.
+        The hook names of a SAETransformerBridge differ: see `Model.own_hook_names`.
         """
         i = self._index(hook)
         change = self.invert if inverse else self.transform
@@ -162,29 +147,20 @@ class LayerLens(nn.Module):
         return self.config.hook_names[i], hook_function
 
     def select(self, hook_names: Sequence[str]) -> "LayerLens":
-        """The lens of some of the hooks, which shares their tensors.
-
-        Converting one of the two or loading into it leaves the other as it is.
-        """
-        lens = LayerLens(
-            replace(self.config, hook_names=list(hook_names)), device="meta"
-        )
+        """The lens of some of the hooks, sharing tensors as in `AffineMap.shared`."""
+        config = replace(self.config, hook_names=list(hook_names))
+        lens = LayerLens(config, device="meta")
         for i, name in enumerate(hook_names):
             affine_map = self._map(name)
             if affine_map is not None:
                 lens.add_module(str(i), affine_map.shared())
         return lens
 
-    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless this is a finite state dict of this lens."""
-        check_tensors(tensors, {k: v.shape for k, v in self.state_dict().items()})
-
     def check_model(self, model: Any, stacklevel: int = 2) -> None:
         """Check that the lens was made for this model.
 
         Another width or depth is a ValueError. Another hash of the unembedding is a
-        warning: usually the weights were folded or centred when the model was loaded,
-        which changes its residual stream.
+        warning: usually the weights were folded or centred on loading.
         """
         model = as_model(model)
         self.config.check_shape(model.shape, model.name)
@@ -201,10 +177,6 @@ class LayerLens(nn.Module):
                 stacklevel=stacklevel,
             )
 
-    @override
-    def extra_repr(self) -> str:
-        return str(self.config)
-
     def _map(self, hook: int | str) -> AffineMap | None:
         affine_map = self._modules.get(str(self._index(hook)))
         assert affine_map is None or isinstance(affine_map, AffineMap)
@@ -216,8 +188,7 @@ class LayerLens(nn.Module):
             return hooks.find_hook(names, hook)
         if not 0 <= hook < len(names):
             raise ValueError(
-                f"The lens has {len(names)} hooks; {hook} is not an index on its layer "
-                "axis."
+                f"The lens has {len(names)} hooks; {hook} is not an index."
             )
         return hook
 
@@ -235,9 +206,8 @@ class LayerLens(nn.Module):
             return x if affine_map is None else change(affine_map, x)
         if x.ndim < 2 or x.shape[-2] != n_hooks:
             raise ValueError(
-                f"Without `hook`, the lens needs vectors of its {n_hooks} hooks, "
-                f"[*batch, layer = {n_hooks}, d_in]; got shape {tuple(x.shape)}. For "
-                "vectors of one hook, give its index or name as `hook`."
+                f"Without `hook`, the lens needs vectors [*batch, layer = {n_hooks}, "
+                f"d_in]; got shape {tuple(x.shape)}. For one hook, give `hook`."
             )
         parts = [self._map_vectors(change, x[..., i, :], i) for i in range(n_hooks)]
         return torch.stack(parts, dim=-2)

@@ -16,14 +16,9 @@ _CONFIG, _TENSORS = "config.json", "params.pt"
 def read_tuned_lens(
     source: TunedLens | str | Path, **load_kwargs: Any
 ) -> tuple[TunedLensConfig, dict[str, Tensor]]:
-    """Read a tuned lens: its settings, and its translators' tensors.
+    """The settings and translators' tensors of a lens; see `LayerLens.from_tuned_lens`.
 
-    Args:
-        source: A lens, a folder that tuned-lens saved, or a name in its hub space.
-        load_kwargs: For `tuned_lens.load_artifacts.load_lens_artifacts`.
-
-    Raises:
-        ValueError: If there is no such lens, or a file of it cannot be read.
+    Raises ValueError if there is no such lens, or a file of it cannot be read.
     """
     if isinstance(source, TunedLens):
         return source.config, source.layer_translators.state_dict()

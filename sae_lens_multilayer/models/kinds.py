@@ -23,11 +23,7 @@ _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 
 
 class ModelUnembed(Unembed):
-    """tuned-lens' `Unembed` for every kind of model.
-
-    tuned-lens' own supports HookedTransformer and seven Hugging Face families, and no
-    soft cap on the logits.
-    """
+    """tuned-lens' `Unembed` for every kind of model, and with a soft cap."""
 
     def __init__(
         self,
@@ -36,12 +32,7 @@ class ModelUnembed(Unembed):
         bias: Float[Tensor, " d_vocab"] | None,
         soft_cap: float | None,
     ) -> None:
-        """Copy the final norm and share the memory of the unembedding.
-
-        Args:
-            soft_cap: Logits become `soft_cap * tanh(logits / soft_cap)`; None, or 0 or
-                less: they stay as they are.
-        """
+        """Copy the final norm and share the memory of the unembedding."""
         nn.Module.__init__(self)
         self.final_norm = copy.deepcopy(final_norm)
         # The hooks of a HookedProxyLM would write to its hook points.
@@ -59,7 +50,6 @@ class ModelUnembed(Unembed):
     def forward(
         self, h: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_vocab"]:
-        """Logits of residual-stream vectors, as the end of the model computes them."""
         logits = super().forward(h)
         if self.soft_cap is None:
             return logits
@@ -116,10 +106,7 @@ class _HookedTransformer(_TransformerLensModel):
     @override
     def run_block(self, stream: Tensor, block: int, mask: Tensor | None) -> Tensor:
         return self.module(
-            stream,
-            start_at_layer=block,
-            stop_at_layer=block + 1,
-            attention_mask=mask,
+            stream, start_at_layer=block, stop_at_layer=block + 1, attention_mask=mask
         )
 
     @override
@@ -165,8 +152,8 @@ class _HuggingFaceModel(Model):
         norms = [norm for n in _FINAL_NORMS if (norm := getattr(decoder, n, None))]
         if not norms:
             raise ValueError(
-                f"The model's decoder must hold its final norm as one of {_FINAL_NORMS}"
-                f"; {type(decoder).__name__} does not. Load it as a HookedTransformer."
+                f"{type(decoder).__name__} must hold its final norm as one of "
+                f"{_FINAL_NORMS}. Load the model as a HookedTransformer."
             )
         return norms[0]
 
@@ -183,11 +170,7 @@ class _HuggingFaceModel(Model):
 
 
 def as_model(raw: Any) -> Model:
-    """Wrap a loaded model of any kind; a `Model` is returned as it is.
-
-    The kinds are HookedTransformer, TransformerBridge, and SAELens' HookedProxyLM
-    around a Hugging Face model. Anything else is a ValueError.
-    """
+    """Wrap a loaded model of any kind; a `Model` is returned as it is."""
     if isinstance(raw, Model):
         return raw
     if isinstance(raw, HookedProxyLM):

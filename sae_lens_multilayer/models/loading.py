@@ -1,6 +1,5 @@
 """Models by name: their shape before they are loaded, and loading them."""
 
-import difflib
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.hooks import unknown_name
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.model import ModelShape, missing_hook
 
@@ -48,9 +48,6 @@ def load_by_name(
 
     Args:
         hook_names: The hooks to install on a Hugging Face model; None: all modules.
-
-    Raises:
-        ValueError: If the model or its class is unknown, or the model lacks a hook.
     """
     kwargs = kwargs or {}
     if model_class_name == "TransformerBridge":
@@ -105,12 +102,7 @@ def shape_by_name(
 ) -> ModelShape | None:
     """Read the shape of a model from its configuration, before it is loaded.
 
-    Args:
-        kwargs: The arguments that the model will be loaded with; some change its shape.
-
-    Returns:
-        The shape, or None if the configuration cannot be read (no network, or a class
-        without a small configuration); the loaded model then gives it.
+    None if it cannot be read: no network, or a class without a small configuration.
     """
     kwargs = kwargs or {}
     hub_kwargs = _only(kwargs, *_HUB_KWARGS)
@@ -156,12 +148,8 @@ def _short_unknown_model_error(model_name: str) -> Generator[None]:
     except ValueError as error:
         if "Valid official model names" not in str(error):
             raise
-        near = difflib.get_close_matches(model_name, OFFICIAL_MODEL_NAMES, 5, 0.3)
-        raise ValueError(
-            f"TransformerLens has no model {model_name!r}"
-            + f" (the nearest are {near})" * bool(near)
-            + "; for a Hugging Face folder, model_class_name must be TransformerBridge."
-        ) from error
+        problem = "For a folder, use a TransformerBridge; TransformerLens has no model"
+        raise unknown_name(problem, model_name, OFFICIAL_MODEL_NAMES) from error
 
 
 def check_modules(

@@ -1,6 +1,5 @@
 """A loaded language model of any kind, and its shape."""
 
-import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from tuned_lens.nn.unembed import Unembed
 from tuned_lens.utils import tensor_hash
 
-from sae_lens_multilayer.hooks import is_residual, stop_at_layer
+from sae_lens_multilayer.hooks import is_residual, stop_at_layer, unknown_name
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Computes the replacement of the activations at a hook, heads put end to end."""
@@ -27,7 +26,7 @@ _ALIASES = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model; None where its configuration does not state one."""
+    """The sizes of a model; None where its configuration lacks one."""
 
     n_layers: int
     d_model: int
@@ -63,10 +62,7 @@ class ModelShape:
             )
 
     def check_width(self, hook_names: Sequence[str], d_in: int) -> None:
-        """Raise ValueError if residual-stream hooks do not have the width `d_in`.
-
-        The width of other hooks is measured when the model runs (`check_widths`).
-        """
+        """Raise ValueError if hooks of the residual stream have another width."""
         residual = filter(is_residual, hook_names)
         check_widths(dict.fromkeys(residual, self.d_model), d_in)
 
@@ -111,8 +107,7 @@ class Model(ABC):
         """The names under which the model itself lists these hooks.
 
         SAETransformerBridge lists `blocks.{layer}.hook_out` but silently ignores its
-        alias `blocks.{layer}.hook_resid_post`, and so on. A hook that the model lacks
-        is a ValueError.
+        alias `blocks.{layer}.hook_resid_post`, and so on.
         """
         if not set(hook_names) <= set(self._own_names):
             known = set(self.module.hook_dict)
@@ -126,13 +121,7 @@ class Model(ABC):
         head_indices: Sequence[int | None] | None = None,
         **model_kwargs: Any,
     ) -> list[Float[Tensor, "prompt pos d_vector"]]:
-        """The vectors of each hook, from one run that stops after the last hook.
-
-        Args:
-            head_indices: The attention head to read at each hook; None: all heads, put
-                end to end.
-            model_kwargs: Further arguments of the model's forward pass.
-        """
+        """The vectors of each hook, from one run that stops after the last hook."""
         own_names = self.own_hook_names(hook_names)
         _, cache = self._run(
             tokens, own_names, stop_at_layer=stop_at_layer(own_names), **model_kwargs
@@ -175,20 +164,14 @@ class Model(ABC):
         """The residual stream before each block and after the last one; the logits."""
 
     def can_start_in_middle(self, hook_names: Sequence[str]) -> bool:
-        """Whether these hooks lie between the steps `embed`, `run_block` and `head`.
-
-        True only for kinds of model that implement these three methods.
-        """
+        """Whether these hooks lie between `embed`, `run_block`s and `head`, if any."""
         del hook_names
         return False
 
     def embed(
         self, tokens: Int[Tensor, "prompt pos"]
     ) -> tuple[Float[Tensor, "prompt pos d_model"], Int[Tensor, "prompt pos"] | None]:
-        """The residual stream before the first block, and the mask for `run_block`.
-
-        The mask marks padding on the left, which the blocks cannot see otherwise.
-        """
+        """The residual stream before the first block, and the mask of padding."""
         raise NotImplementedError
 
     def run_block(
@@ -225,24 +208,17 @@ class Model(ABC):
         """tuned-lens' `Unembed` of this model, which shares its unembedding."""
 
     def unembedding_hash(self) -> str:
-        """tuned-lens' hash of the unembedding, which a lens stores of its model.
-
-        It prints the corners of the matrix to one decimal, so two models may share it.
-        """
+        """tuned-lens' hash of the unembedding, which two models may share."""
         return tensor_hash(self.token_unembeddings.float().cpu().numpy())
 
     def check_tokens(self, tokens: Int[Tensor, "prompt pos"]) -> None:
-        """Raise ValueError if prompts have unknown token ids or are too long.
-
-        A negative id, such as padding of -1, would read the end of the embedding.
-        """
+        """Raise ValueError if prompts have unknown token ids or are too long."""
         d_vocab = self.shape.d_vocab
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (d_vocab is not None and high >= d_vocab):
             raise ValueError(
                 f"Token ids must be in [0, {d_vocab or 'd_vocab'}), the model's "
-                f"vocabulary; got ids from {low} to {high}. Use the model's own "
-                "tokenizer, without padding."
+                f"vocabulary; got ids from {low} to {high}."
             )
         self.shape.check_context_size(tokens.shape[1], self.name)
 
@@ -250,11 +226,7 @@ class Model(ABC):
     def check_hook_widths(
         self, hook_names: Sequence[str], d_in: int, **kwargs: Any
     ) -> None:
-        """Run the model on one token; raise ValueError for a width other than `d_in`.
-
-        Args:
-            kwargs: As in `vectors`.
-        """
+        """Run the model on one token; ValueError for a width other than `d_in`."""
         vectors = self.vectors(torch.zeros(1, 1).long(), hook_names, **kwargs)
         widths = (x.shape[-1] for x in vectors)
         check_widths(dict(zip(hook_names, widths, strict=True)), d_in)
@@ -264,8 +236,8 @@ class Model(ABC):
         attached = getattr(self.module, "acts_to_saes", None)
         if attached:
             raise ValueError(
-                "The model must have no SAEs attached, as its own run is measured; it "
-                f"has SAEs at {list(attached)}. Use `model.reset_saes()`."
+                "The model must have no SAEs attached; it has SAEs at "
+                f"{list(attached)}. Use `model.reset_saes()`."
             )
 
 
@@ -279,12 +251,7 @@ def _own_hook_name(known: set[str], name: str) -> str:
 
 def missing_hook(name: str, known: Iterable[str]) -> ValueError:
     """The error for a hook that the model does not have, with the nearest ones."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    if not near:
-        # The first of each kind of repeated part, such as "gpt_neox.layers.0".
-        near = [hook for hook in known if hook.endswith(".0")] or known[:5]
-    return ValueError(f"The model has no hook {name!r}. The nearest are {near}.")
+    return unknown_name("The model has no hook", name, known)
 
 
 def one_vector_per_position(
@@ -293,8 +260,7 @@ def one_vector_per_position(
     """Choose one head of a hook that has heads, or put the heads end to end."""
     if head_index is not None and acts.ndim != 4:
         raise ValueError(
-            "`hook_head_index` must be None at a hook without heads; got "
-            f"{head_index} for activations of shape {tuple(acts.shape)}."
+            f"`hook_head_index` must be None at a hook without heads; got {head_index}."
         )
     return acts.flatten(2) if head_index is None else acts[:, :, head_index]
 

@@ -43,10 +43,6 @@ def mlsae_huggingface_loader(
         folder_name: The name of a hook, or nothing for the whole SAE.
         cfg_overrides: Entries that replace those of the config.
         model_name, tuned_lens: As in `mlsae_disk_loader`.
-
-    Raises:
-        FileNotFoundError: If a file is not cached and the hub cannot be reached.
-        ValueError: If the repository does not hold a valid MLSAE.
     """
     repository, hook_name = _split(repo_id, folder_name)
     config = hf_hub_download(repository, _CONFIG, force_download=force_download)
@@ -87,10 +83,9 @@ def mlsae_disk_loader(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Load the published files from a folder: a `converter` of `SAE.load_from_disk`.
 
-    The number of layers comes from the model, which is named in the config of a `-tfm`
-    checkpoint and in the name of the repository. So name the folder like the
-    repository, or use `functools.partial(mlsae_disk_loader, model_name=...)`. Otherwise
-    the SAE has no hooks: it encodes and decodes, but has no views.
+    The number of layers comes from the model, so name the folder like the repository,
+    or use `functools.partial(mlsae_disk_loader, model_name=...)`. Otherwise the SAE has
+    no hooks: it encodes and decodes, but has no views.
 
     Args:
         path: A folder with `config.json` and `model.safetensors`.
@@ -105,8 +100,7 @@ def mlsae_disk_loader(
     if missing:
         raise FileNotFoundError(
             f"{path} must be a folder with the published {_CONFIG} and {_WEIGHTS}; "
-            f"{missing} are missing. A folder that SAELens saved (cfg.json) "
-            "needs no converter, and pickles are never loaded."
+            f"{missing} are missing. A folder that SAELens saved needs no converter."
         )
     return mlsae.load(
         path / _CONFIG,
@@ -125,9 +119,7 @@ def has_published_files(path: Path) -> bool:
 
 
 def own_or_mlsae_disk_loader(
-    path: str | Path,
-    device: str = "cpu",
-    cfg_overrides: dict[str, Any] | None = None,
+    path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """SAELens' loader for folders that it saved, else `mlsae_disk_loader`."""
     is_saved = (Path(path) / SAE_CFG_FILENAME).is_file()

@@ -89,7 +89,7 @@ class PublishedName:
 
 
 def directory_entries() -> dict[str, dict[str, Any]]:
-    """Fields of SAELens' directory, by release: all of a model, or one repository."""
+    """Fields of SAELens' directory, by release."""
     found: dict[str, dict[str, Any]] = {}
     for name in published_names():
         model, repository = _model_of(name), name.repository

@@ -13,10 +13,7 @@ ARCHITECTURE = "multilayer"
 
 @dataclass
 class MultiLayerSAEConfig(SAEConfig):
-    """Configuration of a multi-layer SAE for inference.
-
-    The hooks that it was trained on are `metadata.hook_names`, in the order of the
-    layer axis.
+    """Configuration of a multi-layer SAE for inference; its hooks are in `metadata`.
 
     Args:
         k: Number of latents kept for each activation vector.
@@ -82,10 +79,7 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
 def check_whole_number(name: str, value: Any) -> None:
     """Raise ValueError unless a value is None or an int."""
     if value is not None and type(value) is not int:
-        raise ValueError(
-            f"`{name}` must be a whole number (int); got {value!r} of type "
-            f"{type(value).__name__}."
-        )
+        raise ValueError(f"`{name}` must be a whole number (int); got {value!r}.")
 
 
 def check_size(name: str, value: Any) -> None:
@@ -97,8 +91,8 @@ def check_size(name: str, value: Any) -> None:
 
 def check_sizes(cfg: SAEConfig) -> None:
     """Raise ValueError unless `d_in` and `d_sae` are positive ints."""
-    check_size("d_in", cfg.d_in)
-    check_size("d_sae", cfg.d_sae)
+    for name in ("d_in", "d_sae"):
+        check_size(name, getattr(cfg, name))
 
 
 def _check_config(cfg: SAEConfig, **latents: int) -> None:

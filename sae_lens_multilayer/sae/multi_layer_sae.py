@@ -36,8 +36,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     def initialize_weights(self) -> None:
         """Draw decoder rows of unit norm; the encoder starts as their transpose.
 
-        `W_enc` has SAELens' shape [d_in, d_sae], but the weights of one latent are
-        contiguous, as the sparse step gathers them.
+        In `W_enc`, the weights of one latent are contiguous for the sparse step.
         """
         SAE.initialize_weights(self)
         with torch.no_grad():
@@ -71,15 +70,12 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
 
     @override
     def decode(
-        self,
-        feature_acts: Float[Tensor, "*batch d_sae"],
-        hook: int | str | None = None,
+        self, feature_acts: Float[Tensor, "*batch d_sae"], hook: int | str | None = None
     ) -> Float[Tensor, "*batch d_in"]:
         """Reconstruct the vectors that were last encoded, in raw space.
 
         As in SAELens, this uses and deletes the mean and standard deviation stored by
-        the last `encode`; `decode_topk` reads them from its argument instead. `hook` is
-        the one given to `encode`.
+        the last `encode`, which had the same `hook`.
         """
         recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         return self.out_of_lens(self.run_time_activation_norm_fn_out(recons), hook)
@@ -88,10 +84,7 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     def encode_topk(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
     ) -> sparse.TopKActs:
-        """The k largest latents of each vector, without a tensor of d_sae columns.
-
-        The arguments are those of `encode`. Values are after ReLU.
-        """
+        """The k largest latents of each vector, after ReLU; see `encode`."""
         return sparse.encode_topk(
             self.into_lens(x.to(self.dtype), hook),
             self.W_enc,
@@ -163,9 +156,8 @@ class MultiLayerTrainingSAE(
 ):
     """The multi-layer SAE in training.
 
-    The trainer of this package calls `accumulate_gradients`, which uses the k active
-    latents only. `training_forward_pass` is the dense version of the same loss for
-    SAELens' own trainers.
+    Our trainer calls `accumulate_gradients`, which uses the k active latents only;
+    SAELens' own call `training_forward_pass`, the dense version of the same loss.
     """
 
     @override
@@ -183,8 +175,7 @@ class MultiLayerTrainingSAE(
         """Add the gradients of the loss of a training batch to `.grad`.
 
         Args:
-            x: Activation vectors in raw space. With a lens, losses and sums are in the
-                space of the lens, which has no gradient.
+            x: Vectors in raw space; losses and sums are in the space of the lens.
             dead_latents: Latents that the auxiliary loss trains.
             micro_batch_size: Tokens of one layer that are encoded at a time.
             ranks: Each holds an equal share of the tokens of the batch.
@@ -213,9 +204,7 @@ class MultiLayerTrainingSAE(
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The loss by its dense definition, differentiable by autograd.
 
-        Args:
-            step_input: `sae_in` is [token, layer, d_in] in raw space, or [token, d_in]
-                of one layer. With a lens, the loss is in the space of the lens.
+        `step_input.sae_in` is [token, layer, d_in] in raw space, or [token, d_in].
         """
         x = step_input.sae_in.to(self.dtype)
         feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
@@ -251,6 +240,4 @@ class MultiLayerTrainingSAE(
 
     @override
     def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise NotImplementedError(
-            "The auxiliary loss is part of `training_forward_pass`; call that."
-        )
+        raise NotImplementedError("It is part of `training_forward_pass`.")

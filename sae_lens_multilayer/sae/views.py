@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,19 +18,16 @@ from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.sae.config import MultiLayerSAEConfig
 from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
 
-_UNIT_NORM_TOLERANCE = 1e-2
+_UNIT_NORM_TOLERANCE = 1e-2  # the paper's decoders differ less: one optimiser step
 
 
 def hook_names_of(sae: SAE[Any]) -> list[str]:
-    """The hooks an SAE was trained on, in the order of the layer axis.
-
-    An SAE that was not trained by this package has none, which is a ValueError.
-    """
+    """The hooks an SAE was trained on; ValueError if this package did not train it."""
     names = sae.cfg.metadata.hook_names
     if not names:
         raise ValueError(
             "The SAE must name its hooks in `cfg.metadata.hook_names`, as SAEs trained "
-            f"by this package do; it has hook_name={sae.cfg.metadata.hook_name!r} only."
+            "by this package do."
         )
     return list(names)
 
@@ -39,12 +35,10 @@ def hook_names_of(sae: SAE[Any]) -> list[str]:
 def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
     """An ordinary SAE for one hook of an SAE that was trained on several.
 
-    Its tensors share the memory of `sae` until it is converted, folded or loaded into.
-    Only writing to its tensors in place, as an optimiser does, changes `sae` and the
-    other views: train a `copy.deepcopy`.
+    Its tensors share the memory of `sae` until it is converted, folded or loaded into:
+    train a `copy.deepcopy`.
 
-    A stock SAE in training folds norms and thresholds into its weights when it is saved
-    for inference; its views hold copies of the weights folded in this way.
+    Views of a stock SAE in training hold copies of its weights, folded for inference.
 
     Args:
         sae: A `MultiLayerSAE`, or any SAELens SAE trained on a multi-layer stream.
@@ -55,27 +49,19 @@ def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
         SAELens without this package. With a lens, which no stock class applies, a
         `MultiLayerSAE` of one hook, which needs this package to load.
     """
-    names = hook_names_of(sae)
-    return _views_of(sae, [names[find_hook(names, layer_or_hook_name)]])[0]
+    index = find_hook(hook_names_of(sae), layer_or_hook_name)
+    return views(sae)[index]
 
 
 def views(sae: SAE[Any]) -> list[SAE[Any]]:
     """The views of all hooks, in the order of the layer axis."""
-    return _views_of(sae, hook_names_of(sae))
-
-
-def _views_of(sae: SAE[Any], hook_names: Sequence[str]) -> list[SAE[Any]]:
     cfg, tensors = _view_form(sae)
     lens = lens_of(sae)
-    return [_HookView.build(cfg, tensors, name, lens) for name in hook_names]
+    return [_HookView.build(cfg, tensors, n, lens) for n in hook_names_of(sae)]
 
 
 def _view_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """The inference config and tensors of an SAE equivalent to `sae`.
-
-    For a multi-layer SAE they are those of the stock TopK SAE with a zero encoder bias,
-    or with a lens, which no stock SAE applies, of a `MultiLayerSAE`.
-    """
+    """The inference config and tensors of an equivalent SAE, stock without a lens."""
     if isinstance(sae, LensCarrier):
         shared = {f.name: getattr(sae.cfg, f.name) for f in fields(SAEConfig)}
         if sae.lens is not None:
@@ -92,8 +78,6 @@ def _view_form(sae: SAE[Any]) -> tuple[SAEConfig, dict[str, Tensor]]:
 
 
 def _with_own_memory(name: str) -> Any:
-    """The method of this name, on a view whose tensors were copied before."""
-
     def method(self: "_HookView", *args: Any, **kwargs: Any) -> Any:
         self.copy_tensors()
         return getattr(super(_HookView, self), name)(*args, **kwargs)
@@ -148,11 +132,8 @@ class _HookView(CopyableLayerNorm):
 
     @override
     def fold_W_dec_norm(self) -> None:
-        """Scale the decoder rows to unit norm.
-
-        A TopK view with unit norms stays unchanged: SAEDashboard calls this for every
-        SAE, and the stock TopK raises an error.
-        """
+        """Scale the decoder rows to unit norm; those of a TopK view must have it."""
+        # SAEDashboard calls this for every SAE, and the stock TopK raises an error.
         is_topk = isinstance(self, (TopKSAE, LensCarrier))
         if is_topk and not getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
             check_unit_norm(self.W_dec)
@@ -175,14 +156,10 @@ def _view_class(stock: type[SAE[Any]]) -> type[SAE[Any]]:
 
 
 def check_unit_norm(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Raise ValueError if the norm of a decoder row differs from 1 by more than 0.01.
-
-    The decoders saved by the paper's code differ by far less: one optimiser step.
-    """
+    """Raise ValueError if the norm of a decoder row is off 1 by more than 0.01."""
     off = (W_dec.norm(dim=-1) - 1).abs().max().item()
     if not off <= _UNIT_NORM_TOLERANCE:
         raise ValueError(
-            "`fold_W_dec_norm` needs decoder rows of unit norm, since folding other "
-            "norms would change which latents are the k largest; one is off by "
-            f"{off:.3g}."
+            "`fold_W_dec_norm` needs decoder rows of unit norm, as folding others "
+            f"would change which latents are the largest; one is off by {off:.3g}."
         )
