@@ -17,14 +17,21 @@ from sae_lens.constants import (
     ACTIVATIONS_STORE_STATE_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
 )
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from sae_lens_multilayer.files import read_json, read_tensors, remove_folder
+from sae_lens_multilayer.files import (
+    complete_or_absent,
+    read_json,
+    read_tensors,
+    remove_folder,
+)
 from sae_lens_multilayer.record import Record, as_lines
+from sae_lens_multilayer.training.signals import held_signals
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +65,11 @@ def check_checkpoint(
         extra_files: Names of other files that must be there.
     """
     path = Path(path)
-    _check_files(path, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, *extra_files)
+    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, *extra_files):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path} must be a checkpoint folder; {name} is not there."
+            )
     cfg = read_json(path / SAE_CFG_FILENAME)
     found = {key: cfg.get(key) for key in wanted}
     if found != wanted:
@@ -66,14 +77,6 @@ def check_checkpoint(
             f"The checkpoint at {path} must be of this run's SAE, {wanted}; it has "
             f"{found}."
         )
-
-
-def _check_files(folder: Path, *names: str) -> None:
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} must be a checkpoint folder; {name} is not there."
-            )
 
 
 def check_resumable(
@@ -169,6 +172,41 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def write_checkpoint(
+    trainer: SAETrainer[Any, Any],
+    path: Path,
+    n_kept: int | None,
+    wandb_aliases: list[str] | None,
+) -> None:
+    """Write a checkpoint, complete or not at all, and delete older ones.
+
+    Args:
+        n_kept: Number of checkpoints to keep in the folder of the run; None: all.
+    """
+    if path.exists():
+        logger.info("The checkpoint %s exists already.", path)
+        return
+    check_finite(trainer.sae.state_dict())
+    with held_signals(), complete_or_absent(path) as partial:
+        trainer.sae.save_model(partial)
+        sparsity = {"sparsity": trainer.log_feature_sparsity}
+        save_file(sparsity, partial / SPARSITY_FILENAME)
+        trainer.save_trainer_state(partial)
+        if trainer.save_checkpoint_fn is not None:
+            trainer.save_checkpoint_fn(checkpoint_path=partial)
+    if n_kept is not None:
+        keep_newest(path.parent, n_kept)
+    # What is on the disk stays there, even if the upload fails.
+    if trainer.cfg.logger.log_to_wandb:
+        trainer.cfg.logger.log(
+            trainer,
+            path / SAE_WEIGHTS_FILENAME,
+            path / SAE_CFG_FILENAME,
+            sparsity_path=path / SPARSITY_FILENAME,
+            wandb_aliases=wandb_aliases,
+        )
+
+
 def write_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
     """Write optimiser, counters and torch's random states; schedules follow from them.
 
@@ -195,7 +233,6 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
     Learning rate, betas, epsilon and schedules remain those of the trainer's config;
     the schedules are advanced to the step of the checkpoint.
     """
-    _check_files(folder, TENSORS_FILENAME, VALUES_FILENAME)
     tensors = read_tensors(folder / TENSORS_FILENAME, trainer.cfg.device)
     values = read_json(folder / VALUES_FILENAME)
     for name in _COUNTERS:

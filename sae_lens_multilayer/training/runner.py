@@ -33,7 +33,10 @@ from sae_lens_multilayer.store.source import CacheSource, ModelSource
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.batches import RunBatches
-from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
+from sae_lens_multilayer.training.evaluator import (
+    MultiLayerEvaluator,
+    steps_between_evaluations,
+)
 from sae_lens_multilayer.training.run import Run, prepare
 from sae_lens_multilayer.training.signals import (
     handled_by,
@@ -183,13 +186,15 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         n_tokens = self.cfg.training_tokens - trainer.n_training_samples
         n_steps = max(0, math.ceil(n_tokens / self.cfg.train_batch_size_tokens))
         n_for_scale = self.cfg.n_batches_for_norm_estimate * trainer.estimates_scale
-        first_step = trainer.n_training_steps - n_for_scale
-        return (
-            n_for_scale + n_steps,
-            lambda index: (
-                index >= n_for_scale and trainer.is_evaluated_after(first_step + index)
-            ),
-        )
+        every = steps_between_evaluations(self.cfg.logger)
+        steps_before = trainer.n_training_steps - n_for_scale
+
+        def is_evaluated_after(index: int) -> bool:
+            if every is None or index < n_for_scale:
+                return False
+            return (steps_before + index + 1) % every == 0
+
+        return n_for_scale + n_steps, is_evaluated_after
 
     @override
     def run_trainer_with_interruption_handling(
