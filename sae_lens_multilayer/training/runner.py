@@ -15,7 +15,6 @@ from sae_lens.config import HfDataset
 from sae_lens.constants import (
     ACTIVATIONS_STORE_STATE_FILENAME,
     RUNNER_CFG_FILENAME,
-    SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
 )
@@ -76,15 +75,10 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         """Check and load what the run needs; see `prepare` for the order.
 
         Args:
-            cfg: The run.
             override_dataset: Used instead of `cfg.dataset_path`; a run from a cache
                 reads neither.
             override_model: Used instead of loading `cfg.model_name`.
             override_sae: Trained on instead of a new SAE.
-
-        Raises:
-            ValueError: If the settings do not fit the model, the data or each other.
-            OSError: If a path to save to cannot be written.
         """
         run = prepare(cfg, override_dataset, override_model, override_sae)
         self.prepared, self.ranks = run, run.ranks
@@ -188,13 +182,14 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         n_for_scale = self.cfg.n_batches_for_norm_estimate * trainer.estimates_scale
         every = steps_between_evaluations(self.cfg.logger)
         steps_before = trainer.n_training_steps - n_for_scale
-
-        def is_evaluated_after(index: int) -> bool:
-            if every is None or index < n_for_scale:
-                return False
-            return (steps_before + index + 1) % every == 0
-
-        return n_for_scale + n_steps, is_evaluated_after
+        return (
+            n_for_scale + n_steps,
+            lambda index: (
+                every is not None
+                and index >= n_for_scale
+                and (steps_before + index + 1) % every == 0
+            ),
+        )
 
     @override
     def run_trainer_with_interruption_handling(
@@ -202,10 +197,9 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     ) -> TrainingSAE[Any]:
         """Train; on SIGINT or SIGTERM end after the current step and save it.
 
-        After an error, the state after the last whole step is saved too; a resumed run
-        then takes the failed batch again. A second signal ends the process at once, or
-        after a save under way. With several ranks, a checkpoint is saved only for
-        errors raised on every rank.
+        After an error on all ranks, the last whole step is saved too; a resumed run
+        takes the failed batch again. A second signal ends the process at once, or after
+        a save under way.
         """
         assert isinstance(trainer, MultiLayerTrainer)
 
@@ -289,16 +283,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         new folder beside it, which is logged.
         """
         path = self._write_sae(sae, Path(output_path), log_feature_sparsity)
-        # What is on the disk stays there, even if the upload fails.
-        if self.cfg.logger.log_to_wandb:
-            sparsity = path / SPARSITY_FILENAME
-            self.cfg.logger.log(
-                self,
-                path / SAE_WEIGHTS_FILENAME,
-                path / SAE_CFG_FILENAME,
-                sparsity_path=sparsity if sparsity.exists() else None,
-                wandb_aliases=["final_model"],
-            )
+        checkpoints.upload(self, path, ["final_model"])
 
     def _write_sae(
         self, sae: TrainingSAE[Any], path: Path, sparsity: torch.Tensor | None

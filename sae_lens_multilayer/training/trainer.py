@@ -94,17 +94,10 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     @override
     def fit(self) -> TrainingSAE[Any]:
-        """Train until `total_training_samples` tokens were seen.
-
-        Raises:
-            InterruptedException: If `stop_requested` was set, after a whole step.
-        """
+        """Train on `total_training_samples` tokens, unless `stop_requested` is set."""
         self.sae.to(self.cfg.device)
         self._check_replicas()
-        if self.estimates_scale:
-            n_batches = self.cfg.n_batches_for_norm_estimate
-            scaler, batches = self.activation_scaler, self.data_provider
-            estimate_scale(scaler, self.sae, batches, n_batches, self.ranks)
+        self._estimate_scale()
         # Not `disable=False`, which would win over TQDM_DISABLE.
         only_first: dict[str, Any] = {} if self.ranks.is_first else {"disable": True}
         with tqdm(
@@ -276,6 +269,12 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         is_over = self.n_training_samples >= self.cfg.total_training_samples
         normalization = self.sae.cfg.normalize_activations
         return not is_over and needs_estimate(self.activation_scaler, normalization)
+
+    def _estimate_scale(self) -> None:
+        if self.estimates_scale:
+            n_batches = self.cfg.n_batches_for_norm_estimate
+            scaler, batches = self.activation_scaler, self.data_provider
+            estimate_scale(scaler, self.sae, batches, n_batches, self.ranks)
 
     @override
     def _checkpoint_if_needed(self) -> None:
