@@ -7,11 +7,11 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
-from sae_lens.config import SAETrainerConfig
+from sae_lens.config import T_TRAINING_SAE_CONFIG, SAETrainerConfig
 from sae_lens.util import dtype_to_str, str_to_dtype
 from tuned_lens import TunedLens
 from typing_extensions import override
@@ -22,15 +22,11 @@ from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.lens.tuned_lens_files import local_config
 from sae_lens_multilayer.sae.config import (
     MultiLayerTrainingSAEConfig,
+    check_size,
     check_sizes,
-    check_whole_number,
 )
 
 logger = logging.getLogger(__name__)
-
-T_TRAINING_SAE_CONFIG = TypeVar(
-    "T_TRAINING_SAE_CONFIG", bound=TrainingSAEConfig, covariant=True
-)
 
 LATEST = "latest"
 """Value of `resume_from_checkpoint`: the newest checkpoint of the run."""
@@ -77,12 +73,9 @@ def fields_of(*roles: Role) -> list[str]:
 
 def fields_that_decide_weights() -> list[str]:
     """Names of the fields on which the trained weights depend."""
-    return [
-        name
-        for role, names in _ROLES.items()
-        if role not in ("outputs", "cache", "reporting")
-        for name in names.split()
-    ]
+    others = ("outputs", "cache", "reporting")
+    roles: list[Role] = [role for role in _ROLES if role not in others]
+    return fields_of(*roles)
 
 
 _COUNTS = ["training_tokens", "train_batch_size_tokens", "micro_batch_size_tokens",
@@ -120,9 +113,6 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
 
     `sae` is a `MultiLayerTrainingSAEConfig` (the paper's TopK SAE) or any other SAELens
     training config, trained on the same activations.
-
-    Raises:
-        ValueError: If a value is out of range or two values contradict each other.
     """
 
     sae: T_TRAINING_SAE_CONFIG = field(  # type: ignore[assignment]
@@ -143,10 +133,9 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     tuned_lens: TunedLens | LayerLens | str | Path | dict[str, Any] | None = None
     """The lens in whose space the multi-layer SAE is trained: a lens of tuned-lens, its
     folder, its name in tuned-lens' hub space, or a `LayerLens` of this run's hooks. It
-    is saved with the SAE and applied by everything that uses it. None: no lens, or that
-    of the checkpoint that the run starts from. The saved config holds the folder or
-    name, or an object's settings (`LensConfig.to_dict()`); a run from a checkpoint
-    accepts these for the checkpoint's lens."""
+    is saved with the SAE. None: no lens, or that of the checkpoint that the run starts
+    from. The saved config holds the settings of a lens that was given as an object; a
+    run from a checkpoint accepts these for the checkpoint's lens."""
     lens_alignment: Alignment = "tuned_lens"
     """Which translator a block's output uses: "tuned_lens", the one that was trained on
     it; "reference", the block's own, as in the paper's code."""
@@ -196,23 +185,16 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 for key, value in getattr(self, name).items()
             }
             setattr(self, name, plain)
-        self._check_saves()
-
-    def _check_saves(self) -> None:
-        """Check now that the config can be saved with the results of the run."""
-        for name, value in self.to_dict().items():
-            try:
-                json.dumps(value)
-            except TypeError as error:
-                raise ValueError(
-                    f"`{name}` must be of values that JSON can hold, such as "
-                    f"'bfloat16' for a dtype; got {value!r} ({error})."
-                ) from error
+        try:  # now, as it is saved with the results of the run
+            json.dumps(self.to_dict())
+        except TypeError as error:
+            raise ValueError(f"All settings must be JSON values: {error}.") from error
 
     def _check_run(self) -> None:
         for name in _COUNTS:
-            check_whole_number(name, getattr(self, name))
-        for name in (*_COUNTS, "lr", "adam_eps", "max_grad_norm"):
+            if (value := getattr(self, name)) is not None:
+                check_size(name, value)
+        for name in ("lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive; got {value}.")
@@ -237,10 +219,8 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         if self.lr_scheduler_name != "constant" and n_left < self.n_restart_cycles:
             raise ValueError(
                 f"`lr_scheduler_name={self.lr_scheduler_name!r}` needs a step for each "
-                f"of {self.n_restart_cycles} cycles beside warm-up and decay; of the "
-                f"run's {n_steps} steps of `train_batch_size_tokens`, {n_left} are "
-                "left. Use more `training_tokens`, a smaller batch, or fewer steps of "
-                "`lr_warm_up_steps` and `lr_decay_steps`."
+                f"of {self.n_restart_cycles} cycles; {n_left} of the run's {n_steps} "
+                "are left beside `lr_warm_up_steps` and `lr_decay_steps`."
             )
 
     def _check_sae(self) -> None:
@@ -256,13 +236,11 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             raise ValueError(f"`k` must be in (0, d_sae = {self.sae.d_sae}]; got {k}.")
         if str_to_dtype(self.sae.dtype).itemsize < 4:
             logger.warning(
-                "An SAE in %s loses most of its updates to rounding at small learning "
-                "rates: train in float32 (the buffer's `dtype` may be bfloat16) and "
-                "convert it afterwards.",
+                "An SAE in %s loses most of its updates to rounding: train in float32 "
+                "and convert it afterwards.",
                 self.sae.dtype,
             )
-        normalization = self.sae.normalize_activations
-        allowed = ("none", "layer_norm")
+        normalization, allowed = self.sae.normalize_activations, ("none", "layer_norm")
         if self.standardizes_stock_inputs and normalization not in allowed:
             raise ValueError(
                 f"`normalize_activations` of a stock SAE must be in {allowed} when its "
@@ -271,22 +249,15 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             )
 
     def _check_lens(self) -> None:
-        """Check the lens settings that are available without the hub."""
-        if self.lens_alignment not in get_args(Alignment):
-            raise ValueError(
-                f"`lens_alignment` must be one of {get_args(Alignment)}; got "
-                f"{self.lens_alignment!r}."
-            )
-        source: Any = self.tuned_lens
-        if source is None:
+        """Check what is available without the hub."""
+        if self.tuned_lens is None:
             return
         if not isinstance(self.sae, MultiLayerTrainingSAEConfig):
             raise ValueError(
                 "`tuned_lens` needs a multi-layer SAE, as no stock class applies it; "
                 f"got the architecture {self.sae.architecture()!r}."
             )
-        lens = self._lens_config()
-        if lens is not None:
+        if lens := self._lens_config():
             self.check_lens(lens)
 
     def _lens_config(self) -> LensConfig | None:
@@ -296,8 +267,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             return LensConfig(**source)
         if isinstance(source, LayerLens):
             return source.config
-        config = local_config(source)
-        if config is None:
+        if (config := local_config(source)) is None:
             return None
         hook_names = self.resolve_hook_names(config.num_hidden_layers)
         return LensConfig.from_tuned_lens(config, hook_names, self.lens_alignment)
@@ -332,10 +302,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         )
 
     def replaced(self, **changes: Any) -> "MultiLayerConfig[T_TRAINING_SAE_CONFIG]":
-        """A copy with other values, checked like this one.
-
-        `dataclasses.replace` would give it another folder for checkpoints.
-        """
+        """A copy with other values; unlike `replace`, it keeps `checkpoint_path`."""
         other = copy.copy(self)
         for name, value in changes.items():
             setattr(other, name, value)

@@ -314,7 +314,7 @@ BAD = {
     "unknown dtype": ({"dtype": "float7"}, "Invalid dtype: float7"),
     "a number that JSON cannot hold": (
         {"model_kwargs": {"x": {1, 2}}},
-        "`model_kwargs` must be of values that JSON can hold",
+        "must be JSON values: Object of type set",
     ),
     "no tokens": ({"training_tokens": 0}, "`training_tokens` must be positive; got 0"),
     "no batch": (

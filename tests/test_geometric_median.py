@@ -1,6 +1,5 @@
 """References: the paper's code (`data/paper`), and the definition as a minimum."""
 
-import pytest
 import torch
 from conftest import PAPER_DATA
 from hypothesis import given, settings
@@ -83,11 +82,6 @@ def test_does_not_overflow_for_points_next_to_the_mean():
     tiny = torch.finfo(torch.float32).tiny
     points = torch.tensor([[0.0, tiny], [0.0, -tiny], [tiny, 0.0], [-tiny, 0.0]])
     assert geometric_median(points).abs().max() <= 1e-30
-
-
-def test_of_no_point_is_an_error():
-    with pytest.raises(ValueError, match="needs at least one vector; got none"):
-        geometric_median(torch.zeros(0, 3))
 
 
 def test_does_not_depend_on_the_size_of_the_blocks(monkeypatch):

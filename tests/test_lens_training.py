@@ -99,11 +99,7 @@ class TestConfig:
             ValueError, match=r"lens_alignment.*'reference'; got 'tuned_lens'"
         ):
             make_config(tuned_lens=random_lens())
-        config = make_config(tuned_lens=random_lens(), lens_alignment="reference")
-        # The tests' type checks would stop a call.
-        config.lens_alignment = "paper"
-        with pytest.raises(ValueError, match="`lens_alignment` must be one of"):
-            config.__post_init__()
+        make_config(tuned_lens=random_lens(), lens_alignment="reference")
 
     @pytest.mark.parametrize("kind", ["folder", "name", "TunedLens", "LayerLens"])
     def test_what_is_saved_with_the_run_is_read_back(

@@ -498,13 +498,6 @@ class TestState:
         kinds = {path.suffix for path in (tmp_path / "here").iterdir()}
         assert kinds == {".json", ".safetensors"}
 
-    def test_folder_without_a_state_is_named(self, make_config, tmp_path):
-        trainer = make_trainer(make_config())
-        with pytest.raises(
-            FileNotFoundError, match=r"trainer_state.safetensors is not"
-        ):
-            trainer.load_trainer_state(tmp_path)
-
     def test_a_failure_while_saving_leaves_nothing(
         self, make_config, tmp_path, monkeypatch
     ):

@@ -694,7 +694,7 @@ class TestResuming:
         start(first).run()
         (folder,) = Path(first.checkpoint_path).iterdir()
         config = make_config(**settings, resume_from_checkpoint=str(folder))
-        with pytest.raises(ValueError, match=r"must hold the \d+ tokens that waited"):
+        with pytest.raises(ValueError, match=r"must hold the \d+ tokens"):
             start(config).run()
 
     @pytest.mark.parametrize(

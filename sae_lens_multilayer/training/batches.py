@@ -35,12 +35,7 @@ class RunBatches(Iterator[Batch]):
         draw_prompts: Callable[[], PromptIds | None],
         prefetch: int = 0,
     ) -> None:
-        """Prepare; the store is read from `start` on.
-
-        Args:
-            draw_prompts: Takes the prompts of an evaluation from the store.
-            prefetch: Batches to read ahead; 0: none.
-        """
+        """Prepare; the store is read from `start` on, `prefetch` batches ahead."""
         self._store = store
         self._draw_prompts = draw_prompts
         self._prefetch = prefetch
@@ -50,12 +45,7 @@ class RunBatches(Iterator[Batch]):
         """Prompts of the evaluation that follows the last batch."""
 
     def start(self, n_batches: int, evaluates_after: Callable[[int], bool]) -> None:
-        """Begin to read.
-
-        Args:
-            n_batches: Batches of the rest of the run; no more are read.
-            evaluates_after: Whether an evaluation follows a batch, by its index.
-        """
+        """Begin to read `n_batches`; evaluations follow some, chosen by index."""
         self._batches = self._read(n_batches, evaluates_after)
         if self._prefetch:
             self._batches = PrefetchingIterator(self._batches, self._prefetch)

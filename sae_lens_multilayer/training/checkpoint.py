@@ -17,14 +17,21 @@ from sae_lens.constants import (
     ACTIVATIONS_STORE_STATE_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
 )
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save, save_file
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from sae_lens_multilayer.files import read_json, read_tensors, remove_folder
+from sae_lens_multilayer.files import (
+    complete_or_absent,
+    read_json,
+    read_tensors,
+    remove_folder,
+)
 from sae_lens_multilayer.record import Record, as_lines
+from sae_lens_multilayer.training.signals import held_signals
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +58,13 @@ def identity_of(cfg: TrainingSAEConfig) -> dict[str, Any]:
 def check_checkpoint(
     path: str | Path, wanted: dict[str, Any], extra_files: Sequence[str] = ()
 ) -> None:
-    """Check that a folder holds the weights of a certain SAE.
-
-    Args:
-        wanted: Entries that its `cfg.json` must have: architecture, sizes and so on.
-        extra_files: Names of other files that must be there.
-    """
+    """Check a folder's files, and that its `cfg.json` has the `wanted` entries."""
     path = Path(path)
-    _check_files(path, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, *extra_files)
+    for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, *extra_files):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path} must be a checkpoint folder; {name} is not there."
+            )
     cfg = read_json(path / SAE_CFG_FILENAME)
     found = {key: cfg.get(key) for key in wanted}
     if found != wanted:
@@ -68,39 +74,25 @@ def check_checkpoint(
         )
 
 
-def _check_files(folder: Path, *names: str) -> None:
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} must be a checkpoint folder; {name} is not there."
-            )
-
-
 def check_resumable(
     path: Path, wanted: dict[str, Any], settings: dict[str, Any], n_ranks: int
 ) -> None:
-    """Check that a run with these settings can be resumed from a checkpoint.
-
-    Args:
-        wanted: As for `check_checkpoint`.
-        settings: Settings of the run that decide its weights.
-    """
+    """Check that a run with these settings can be resumed from a checkpoint."""
     check_checkpoint(path, wanted, (TENSORS_FILENAME, VALUES_FILENAME))
     found = 1 + len(list(path.glob(f"{_RANK_FOLDER}*")))
     if found != n_ranks:
         raise ValueError(
-            f"The checkpoint at {path} is of a run of {found} processes, each with its "
-            f"own state of the data; this run has {n_ranks}. Resume with torchrun "
-            f"--nproc_per_node {found}, or start a new run from its weights with "
-            "`from_pretrained_path`."
+            f"The checkpoint at {path} is of a run of {found} processes; this run has "
+            f"{n_ranks}. Resume with torchrun --nproc_per_node {found}, or start a new "
+            "run from its weights with `from_pretrained_path`."
         )
     fixed = {name: settings[name] for name in _FIXED if name in settings}
     record = Record.read(path, CHECKPOINT_KIND)
     if changed := record.differences(Record(CHECKPOINT_KIND, fixed)):
         raise ValueError(
-            f"Settings that would have no effect when a run is resumed from {path} "
-            f"cannot change:{as_lines(changed)}\nUse those of the checkpoint, or start "
-            "a new run from its weights with `from_pretrained_path`."
+            f"These must be the settings of the checkpoint {path}, as they have had "
+            f"their effect:{as_lines(changed)}\nUse those, or start a new run from its "
+            "weights with `from_pretrained_path`."
         )
 
 
@@ -169,12 +161,44 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def write_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
-    """Write optimiser, counters and torch's random states; schedules follow from them.
+def write_checkpoint(
+    trainer: SAETrainer[Any, Any],
+    path: Path,
+    n_kept: int | None,
+    wandb_aliases: list[str] | None,
+) -> None:
+    """Write a checkpoint that is complete or not there; keep the `n_kept` newest."""
+    if path.exists():
+        logger.info("The checkpoint %s exists already.", path)
+        return
+    check_finite(trainer.sae.state_dict())
+    with held_signals(), complete_or_absent(path) as partial:
+        trainer.sae.save_model(partial)
+        sparsity = {"sparsity": trainer.log_feature_sparsity}
+        save_file(sparsity, partial / SPARSITY_FILENAME)
+        trainer.save_trainer_state(partial)
+        if trainer.save_checkpoint_fn is not None:
+            trainer.save_checkpoint_fn(checkpoint_path=partial)
+    if n_kept is not None:
+        keep_newest(path.parent, n_kept)
+    upload(trainer, path, wandb_aliases)
 
-    Raises:
-        FloatingPointError: If the optimiser's state is not finite.
-    """
+
+def upload(owner: Any, folder: Path, wandb_aliases: list[str] | None) -> None:
+    """Upload a saved SAE, if W&B is used; it stays on the disk if that fails."""
+    if owner.cfg.logger.log_to_wandb:
+        sparsity = folder / SPARSITY_FILENAME
+        owner.cfg.logger.log(
+            owner,
+            folder / SAE_WEIGHTS_FILENAME,
+            folder / SAE_CFG_FILENAME,
+            sparsity_path=sparsity if sparsity.exists() else None,
+            wandb_aliases=wandb_aliases,
+        )
+
+
+def write_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
+    """Write optimiser, counters and random states; schedules follow from them."""
     tensors = {name: getattr(trainer, name) for name in _COUNTERS}
     for index, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
@@ -192,10 +216,8 @@ def write_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
 def load_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
     """Load what `write_trainer_state` wrote into a new trainer.
 
-    Learning rate, betas, epsilon and schedules remain those of the trainer's config;
-    the schedules are advanced to the step of the checkpoint.
+    Learning rate, betas, epsilon and schedules remain those of its config.
     """
-    _check_files(folder, TENSORS_FILENAME, VALUES_FILENAME)
     tensors = read_tensors(folder / TENSORS_FILENAME, trainer.cfg.device)
     values = read_json(folder / VALUES_FILENAME)
     for name in _COUNTERS:

@@ -19,8 +19,6 @@ from sae_lens_multilayer.training.batches import RunBatches
 
 logger = logging.getLogger(__name__)
 
-_LOGGED_IN_TRAINING = ("fvu", "mse", "l0", "l1")
-
 
 def steps_between_evaluations(log: LoggingConfig) -> int | None:
     """At SAELens' cadence; None: a run with these settings does not evaluate."""
@@ -65,10 +63,9 @@ class MultiLayerEvaluator:
             metrics = self._evaluate(sae, prompts)
         else:
             return {}
-        logged = _LOGGED_IN_TRAINING
-        if lens_of(sae) is not None:
-            # The batches' errors are in the space of the lens.
-            logged = ("l0", "l1")
+        # With a lens, the batches' errors are in its space.
+        has_lens = lens_of(sae) is not None
+        logged = ("l0", "l1") if has_lens else ("fvu", "mse", "l0", "l1")
         values = metrics.to_log_dict()
         values |= {f"metrics/{name}": float(v) for name, v in metrics.mean().items()}
         return {

@@ -20,9 +20,8 @@ def geometric_median(
 ) -> Float[Tensor, " d_in"]:
     """Geometric median by Weiszfeld's algorithm, from the mean.
 
-    `argmin_m sum_i |points[i] - m|`, in the space of the points. It works on blocks of
-    rows, so it needs little memory beyond the points. A step that starts on one of the
-    points, where Weiszfeld's would divide by zero, is that of Vardi and Zhang.
+    `argmin_m sum_i |points[i] - m|`, computed on blocks of rows to save memory. A step
+    that starts on a point, where Weiszfeld's divides by zero, is Vardi and Zhang's.
 
     Args:
         tol: Step length (in the points' unit) below which it stops.
@@ -33,8 +32,6 @@ def geometric_median(
         (2025), section 3. Steps from a point: Vardi and Zhang (2000),
         doi:10.1073/pnas.97.4.1423.
     """
-    if len(points) == 0:
-        raise ValueError("The geometric median needs at least one vector; got none.")
     median = points.mean(0)
     ranks.mean_(median)
     for _ in range(max_iter):

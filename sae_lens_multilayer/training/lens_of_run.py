@@ -35,8 +35,7 @@ def lens_of_run(
         if found is None or not _is_same(lens, found):
             raise ValueError(
                 f"{origin} must have the run's `tuned_lens`, {lens.config}; it has "
-                f"{_difference(lens, found)}. Leave out `tuned_lens` to keep the lens "
-                "of the SAE."
+                f"{_difference(lens, found)}. Omit `tuned_lens` to keep the SAE's lens."
             )
     return lens
 
@@ -50,10 +49,8 @@ def _lens_of_config(
     if isinstance(source, dict):
         if saved is None or saved.config != LensConfig(**source):
             raise ValueError(
-                "`tuned_lens` holds the settings of a lens that was given as an object "
-                "to an earlier run; its tensors are in the saved SAE. Start from a "
-                "checkpoint that has this lens, or give the object: "
-                "`SAE.load_from_disk(folder).lens`."
+                "`tuned_lens` has the settings of a lens; its tensors are in the saved "
+                "SAE. Give the object, such as `SAE.load_from_disk(folder).lens`."
             )
         return saved
     tuned_config, tensors = read_tuned_lens(source)

@@ -68,17 +68,13 @@ def prepare(
 ) -> Run:
     """Check and load what a run needs, except its data.
 
-    In the order in which mistakes can be found: the config and `override_sae`; the
-    ranks; paths to write to; the checkpoint or weights to start from; the cache; the
-    lens; the shape of the named model; the loaded model; its hooks; the SAE. The store,
-    which is made next, checks the hooks' widths and the dataset.
-
-    Args:
-        override_dataset: Used instead of `cfg.dataset_path`.
-        override_model: Used instead of loading `cfg.model_name`.
-        override_sae: Trained on instead of a new SAE.
+    In the order in which mistakes can be found: `override_sae`; the ranks; paths to
+    write to; the checkpoint or weights to start from; the cache; the lens; the shape of
+    the named model; the loaded model; its hooks; the SAE. The store, which is made
+    next, checks the hooks' widths and the dataset. For `Args`, see the runner.
     """
-    _check_given(cfg, override_sae)
+    if override_sae is not None:
+        _check_given(override_sae, checkpoints.identity_of(cfg.sae))
     ranks, cfg = _join_ranks(cfg)
     with ranks.together():
         _check_paths(cfg, ranks)
@@ -109,25 +105,12 @@ def prepare(
     )
 
 
-def _check_given(cfg: Any, override_sae: Any) -> None:
-    if not isinstance(cfg, MultiLayerConfig):
+def _check_given(sae: Any, wanted: dict[str, Any]) -> None:
+    found = checkpoints.identity_of(sae.cfg)
+    if found != wanted or not isinstance(sae, TrainingSAE):
         raise ValueError(
-            "`cfg` must be a MultiLayerConfig; for other configs use SAELens' "
-            f"LanguageModelSAETrainingRunner. Got {type(cfg).__name__}."
-        )
-    if override_sae is None:
-        return
-    if not isinstance(override_sae, TrainingSAE):
-        raise ValueError(
-            "`override_sae` must be an SAE in training, such as a MultiLayerTrainingSAE"
-            f"; got {type(override_sae).__name__}. To train on a saved one, give its "
-            "folder as `from_pretrained_path`."
-        )
-    wanted = checkpoints.identity_of(cfg.sae)
-    found = checkpoints.identity_of(override_sae.cfg)
-    if found != wanted:
-        raise ValueError(
-            f"`override_sae` must be as `sae` in the config, {wanted}; it has {found}."
+            f"`override_sae` must be in training and as the config's `sae`, {wanted}; "
+            f"it has {found} and is a {type(sae).__name__}."
         )
 
 
@@ -158,23 +141,20 @@ def _join_ranks(cfg: MultiLayerConfig[Any]) -> tuple[Ranks, MultiLayerConfig[Any
 def _check_divisible(cfg: MultiLayerConfig[Any], count: int) -> None:
     if cfg.train_batch_size_tokens % count:
         raise ValueError(
-            "`train_batch_size_tokens` is the batch of all processes together and must "
-            f"be a multiple of their number; got {cfg.train_batch_size_tokens} and "
-            f"{count}."
+            "`train_batch_size_tokens` is shared by all processes and must be a "
+            f"multiple of their number; got {cfg.train_batch_size_tokens} and {count}."
         )
     if cfg.sae.normalize_activations == "covariance_whitening":
         raise ValueError(
-            "`normalize_activations='covariance_whitening'` estimates a matrix that "
-            f"SAELens cannot combine from {count} processes. Train in one, or use "
-            "another normalisation."
+            "`normalize_activations='covariance_whitening'` cannot be estimated by "
+            f"{count} processes. Train in one, or use another normalisation."
         )
 
 
 def _find_latest(cfg: MultiLayerConfig[Any]) -> tuple[str | None, str]:
     """The newest checkpoint of such a run, if any, and the folder of its run.
 
-    It is searched for in the `checkpoint_path` that the config was made with and in
-    the folders of runs beneath it, or in that of the run alone if it has a `wandb_id`.
+    It is searched for in all folders of runs, or in one if there is a `wandb_id`.
     """
     assert cfg.checkpoint_path is not None  # checked by the config
     own = Path(cfg.checkpoint_path)
@@ -216,15 +196,9 @@ def _open_cache(cfg: MultiLayerConfig[Any], ranks: Ranks) -> ActivationCache | N
     assert cfg.cached_activations_path is not None  # checked by the config
     cache = ActivationCache(cfg.cached_activations_path)
     cache.check(cfg)
-    if cfg.training_tokens > cache.n_tokens and ranks.is_first:
-        logger.warning(
-            "The run takes %d tokens and the cache at %s has %d: %.2f epochs, so some "
-            "tokens are used more than once.",
-            cfg.training_tokens,
-            cache.path,
-            cache.n_tokens,
-            cfg.training_tokens / cache.n_tokens,
-        )
+    n_epochs = cfg.training_tokens / cache.n_tokens
+    if n_epochs > 1 and ranks.is_first:
+        logger.warning("The run takes %.2f epochs of the cache.", n_epochs)
     return cache
 
 
@@ -288,7 +262,7 @@ def _check_normalization(cfg: MultiLayerConfig[Any], sae: TrainingSAE[Any]) -> N
     found = sae.cfg.normalize_activations
     if cfg.standardizes_stock_inputs and found != "layer_norm":
         raise ValueError(
-            "`normalize_activations` of an SAE that is trained on must be 'layer_norm' "
-            f"when its inputs are standardised; got {found!r}. Set "
-            "`standardize_stock_inputs=False` to train it on raw vectors."
+            "`normalize_activations` must be 'layer_norm' if inputs are standardised; "
+            f"got {found!r}. Set `standardize_stock_inputs=False` to train the SAE on "
+            "raw vectors."
         )

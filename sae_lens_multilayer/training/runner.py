@@ -15,7 +15,6 @@ from sae_lens.config import HfDataset
 from sae_lens.constants import (
     ACTIVATIONS_STORE_STATE_FILENAME,
     RUNNER_CFG_FILENAME,
-    SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
 )
@@ -33,7 +32,10 @@ from sae_lens_multilayer.store.source import CacheSource, ModelSource
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.batches import RunBatches
-from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
+from sae_lens_multilayer.training.evaluator import (
+    MultiLayerEvaluator,
+    steps_between_evaluations,
+)
 from sae_lens_multilayer.training.run import Run, prepare
 from sae_lens_multilayer.training.signals import (
     handled_by,
@@ -73,15 +75,10 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         """Check and load what the run needs; see `prepare` for the order.
 
         Args:
-            cfg: The run.
             override_dataset: Used instead of `cfg.dataset_path`; a run from a cache
                 reads neither.
             override_model: Used instead of loading `cfg.model_name`.
             override_sae: Trained on instead of a new SAE.
-
-        Raises:
-            ValueError: If the settings do not fit the model, the data or each other.
-            OSError: If a path to save to cannot be written.
         """
         run = prepare(cfg, override_dataset, override_model, override_sae)
         self.prepared, self.ranks = run, run.ranks
@@ -183,11 +180,14 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         n_tokens = self.cfg.training_tokens - trainer.n_training_samples
         n_steps = max(0, math.ceil(n_tokens / self.cfg.train_batch_size_tokens))
         n_for_scale = self.cfg.n_batches_for_norm_estimate * trainer.estimates_scale
-        first_step = trainer.n_training_steps - n_for_scale
+        every = steps_between_evaluations(self.cfg.logger)
+        steps_before = trainer.n_training_steps - n_for_scale
         return (
             n_for_scale + n_steps,
             lambda index: (
-                index >= n_for_scale and trainer.is_evaluated_after(first_step + index)
+                every is not None
+                and index >= n_for_scale
+                and (steps_before + index + 1) % every == 0
             ),
         )
 
@@ -197,10 +197,9 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
     ) -> TrainingSAE[Any]:
         """Train; on SIGINT or SIGTERM end after the current step and save it.
 
-        After an error, the state after the last whole step is saved too; a resumed run
-        then takes the failed batch again. A second signal ends the process at once, or
-        after a save under way. With several ranks, a checkpoint is saved only for
-        errors raised on every rank.
+        After an error on all ranks, the last whole step is saved too; a resumed run
+        takes the failed batch again. A second signal ends the process at once, or after
+        a save under way.
         """
         assert isinstance(trainer, MultiLayerTrainer)
 
@@ -284,16 +283,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         new folder beside it, which is logged.
         """
         path = self._write_sae(sae, Path(output_path), log_feature_sparsity)
-        # What is on the disk stays there, even if the upload fails.
-        if self.cfg.logger.log_to_wandb:
-            sparsity = path / SPARSITY_FILENAME
-            self.cfg.logger.log(
-                self,
-                path / SAE_WEIGHTS_FILENAME,
-                path / SAE_CFG_FILENAME,
-                sparsity_path=sparsity if sparsity.exists() else None,
-                wandb_aliases=["final_model"],
-            )
+        checkpoints.upload(self, path, ["final_model"])
 
     def _write_sae(
         self, sae: TrainingSAE[Any], path: Path, sparsity: torch.Tensor | None

@@ -47,10 +47,7 @@ class StepStats:
         return (deviation == 0).nonzero().flatten().tolist()
 
     def by_layer(self) -> dict[str, Float[Tensor, " layer"]]:
-        """The metrics of this batch, one value per layer.
-
-        Those in the space of a lens have other names: `lens_fvu`, `lens_mse`.
-        """
+        """One value per layer; `lens_fvu`, `lens_mse` are in the space of a lens."""
         space = "lens_" if self.is_in_lens_space else ""
         return {
             f"{space}fvu": self.sums.fvu,
@@ -89,9 +86,7 @@ def topk_gradients(
     """Add the gradients of a batch to a multi-layer SAE's parameters.
 
     Args:
-        micro_batch_size_tokens: Tokens whose vectors at one layer are encoded at a
-            time; None: as many as fit the cache, and 512 at least. The gradients do not
-            depend on it.
+        micro_batch_size_tokens: As in `MultiLayerConfig`.
         ranks: Each holds an equal share of the batch's tokens.
     """
     micro = micro_batch_size_tokens or block_rows(sae.cfg.d_sae, x.device.type)
@@ -121,8 +116,7 @@ class StockStep:
     """SAELens' scale of raw vectors; losses are computed on scaled vectors."""
     autocast: AbstractContextManager[Any]
     standardize_inputs: bool
-    """Standardise vectors before the SAE instead of in it, so that its losses are
-    computed on standardised vectors."""
+    """Before the SAE instead of in it: its losses are of standardised vectors."""
     ranks: Ranks = ALONE
     """Each holds an equal share of the batch's tokens."""
 
@@ -134,9 +128,8 @@ class StockStep:
     ) -> StepStats:
         """Add the gradients of a batch to the SAE's parameters, by autograd.
 
-        Vectors of all layers are rows of one batch. The loss is the mean over the
-        micro-batches of all ranks; buffers that the SAE updates from batches, such as
-        the threshold of BatchTopK, are averaged over ranks.
+        Vectors of all layers are rows of one batch. Losses, and buffers such as the
+        threshold of BatchTopK, are means over the micro-batches and ranks.
         """
         stats: StepStats | None = None
         for part in x.split(micro_batch_size_tokens or len(x)):
@@ -181,18 +174,11 @@ class StockStep:
 
 @contextmanager
 def _without_own_norm(sae: TrainingSAE[Any], active: bool) -> Generator[None]:
-    """Turn off a layer-norm SAE's own norm, as its inputs are already standardised.
-
-    Its loss and auxiliary loss (which SAELens refuses under layer norm) are then
-    computed on standardised vectors.
-    """
+    """Turn off a layer-norm SAE's own norm, as its inputs are already standardised."""
     if not active:
         yield
         return
-    names = (
-        "run_time_activation_norm_fn_in",
-        "run_time_activation_norm_fn_out",
-    )
+    names = ("run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out")
     saved = {name: getattr(sae, name) for name in names}
     normalize = sae.cfg.normalize_activations
     sae.cfg.normalize_activations = "none"

@@ -7,38 +7,27 @@ from typing import Any
 
 import torch
 from sae_lens import TrainingSAE
-from sae_lens.constants import (
-    SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
-    SPARSITY_FILENAME,
-)
 from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.optim import get_lr_scheduler
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim import Adam
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_lens_multilayer.config import MultiLayerTrainerConfig
-from sae_lens_multilayer.files import complete_or_absent
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.checkpoint import check_finite, not_finite
-from sae_lens_multilayer.training.evaluator import steps_between_evaluations
 from sae_lens_multilayer.training.geometric_median import median_of_inputs
 from sae_lens_multilayer.training.scale import (
     estimate_scale,
     fold_scale,
     needs_estimate,
 )
-from sae_lens_multilayer.training.signals import held_signals
 from sae_lens_multilayer.training.steps import StepStats, StockStep, topk_gradients
 
 logger = logging.getLogger(__name__)
@@ -47,9 +36,8 @@ logger = logging.getLogger(__name__)
 class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     """SAELens' trainer for batches `[token, layer, d_in]`.
 
-    It counts tokens where the host counts rows, takes the sparse step for a multi-layer
-    SAE, and leaves no torn checkpoint. A stock SAE is trained by its own
-    `training_forward_pass`.
+    It counts tokens where the host counts rows. A multi-layer SAE is trained by the
+    sparse step, a stock SAE by its own `training_forward_pass`.
     """
 
     cfg: MultiLayerTrainerConfig
@@ -77,7 +65,6 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """Create the optimiser and the counters.
 
         Args:
-            cfg: The trainer's part of a `MultiLayerConfig`, with the hook names.
             data_provider: Gives this rank's share of batches `[token, layer, d_in]`.
             save_checkpoint_fn: Writes the rest of a checkpoint into its folder.
             initialize_b_dec: Set `b_dec` of a multi-layer SAE to the geometric median
@@ -90,50 +77,24 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self._initialize_b_dec = initialize_b_dec and isinstance(
             sae, MultiLayerTrainingSAE
         )
-        self.optimizer = Adam(
-            sae.parameters(),
-            lr=cfg.lr,
-            betas=(cfg.adam_beta1, cfg.adam_beta2),
-            eps=cfg.adam_eps,
-            fused=True,
-        )
-        assert cfg.lr_end is not None  # set by MultiLayerConfig
-        self.lr_scheduler = get_lr_scheduler(
-            cfg.lr_scheduler_name,
-            lr=cfg.lr,
-            optimizer=self.optimizer,
-            warm_up_steps=cfg.lr_warm_up_steps,
-            decay_steps=cfg.lr_decay_steps,
-            training_steps=cfg.total_training_steps,
-            lr_end=cfg.lr_end,
-            num_cycles=cfg.n_restart_cycles,
-        )
+        for group in self.optimizer.param_groups:
+            group.update(eps=cfg.adam_eps, fused=True)
         self.tokens_since_fired = torch.zeros(
             sae.cfg.d_sae, dtype=torch.int64, device=cfg.device
         )
 
     @property
-    def dead_after_tokens(self) -> int:
-        """Tokens without firing after which a latent is dead."""
-        if isinstance(self.sae, MultiLayerTrainingSAE):
-            return self.sae.cfg.dead_after_tokens
-        # The host: more than `dead_feature_window` steps.
-        return (self.cfg.dead_feature_window + 1) * self.cfg.train_batch_size_samples
-
-    @property
     def dead_neurons(self) -> Tensor:
         """Which latents are dead, [d_sae] bool."""
-        return self.tokens_since_fired >= self.dead_after_tokens
+        if isinstance(self.sae, MultiLayerTrainingSAE):
+            return self.tokens_since_fired >= self.sae.cfg.dead_after_tokens
+        # The host: more than `dead_feature_window` steps.
+        n_steps = self.cfg.dead_feature_window + 1
+        return self.tokens_since_fired >= n_steps * self.cfg.train_batch_size_samples
 
     @override
     def fit(self) -> TrainingSAE[Any]:
-        """Train until `total_training_samples` tokens were seen.
-
-        Raises:
-            InterruptedException: If `stop_requested` was set; the state is that after a
-                whole step.
-            FloatingPointError: If the loss, a gradient or a final weight is not finite.
-        """
+        """Train on `total_training_samples` tokens, unless `stop_requested` is set."""
         self.sae.to(self.cfg.device)
         self._check_replicas()
         self._estimate_scale()
@@ -172,7 +133,11 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.has_open_batch = False
         try:
             with self.ranks.together():
-                self._log_step(stats)
+                if self._is_logging_step():
+                    tokens = self.n_training_samples
+                    self._log(self.build_train_step_log_dict(stats, tokens))
+                if self.cfg.logger.log_to_wandb:
+                    self._run_and_log_evals()
         finally:
             # The step is done even if logging fails.
             self.n_training_steps += 1
@@ -185,17 +150,6 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self._checkpoint_if_needed()
         if self.ranks.any(self.stop_requested):
             raise InterruptedException()
-
-    def is_evaluated_after(self, step: int) -> bool:
-        """Whether an evaluation follows the batch of a step, counted from 0."""
-        every = steps_between_evaluations(self.cfg.logger)
-        return every is not None and (step + 1) % every == 0
-
-    def _log_step(self, stats: StepStats) -> None:
-        if self._is_logging_step():
-            self._log(self.build_train_step_log_dict(stats, self.n_training_samples))
-        if self.cfg.logger.log_to_wandb:
-            self._run_and_log_evals()
 
     @override
     def maybe_reset_sparsity(self) -> dict[str, Any]:
@@ -216,18 +170,12 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     @override
     def step(self, batch: Tensor) -> StepStats:  # type: ignore[override]
-        """Train on one batch `[token, layer, d_in]` in raw space.
-
-        Raises:
-            FloatingPointError: If the loss or its gradient is not finite; nothing has
-                changed then.
-        """
+        """Train on a raw batch `[token, layer, d_in]`; raise before a bad update."""
         batch = batch.to(self.sae.device)
         starts_b_dec = self.n_training_steps == 0 and self._initialize_b_dec
         if starts_b_dec:
             assert isinstance(self.sae, MultiLayerTrainingSAE)
-            median = median_of_inputs(self.sae, batch, self.ranks)
-            self.sae.b_dec.data.copy_(median)
+            self.sae.b_dec.data.copy_(median_of_inputs(self.sae, batch, self.ranks))
         self.sae.train()
         stats = self._gradients(batch)
         try:
@@ -246,8 +194,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def _check_gradients(self, stats: StepStats) -> None:
         loss = stats.losses["overall_loss"]
         gradients = {name: p.grad for name, p in self.sae.named_parameters()}
-        bad = not_finite({"loss": loss, **gradients})
-        if not bad:
+        if not (bad := not_finite({"loss": loss, **gradients})):
             return
         advice = "Lower `lr` or look at the data."
         if constant := stats.constant_layers():
@@ -325,13 +272,9 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def _estimate_scale(self) -> None:
         if self.estimates_scale:
-            estimate_scale(
-                self.activation_scaler,
-                self.sae,
-                self.data_provider,
-                self.cfg.n_batches_for_norm_estimate,
-                self.ranks,
-            )
+            n_batches = self.cfg.n_batches_for_norm_estimate
+            scaler, batches = self.activation_scaler, self.data_provider
+            estimate_scale(scaler, self.sae, batches, n_batches, self.ranks)
 
     @override
     def _checkpoint_if_needed(self) -> None:
@@ -341,11 +284,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.save_or_report(str(self.n_training_samples))
 
     def save_or_report(self, checkpoint_name: str) -> bool:
-        """Write a checkpoint, or log the error if that fails, as on a full disk.
-
-        Returns:
-            Whether it was written; True on ranks that do not write.
-        """
+        """Write a checkpoint, or log the error and return False if that fails."""
         self._agree_before_checkpoint()
         with self.ranks.together():
             return not self.ranks.is_first or self._write_or_report(checkpoint_name)
@@ -392,29 +331,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         if base is None:
             super().save_checkpoint(checkpoint_name, None, wandb_aliases)
             return
-        path = Path(base) / checkpoint_name
-        if path.exists():
-            logger.info("The checkpoint %s exists already.", path)
-            return
-        check_finite(self.sae.state_dict())
-        with held_signals(), complete_or_absent(path) as partial:
-            self.sae.save_model(partial)
-            sparsity = {"sparsity": self.log_feature_sparsity}
-            save_file(sparsity, partial / SPARSITY_FILENAME)
-            self.save_trainer_state(partial)
-            if self.save_checkpoint_fn is not None:
-                self.save_checkpoint_fn(checkpoint_path=partial)
-        if self.cfg.keep_last_n_checkpoints is not None:
-            checkpoints.keep_newest(Path(base), self.cfg.keep_last_n_checkpoints)
-        # What is on the disk stays there, even if the upload fails.
-        if self.cfg.logger.log_to_wandb:
-            self.cfg.logger.log(
-                self,
-                path / SAE_WEIGHTS_FILENAME,
-                path / SAE_CFG_FILENAME,
-                sparsity_path=path / SPARSITY_FILENAME,
-                wandb_aliases=wandb_aliases,
-            )
+        path, n_kept = Path(base) / checkpoint_name, self.cfg.keep_last_n_checkpoints
+        checkpoints.write_checkpoint(self, path, n_kept, wandb_aliases)
 
     @override
     def save_trainer_state(self, checkpoint_path: Path) -> None:
