@@ -342,9 +342,11 @@ def test_a_file_name_is_not_a_pattern(own_place, streaming):
     assert [row["text"] for row in found] == ["wanted"]
 
 
-def test_a_file_in_a_folder_with_brackets_is_read(own_place):
+def test_a_file_in_a_folder_with_brackets_is_read_and_the_folder_refused(own_place):
     folder = Path("data [v2]")
     folder.mkdir()
     (folder / "train.jsonl").write_text(json.dumps({"text": "words"}))
     found = resolve_dataset(str(folder / "train.jsonl"), N_CTX)
     assert [row["text"] for row in found] == ["words"]
+    with pytest.raises(ValueError, match=r"pattern; got data \[v2\]"):
+        resolve_dataset(str(folder), N_CTX)

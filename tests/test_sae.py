@@ -311,6 +311,25 @@ def test_folding_a_scale_gives_the_same_map_of_unscaled_inputs():
     torch.testing.assert_close(sae(x), scaled_out / 0.25)
 
 
+@both_classes
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("fold_activation_norm_scaling_factor", (2.0,)),
+        ("fold_activation_whitening", (torch.zeros(16), torch.eye(16), torch.eye(16))),
+    ],
+)
+def test_a_standardising_sae_refuses_to_fold_a_scale(training, method, arguments):
+    sae = random_sae(training)
+    before = sae.W_enc.clone()
+
+    with pytest.raises(ValueError, match="normalize_activations='none'"):
+        getattr(sae, method)(*arguments)
+
+    assert torch.equal(sae.W_enc, before)
+    assert sae.cfg.normalize_activations == "layer_norm"
+
+
 # On disk
 
 LOAD_IN_FRESH_PROCESS = """

@@ -51,8 +51,10 @@ class LayerLens(nn.Module):
     ) -> "LayerLens":
         """Create a lens from a state dict, without copying it.
 
-        Raises ValueError if an I + W has a condition number above 1e6.
+        Raises ValueError for a NaN, or an I + W with a condition number above 1e6.
         """
+        if not_finite := [n for n, t in tensors.items() if not t.isfinite().all()]:
+            raise ValueError(f"{not_finite} of the lens must not hold NaN or infinity.")
         lens = cls(config, device="meta")
         lens.load_state_dict(tensors, assign=True)
         for affine_map in lens.children():

@@ -4,6 +4,7 @@ from typing import Any
 
 from sae_lens import SAE
 from torch import Tensor
+from typing_extensions import override
 
 from sae_lens_multilayer.topk.reference import standardize
 
@@ -25,6 +26,24 @@ class CopyableLayerNorm(SAE[Any]):
     def standardizes(self) -> bool:
         """Whether each vector is standardised to mean 0 and standard deviation 1."""
         return self.cfg.normalize_activations == "layer_norm"
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        self._check_can_fold()
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        self._check_can_fold()
+        super().fold_activation_whitening(*args, **kwargs)
+
+    def _check_can_fold(self) -> None:
+        # SAELens would fold anyway, as if raw vectors were multiplied by the weights.
+        if self.standardizes or self.cfg.metadata.tuned_lens is not None:
+            raise ValueError(
+                "A scale or whitening of inputs can only be folded into an SAE with "
+                "normalize_activations='none' and no tuned lens."
+            )
 
     def _standardize(self, x: Tensor) -> Tensor:
         u, self.ln_mu, self.ln_std = standardize(x)

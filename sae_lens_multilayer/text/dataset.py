@@ -85,6 +85,11 @@ def _load_local(name: str, streaming: bool) -> Any:
         return load_dataset(_builder_of(path), data_files=file, streaming=streaming)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return load_from_disk(str(path))
+    if glob.has_magic(str(path.absolute())):
+        raise ValueError(
+            "`dataset_path` of a folder must not contain *, ? or [, which `datasets` "
+            f"reads as a pattern; got {path}. Rename it, or name one file."
+        )
     # An absolute path is never the name of a builder.
     return load_dataset(str(path.absolute()), streaming=streaming)
 
