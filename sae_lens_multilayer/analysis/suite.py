@@ -243,7 +243,9 @@ ANALYSES: dict[str, Analysis] = {
 """All analyses by name, in the order in which they run.
 
 A new analysis is a `Result`, a function or an accumulator for it, and a row here. Code
-outside of the package adds its row before it calls `Suite` or the command line:
+outside of the package adds its row before it calls `Suite` or the command line (see
+`examples/own_analysis.py`). The report shows `Result.pictures`, a sweep's table has
+`Result.numbers`:
 
     ANALYSES["loudness"] = Analysis(lambda suite, _: loudness(suite.sae))
 """

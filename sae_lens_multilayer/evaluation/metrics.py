@@ -25,7 +25,8 @@ class LayerSums:
     """Sums over tokens at one layer or at each of several, and the metrics they give.
 
     `a + b` are the sums over the tokens of both. Vectors are in raw space, or in the
-    space of a lens where the training loss is taken there.
+    space of a lens where the training loss is taken there. The training step builds
+    them from its own sums, without reconstructions.
     """
 
     moments: LayerMoments

@@ -1,7 +1,8 @@
 """The kinds of model that SAELens can train on, behind one interface.
 
-Each kind is a subclass of `Model` in this file, and nothing else in the package depends
-on the kind of a loaded model.
+Each kind is a subclass of `Model` in this file. A kind without TransformerLens' hook
+API (`hook_dict`, `run_with_cache`) overrides `own_hook_names`, `_run`, `logits` and
+`logits_with_hooks` too; how it is loaded by name is in `loading.py`.
 """
 
 import copy

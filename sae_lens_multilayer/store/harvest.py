@@ -71,7 +71,7 @@ class MultiLayerCacheActivationsRunner:
         shard_bytes: int = SHARD_BYTES,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        """Load the model and the dataset, and compare with a cache at the path.
+        """Load the model and the dataset, and check a cache at the path.
 
         Args:
             override_dataset: Used instead of `cfg.dataset_path`.
@@ -145,10 +145,10 @@ class MultiLayerCacheActivationsRunner:
     def n_bytes(self) -> int:
         """Upper bound on the cache's bytes on disk."""
         # Prompts, and the prompt and position of each vector, are int32.
-        n_prompt_tokens = (
+        prompt_tokens_per_vector = (
             self.cfg.context_size / self.source.reader.training_context_size
         )
-        per_token = self._bytes_per_token + 8 + 4 * n_prompt_tokens
+        per_token = self._bytes_per_token + 8 + 4 * prompt_tokens_per_vector
         n_tokens = self.cfg.training_tokens + self.source.max_tokens_per_chunk
         return int(n_tokens * per_token)
 
@@ -249,7 +249,7 @@ class MultiLayerCacheActivationsRunner:
         return len(shards), n_tokens
 
     def _fill(self, shard: ShardInMemory, n_missing: int, progress: Any) -> None:
-        """Run the model until the shard is full, enough, or the dataset has ended."""
+        """Run the model until the shard is full or has enough, or the dataset ends."""
         source = self.source
         while (
             shard.n_free >= source.max_tokens_per_chunk
@@ -275,7 +275,7 @@ class MultiLayerCacheActivationsRunner:
             ) from error
 
     def _finish(self) -> None:
-        """Save prompts for evaluation; list the shards, which completes the cache."""
+        """Save prompts for evaluation, then the list that marks the cache complete."""
         shards = self._shards()
         if not shards:
             # Otherwise a harvest with other settings would be refused.

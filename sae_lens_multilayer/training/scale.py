@@ -1,4 +1,4 @@
-"""SAELens' scale of raw vectors, for SAEs that normalise by an estimate from data."""
+"""Estimates SAELens' scale or whitening of inputs, and folds it into the weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -33,7 +33,7 @@ def estimate_scale(
         else:
             scaler.estimate_scaling_factor(sae.cfg.d_in, rows, n_batches)
     if scaler.scaling_factor is not None and not ranks.is_alone:
-        # Mean norms can be averaged; they are in the denominator.
+        # The factor is inversely proportional to the mean norm: average its inverse.
         inverse = torch.tensor(1 / scaler.scaling_factor, device=sae.device)
         ranks.mean_(inverse)
         scaler.scaling_factor = 1 / inverse.item()

@@ -336,7 +336,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     @override
     def save_trainer_state(self, checkpoint_path: Path) -> None:
-        """Write the optimiser, the schedules and the counters; no pickle."""
+        """Write optimiser, counters and random states, without pickle."""
         checkpoints.write_trainer_state(self, checkpoint_path)
 
     @override
