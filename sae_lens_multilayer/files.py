@@ -171,9 +171,12 @@ def files_hash(path: str | Path | None) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; a ValueError names a damaged file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(_damaged(path, "JSON", error)) from error
+    if not isinstance(values, dict):
+        raise ValueError(_damaged(path, "a JSON object", f"got {values!r:.80}"))
+    return values  # pyright: ignore[reportUnknownVariableType]
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
