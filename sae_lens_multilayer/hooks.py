@@ -53,7 +53,10 @@ def check_hook_choice(
 ) -> None:
     """Raise ValueError for a choice of hooks that is wrong for every model."""
     if hook_names is not None and layers is not None:
-        raise ValueError("Give either `hook_names` or `layers`, not both.")
+        raise ValueError(
+            "Give either `hook_names` or `layers`, not both; got "
+            f"{list(hook_names)} and {list(layers)}."
+        )
     chosen = layers if hook_names is None else hook_names
     if chosen is None:
         return

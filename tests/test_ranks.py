@@ -338,5 +338,5 @@ class TestRanks:
         monkeypatch.setenv("LOCAL_RANK", "3")
         assert own_device("cuda") == own_device("cuda:0") == "cuda:3"
         assert own_device("cpu") == "cpu"
-        with pytest.raises(ValueError, match="use 'cuda' as device instead"):
+        with pytest.raises(ValueError, match="must be 'cuda'"):
             own_device("cuda:1")

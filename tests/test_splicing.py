@@ -530,7 +530,7 @@ class TestBadInput:
             evaluate(random_sae(), model, store, n_prompts=0)
 
     def test_an_sae_of_several_hooks_in_a_list(self, model, tokens):
-        with pytest.raises(ValueError, match="given by itself"):
+        with pytest.raises(ValueError, match="by itself"):
             evaluate([random_sae()], model, tokens)
 
     def test_two_saes_for_one_hook(self, model, tokens):
