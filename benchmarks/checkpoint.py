@@ -74,14 +74,15 @@ def train(model: Any, settings: dict[str, Any], **changes: Any) -> Any:
 def timed_saves() -> list[float]:
     """Patch the trainer; the returned list receives the seconds of each checkpoint."""
     seconds: list[float] = []
-    original = MultiLayerTrainer.save_checkpoint
+    original = MultiLayerTrainer.save_or_report
 
-    def save(self: MultiLayerTrainer, *args: Any, **kwargs: Any) -> None:
+    def save(self: MultiLayerTrainer, checkpoint_name: str) -> bool:
         start = time.perf_counter()
-        original(self, *args, **kwargs)
+        is_saved = original(self, checkpoint_name)
         seconds.append(time.perf_counter() - start)
+        return is_saved
 
-    MultiLayerTrainer.save_checkpoint = save
+    MultiLayerTrainer.save_or_report = save
     return seconds
 
 
