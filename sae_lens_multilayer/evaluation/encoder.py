@@ -67,11 +67,6 @@ class LayerEncoder:
                 )
         self.hook_names = list(names)
 
-    @property
-    def model_name(self) -> str:
-        """The name of the model that the SAEs were trained on."""
-        return str(self.saes[0].cfg.metadata.model_name)
-
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "token layer d_in"]) -> NonzeroActs:
         """Encode all hooks with their SAE; rows are `token * n_layers + layer`."""
