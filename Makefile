@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 PIP_ARGS ?= -q
-TEST_ARGS ?=
+# Tests run in one process per core; `make test TEST_ARGS=` runs them in one.
+TEST_ARGS ?= -n logical --maxprocesses 8 --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?= --small
 

@@ -1,5 +1,6 @@
 """Shared fixtures: a seeded two-layer model that needs no download, and its text."""
 
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -28,6 +29,10 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("shared")
+
+# pytest-xdist's processes share the cores.
+if n_processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_processes))
 
 N_LAYERS, D_MODEL, N_CTX, D_VOCAB = 2, 16, 16, 512
 
