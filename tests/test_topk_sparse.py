@@ -1,7 +1,7 @@
 """The sparse step: parity with the definition, selection, and statistics."""
 
 import os
-import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -546,16 +546,90 @@ def test_without_a_home_folder_everything_works(monkeypatch, caplog):
     assert "no home" in caplog.text
 
 
-@requires_kernel
-@pytest.mark.usefixtures("reload_kernel")
-def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+@pytest.fixture
+def sound(reload_kernel) -> Path:
+    """The library in the user's cache."""
+    compiler = native._compiler()
     assert compiler is not None
-    library = native._compiled(compiler)
-    library.write_bytes(b"")
-    assert native.is_available(torch.empty(0))
-    assert library.stat().st_size > 0
+    return native._compiled(compiler)
+
+
+@pytest.fixture
+def use_compiler(sound, monkeypatch, tmp_path):
+    """Make a compiler that copies a library, and an empty cache for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def use(library: Path) -> str:
+        compiler = tmp_path / "compiler"
+        compiler.write_text(f'#!/bin/bash\ncp {library} "${{@: -1}}"\n')
+        compiler.chmod(0o700)
+        monkeypatch.setenv("CXX", str(compiler))
+        return str(compiler)
+
+    return use
+
+
+def small_library(folder: Path, code: str) -> Path:
+    (folder / "small.cpp").write_text(f'extern "C" {{ {code} }}')
+    command = [
+        str(native._compiler()),
+        "-shared",
+        "-fPIC",
+        "small.cpp",
+        "-o",
+        "small.so",
+    ]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "small.so"
+
+
+@requires_kernel
+def test_only_the_library_that_was_compiled_is_loaded(sound, use_compiler, tmp_path):
+    other = small_library(tmp_path, "").read_bytes()
+    library = native._compiled(use_compiler(sound))
+    torn = library.read_bytes()[: library.stat().st_size // 2]
+    for damaged in (b"", b"text", torn, other, None):
+        if damaged is None:
+            library.with_suffix(".sha256").write_bytes(b"\xff")
+        else:
+            library.unlink()  # the loaded file must not change
+            library.write_bytes(damaged)
+            library.chmod(0o700)
+        native._kernel.cache_clear()
+        assert native.is_available(torch.empty(0)), damaged
+        assert library.read_bytes() == sound.read_bytes()
+
+
+@requires_kernel
+def test_a_library_that_others_can_change_is_not_loaded(
+    sound, use_compiler, monkeypatch, caplog
+):
+    library = native._compiled(use_compiler(sound))
+    owner = os.getuid()
+    for path, mode, user in [
+        (library, 0o770, owner),
+        (library.parent, 0o777, owner),
+        (library, 0o700, owner + 1),
+    ]:
+        library.chmod(0o700)
+        library.parent.chmod(0o700)
+        path.chmod(mode)
+        monkeypatch.setattr(os, "getuid", Mock(return_value=user))
+        native._kernel.cache_clear()
+        caplog.clear()
+        assert not native.is_available(torch.empty(0))
+        assert str(library.parent) in caplog.text
+
+
+@requires_kernel
+@pytest.mark.parametrize("code", ["", "void largest_positive() {}"])
+def test_a_compiled_library_that_does_not_work_is_not_used(
+    code, use_compiler, tmp_path, caplog
+):
+    use_compiler(small_library(tmp_path, code))
+    h = torch.randn(3, 100)
+    torch.testing.assert_close(select_topk(h, 3)[0].sum(1), h.topk(3)[0].sum(1))
+    assert "using PyTorch" in caplog.text
 
 
 @pytest.mark.parametrize("certified", [False, True])

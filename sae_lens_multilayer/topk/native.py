@@ -1,11 +1,13 @@
 """Bindings of `kernel.cpp`, which is compiled on first use if there is a compiler.
 
-Compiling takes seconds; the library is stored in the user's cache folder. Without it
-`select.py` uses PyTorch. The environment variable SAE_LENS_MULTILAYER_NATIVE=0 turns
-it off.
+Compiling takes seconds; the library is stored in the user's cache folder, with its
+digest. It is loaded only if the digest is right and no other user can change it.
+Without it `select.py` uses PyTorch. The environment variable
+SAE_LENS_MULTILAYER_NATIVE=0 turns it off.
 """
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -18,6 +20,8 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from sae_lens_multilayer.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +109,10 @@ def _check(x: Tensor, dtype: torch.dtype, is_contiguous: bool) -> None:
 def _call(name: str, *arguments: Tensor | int) -> None:
     kernel = _kernel()
     assert kernel is not None  # Callers check `is_available` first.
+    _run(kernel, name, *arguments)
+
+
+def _run(kernel: ctypes.CDLL, name: str, *arguments: Tensor | int) -> None:
     converted = [
         ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a)
         for a in arguments
@@ -116,19 +124,22 @@ def _call(name: str, *arguments: Tensor | int) -> None:
 def _kernel() -> ctypes.CDLL | None:
     if os.environ.get("SAE_LENS_MULTILAYER_NATIVE") == "0":
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         logger.info("No C++ compiler found; using PyTorch to select latents.")
         return None
     try:
         library = _compiled(compiler)
         try:
-            return ctypes.CDLL(str(library))
+            kernel = ctypes.CDLL(str(library))
         except OSError:
-            library.unlink()  # The file is damaged: compile it again.
-            return ctypes.CDLL(str(_compiled(compiler)))
-    # `Path.home` raises RuntimeError if there is no home folder.
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            library.unlink()  # It was compiled on another system: compile it here.
+            kernel = ctypes.CDLL(str(_compiled(compiler)))
+        _check_result(kernel)
+        return kernel
+    # `Path.home` raises RuntimeError if there is no home folder; a library without the
+    # functions raises AttributeError.
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or ""
         logger.warning(
             "Could not compile and load the C++ kernel; using PyTorch, which is "
@@ -139,24 +150,56 @@ def _kernel() -> ctypes.CDLL | None:
         return None
 
 
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _check_result(kernel: ctypes.CDLL) -> None:
+    """Raise RuntimeError if the kernel computes a small case wrong."""
+    h = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float32, device="cpu")
+    values, indices = torch.zeros_like(h), torch.zeros_like(h, dtype=torch.int64)
+    _run(kernel, "largest_positive", h, 1, 3, 3, 1, values, indices)
+    if (values[0, 0], indices[0, 0]) != (3, 1):
+        raise RuntimeError(f"its largest entry of {h} is {values[0, 0]}")
+
+
 def _compiled(compiler: str) -> Path:
     """Path of the compiled kernel, from the cache if source and flags are the same."""
     vectors = _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     command = [*compiler.split(), *_FLAGS, *vectors]
-    key = hashlib.sha256(" ".join(command).encode() + _SOURCE.read_bytes()).hexdigest()
+    key = _sha256(" ".join(command).encode() + _SOURCE.read_bytes())
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = cache_dir / "sae_lens_multilayer" / f"topk-{key[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            # Each process compiles in its own folder; the last one replaces the file.
-            built = Path(folder) / library.name
-            subprocess.run(
-                [*command, str(_SOURCE), "-o", str(built)],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_COMPILE_TIMEOUT_S,
-            )
-            built.replace(library)
+    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_private(library.parent)
+    digest = library.with_suffix(".sha256")
+    if library.exists() and digest.exists():
+        _check_private(library)
+        if digest.read_bytes() == _sha256(library.read_bytes()).encode():
+            return library
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        # Each process compiles in its own folder; the last one replaces the files.
+        built = Path(folder) / library.name
+        subprocess.run(
+            [*command, str(_SOURCE), "-o", str(built)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_COMPILE_TIMEOUT_S,
+        )
+        built.chmod(0o700)
+        write_whole(digest, _sha256(built.read_bytes()))
+        built.replace(library)
     return library
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_private(path: Path) -> None:
+    """Raise PermissionError if another user can change `path`, as ssh does."""
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        problem = "must be owned and writable by this user only (chmod go-w, or delete)"
+        raise PermissionError(errno.EPERM, problem, str(path))
