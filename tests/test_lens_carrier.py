@@ -222,7 +222,8 @@ def test_it_is_loaded_for_inference_and_in_another_dtype(tmp_path):
     sae.save_inference_model(tmp_path)
     loaded: Any = SAE.load_from_disk(tmp_path, dtype="float64")
     x = random_acts(3, N)
-    torch.testing.assert_close(loaded(x.double()).float(), sae(x))
+    # The inverse of the lens multiplies float32's rounding.
+    torch.testing.assert_close(loaded(x.double()).float(), sae(x), rtol=1e-5, atol=1e-5)
     weight = sae.lens.state_dict()["1.weight"]
     assert torch.equal(loaded.lens.state_dict()["1.weight"], weight.double())
 
