@@ -1,6 +1,7 @@
 """Tables of results, and moments over layers."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -28,6 +29,13 @@ def layer_columns(
     return {f"{prefix}_{k}": v for k, v in zip(labels, values, strict=True)}
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown, with four significant digits."""
+    rows = [[*map(str, table.columns)], ["---"] * table.shape[1]]
+    rows += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def layer_mean(probs: Float[Tensor, "layer ..."]) -> Float[Tensor, "..."]:
     """Mean of the layer index under a distribution over layers."""
     return (probs * _index(probs)).sum(0)
@@ -52,3 +60,8 @@ def _index(probs: Tensor) -> Tensor:
     """0, 1, ... along the layer axis, in a shape that broadcasts with `probs`."""
     index = torch.arange(len(probs)).to(probs)
     return index.view(-1, *[1] * (probs.ndim - 1))
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,1 @@
+"""Studies: questions answered by several runs, each with its page."""
