@@ -1,1 +1,11 @@
-"""Studies: questions answered by several runs, each with its page."""
+"""Studies: questions that take several runs, each with its tables, figures and page.
+
+`STUDIES` names the modules of this package that the command `study` runs. Each has
+`run_settings(settings, folder)`, which takes the names and values of a YAML file,
+resumes what an earlier call began in the folder, and returns tables to print.
+"""
+
+STUDIES = {
+    "paper": "The paper's tables, figures and claims for a chosen model and sizes.",
+}
+"""Modules and what they answer."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from sae_lens.config import HfDataset
 
 from sae_lens_multilayer.analysis.distributions import DistributionSums
@@ -160,6 +161,16 @@ def paper_study(
     )
     _write_page(study, runs, folder)
     return study
+
+
+def run_settings(settings: dict[str, Any], folder: Path) -> list[pd.DataFrame]:
+    """Run the study of a settings file (see `PaperSettings`); tables to print."""
+    study = paper_study(PaperSettings.from_settings(settings), folder)
+    columns = [name for name in COLUMNS if name in study.table]
+    return [
+        study.table[columns],
+        study.claims().set_index("claim")[["holds", "measured"]],
+    ]
 
 
 def _name(size: Mapping[str, Any]) -> str:

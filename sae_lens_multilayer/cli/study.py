@@ -1,0 +1,39 @@
+"""Runs a study: several runs, with tables, figures and a page."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from simple_parsing import field as option
+
+from sae_lens_multilayer.cli.sweep import print_table
+from sae_lens_multilayer.config_files import read_settings_file
+from sae_lens_multilayer.studies import STUDIES
+
+
+@dataclass
+class Options:
+    """What is run."""
+
+    study: str = option(positional=True, metavar="study", choices=[*STUDIES])
+    """The study: see the list below."""
+    file: str = option(positional=True, metavar="file")
+    """JSON or YAML file with the study's settings; see examples/studies."""
+    output: str = option()
+    """Folder; an earlier run of the same file is resumed there."""
+
+
+def help_epilog() -> str:
+    """The studies, for `--help`."""
+    return "studies: " + " ".join(f"{name}: {text}" for name, text in STUDIES.items())
+
+
+def run(options: Options) -> None:
+    """Run the command."""
+    module: Any = import_module(f"sae_lens_multilayer.studies.{options.study}")
+    folder = Path(options.output).expanduser()
+    for table in module.run_settings(read_settings_file(options.file), folder):
+        print_table(table)
+        print()
+    print(f"Written: {folder}")
