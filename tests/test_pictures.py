@@ -77,9 +77,11 @@ def check_both_show(picture: Picture) -> None:
         for series, trace in zip(panel.series, traces, strict=True):
             assert series.label == "" or in_matplotlib(series.label) in legends
             assert trace.name == in_plotly(series.label)
+            y = np.asarray(series.y, float)
             if series.kind != "band":
-                y = np.asarray(series.y, float)
                 assert trace.y == pytest.approx(y, nan_ok=True)
+            if series.kind == "intervals":
+                assert trace.error_y.array + y == pytest.approx(np.asarray(series.top))
         if panel.vertical_line is not None:
             assert in_matplotlib(panel.vertical_line[1]) in legends
             (line,) = plotly.layout.shapes
@@ -222,10 +224,13 @@ def values_of(picture: Picture) -> np.ndarray:
 def test_latents_are_sorted_by_mean_layer():
     # Latent 1 is never active; 2 has the lowest mean layer.
     counts = torch.tensor([[1, 0, 4, 1], [3, 0, 0, 1]])
-    dists = LayerDistributions(HOOK_NAMES, 9, counts, counts.double())
+    dists = LayerDistributions(HOOK_NAMES, 9, counts, 2 * counts.double())
     picture = described(dists)
     assert values_of(picture).tolist() == [[1, 0.5, 0.25], [0, 0.5, 0.75]]
-    assert picture.panels[0].x.names == ["2", "3", "0"]
+    frequency = picture.panels[1].heatmap
+    assert frequency is not None
+    assert frequency.values * 9 == pytest.approx(counts[:, [2, 3, 0]].numpy())
+    assert [panel.x.names for panel in picture.panels] == [["2", "3", "0"]] * 2
     assert "9 tokens" in picture.title
     chosen = described(dists, latents=torch.tensor([0, 2]))
     assert values_of(chosen).tolist() == [[0.25, 1], [0.75, 0]]
@@ -233,12 +238,26 @@ def test_latents_are_sorted_by_mean_layer():
         picture_of(LayerDistributions(HOOK_NAMES, 9, 0 * counts, 0 * counts.double()))
 
 
+def test_latents_with_two_modes_are_at_the_end():
+    # By mean layer, latent 1 (at both ends) would be between latents 0 and 2.
+    counts = torch.tensor([[4, 3, 0], [0, 0, 0], [0, 3, 4]])
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
+    dists = LayerDistributions(names, 9, counts, counts.double())
+    picture = described(dists)
+    assert picture.panels[0].x.names == ["0", "2", "1 (two modes)"]
+    assert picture.panels[1].vertical_line == (1.5, "right of it: two modes")
+    assert "1 latents have two modes" in picture.caption
+    chosen = described(dists, latents=torch.tensor([1, 0]))
+    assert chosen.panels[0].x.names == ["1 (two modes)", "0"]
+    assert chosen.panels[0].vertical_line is None
+
+
 def test_of_many_latents_some_are_drawn():
     counts = torch.ones(2, 5000, dtype=torch.long)
     picture = picture_of(LayerDistributions(HOOK_NAMES, 9, counts, counts.double()))
     assert values_of(picture).shape == (2, 4096)
     assert picture.panels[0].x.label.startswith("5,000 active latents")
-    assert "4,096 of them" in picture.caption
+    assert "4,096 of all" in picture.caption
 
 
 def test_one_latent_on_a_prompt(model, tokens):

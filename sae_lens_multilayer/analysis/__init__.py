@@ -6,6 +6,7 @@ result, which becomes a table (`to_dataframe`), a folder (`save`, `load`) or pic
 the table `ANALYSES` by name.
 """
 
+from sae_lens_multilayer.analysis.batch import TokenBatch
 from sae_lens_multilayer.analysis.distributions import (
     DistributionSums,
     LayerDistributions,
@@ -43,10 +44,10 @@ from sae_lens_multilayer.analysis.max_activating import (
     max_activating_examples,
 )
 from sae_lens_multilayer.analysis.near_duplicates import Redundancy, redundancy
+from sae_lens_multilayer.analysis.nulls import Null, RandomWeights
 from sae_lens_multilayer.analysis.residual import ResidualStream, residual_stream
 from sae_lens_multilayer.analysis.stream import (
     Accumulator,
-    TokenBatch,
     TokenStream,
     analyze,
 )
@@ -77,7 +78,9 @@ __all__ = [
     "ExampleCollector",
     "Examples",
     "LayerDistributions",
+    "Null",
     "PromptActs",
+    "RandomWeights",
     "Redundancy",
     "ResidualStream",
     "Result",

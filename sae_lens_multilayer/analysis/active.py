@@ -29,6 +29,31 @@ def check_latents(latents: Sequence[int], d_sae: int) -> None:
         )
 
 
+def check_are_active(
+    latents: Sequence[int],
+    counts: Int[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+) -> None:
+    """Raise ValueError for a latent without activations, with the nearest that has any.
+
+    Args:
+        counts: Activations of each latent at the tokens.
+        W_dec: Decoder directions, by whose cosine similarity the nearest is found.
+    """
+    silent = [latent for latent in latents if not counts[latent]]
+    if not silent:
+        return
+    directions = torch.nn.functional.normalize(W_dec.float().cpu(), dim=1)
+    cosines = directions @ directions[silent[0]]
+    cosines[counts.cpu() == 0] = -2
+    nearest = f"{int(cosines.argmax())} (cosine {cosines.max():.2f} of the decoder)"
+    raise ValueError(
+        f"`latents` must be active at the tokens; {silent} never are. The nearest to "
+        f"{silent[0]} that is: {nearest if counts.any() else 'none'}. Give other "
+        "latents or more tokens."
+    )
+
+
 @dataclass
 class TokenLatents:
     """Sums over layers of each token's activations, one per active latent."""

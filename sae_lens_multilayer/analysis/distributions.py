@@ -6,15 +6,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import sums_device
+from sae_lens_multilayer.analysis.batch import TokenBatch
 from sae_lens_multilayer.analysis.stream import (
     PassOptions,
-    TokenBatch,
     TokenStream,
     single_analysis,
 )
@@ -37,6 +37,8 @@ from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
 
+_MODE_SHARE = 0.1
+"""Least part of a distribution on each side of the layer between two modes."""
 _MOST_LATENTS = 4_096
 """Latents in one heatmap; a screen has no more pixels."""
 
@@ -80,6 +82,26 @@ class LayerDistributions(Result):
         return self.var_layer.sqrt()
 
     @property
+    def frequency(self) -> Float[Tensor, "layer d_sae"]:
+        """Share of the tokens at which a latent is active at a layer."""
+        return self.counts.double() / self.n_tokens
+
+    @property
+    def has_two_modes(self) -> Bool[Tensor, " d_sae"]:
+        """Whether `P(l | j)` has two modes, so that its mean may be at neither.
+
+        True if at some layer it is below half of its peaks before and after, and at
+        least 10% of it is before and after. Rare latents may have two by chance.
+        """
+        probs = self.probs
+        done = probs.cumsum(0)
+        before, after = done - probs, 1 - done
+        peak_before = probs.cummax(0).values
+        peak_after = probs.flip(0).cummax(0).values.flip(0)
+        is_valley = probs < torch.minimum(peak_before, peak_after) / 2
+        return (is_valley & (torch.minimum(before, after) >= _MODE_SHARE)).any(0)
+
+    @property
     def mean_act(self) -> Float[Tensor, " d_sae"]:
         """Mean activation of a latent where it is active."""
         return self.totals.sum(0) / self.counts.sum(0)
@@ -104,6 +126,7 @@ class LayerDistributions(Result):
             "mean_layer": self.mean_layer,
             "var_layer": self.var_layer,
             "std_layer": self.std_layer,
+            "has_two_modes": self.has_two_modes,
         }
         columns |= layer_columns("p", self.hook_names, self.probs)
         return make_table(columns, "latent")
@@ -111,23 +134,46 @@ class LayerDistributions(Result):
     def pictures(
         self, latents: Int[Tensor, " latent"] | None = None, **context: Any
     ) -> dict[str, Picture]:
-        """`P(layer | latent)` of `latents` in this order; None: all active, by mean
-        layer."""
-        chosen = self.active_latents() if latents is None else latents
+        """`P(layer | latent)` and the frequency of `latents`, in this order.
+
+        None: all that are active, by mean layer, with those of two modes at the end, as
+        their mean layer may be between the modes.
+        """
+        chosen = self._by_modes() if latents is None else latents
         if not len(chosen):
             raise ValueError("There must be a latent that was active; there is none.")
+        has_two = self.has_two_modes[chosen]
+        caption = f"{int(has_two.sum()):,} latents have two modes."
         which = "latents" if latents is not None else "active latents, by mean layer"
-        label, caption = f"{len(chosen):,} {which}", ""
+        label = f"{len(chosen):,} {which}"
         if len(chosen) > _MOST_LATENTS:
             drawn = torch.linspace(0, len(chosen) - 1, _MOST_LATENTS).long()
-            chosen = chosen[drawn]
-            caption = f"{_MOST_LATENTS:,} of them, evenly spaced, are drawn."
-        names = [str(latent) for latent in chosen.tolist()]
+            chosen, has_two = chosen[drawn], has_two[drawn]
+            caption += f" {_MOST_LATENTS:,} of all, evenly spaced, are drawn."
+        n_first = int((~has_two).sum())
+        line = None
+        if latents is None and 0 < n_first < len(chosen):
+            line = n_first - 0.5, "right of it: two modes"
+        marked = zip(chosen.tolist(), has_two.tolist(), strict=True)
+        names = [f"{j} (two modes)" if two else str(j) for j, two in marked]
+        x = Axis(label, names, most_names=0)
+        panels = [
+            Panel(x, layer_axis(self.hook_names), heatmap=heatmap, vertical_line=line)
+            for heatmap in self._heatmaps(chosen)
+        ]
+        title = f"Layers of each latent over {self.n_tokens:,} tokens"
+        return {"": Picture(title, panels, caption, n_columns=1)}
+
+    def _by_modes(self) -> Int[Tensor, " latent"]:
+        """`active_latents`, those with two modes at the end."""
+        active = self.active_latents()
+        return active[self.has_two_modes[active].sort(stable=True).indices]
+
+    def _heatmaps(self, chosen: Int[Tensor, " latent"]) -> list[Heatmap]:
         # Most latents are spread over many layers, and a few are active at one.
         probs = Heatmap(self.probs[:, chosen].numpy(), "P(layer | latent)", power=0.5)
-        x, y = Axis(label, names, most_names=0), layer_axis(self.hook_names)
-        title = f"Layers of each latent over {self.n_tokens:,} tokens"
-        return {"": Picture(title, [Panel(x, y, heatmap=probs)], caption)}
+        frequency = self.frequency[:, chosen].numpy()
+        return [probs, Heatmap(frequency, "share of tokens", top=None, power=0.25)]
 
 
 class DistributionSums:

@@ -11,7 +11,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_multilayer.analysis.active import ActiveLatents, sums_device
-from sae_lens_multilayer.analysis.stream import TokenBatch, single_analysis
+from sae_lens_multilayer.analysis.batch import TokenBatch
+from sae_lens_multilayer.analysis.stream import single_analysis
 from sae_lens_multilayer.analysis.tables import (
     layer_mean,
     layer_variance,

@@ -9,8 +9,9 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_multilayer.analysis.active import check_latents, sums_device
+from sae_lens_multilayer.analysis.batch import TokenBatch
 from sae_lens_multilayer.analysis.examples import OUTSIDE, Examples
-from sae_lens_multilayer.analysis.stream import TokenBatch, single_analysis
+from sae_lens_multilayer.analysis.stream import single_analysis
 from sae_lens_multilayer.sae.views import hook_names_of
 
 _FEWEST_ROWS = 2**12

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
+from sae_lens_multilayer.analysis.batch import TokenBatch
+from sae_lens_multilayer.analysis.stream import PassOptions, TokenStream
 from sae_lens_multilayer.analysis.tables import make_table
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.pictures.description import (

@@ -1,19 +1,26 @@
 """One pass of a model over tokens for any number of analyses."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict, Unpack
 
-from sae_lens_multilayer.analysis.active import ActiveLatents, active_latents
+from sae_lens_multilayer.analysis.batch import TokenBatch
+from sae_lens_multilayer.analysis.nulls import (
+    BatchChange,
+    LatentExchange,
+    LayerShuffle,
+    Null,
+    RandomWeights,
+)
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
+from sae_lens_multilayer.hooks import unknown_name
 from sae_lens_multilayer.lens.carrier import check_lenses
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import check_widths
@@ -25,35 +32,6 @@ _CALLS_FROM_USER = 7
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-
-
-@dataclass
-class TokenBatch:
-    """The tokens of some prompts that are not excluded, with their vectors."""
-
-    prompts: Int[Tensor, "prompt pos"]
-    """Token ids of the prompts, with excluded tokens; on the CPU."""
-    first_prompt: int
-    """Number of prompts in earlier batches."""
-    prompt: Int[Tensor, " token"]
-    """Index into `prompts` of each token; on the CPU."""
-    position: Int[Tensor, " token"]
-    """Position of each token in its prompt; on the CPU."""
-    x: Float[Tensor, "token layer d_in"]
-    """Vectors at all layers, in raw space."""
-    encoder: LayerEncoder | None
-    """None if no SAE is analysed."""
-
-    @cached_property
-    def active(self) -> ActiveLatents:
-        """The SAE's activations, encoded once for all analyses."""
-        assert self.encoder is not None
-        return active_latents(self.encoder, self.x)
-
-    @property
-    def token_ids(self) -> Int[Tensor, " token"]:
-        """The id of each token."""
-        return self.prompts[self.prompt, self.position]
 
 
 @runtime_checkable
@@ -79,6 +57,10 @@ class PassOptions(TypedDict, total=False):
     """Token ids whose positions are excluded; None: those that the store excludes."""
     exclude_positions: Sequence[int]
     """Positions in a prompt that are excluded, often 0; negative: from the end."""
+    null: Null | None
+    """Analyse a null: "random_weights" of the model, "shuffled_layers" of each token,
+    or "matched_frequency": latents exchanged with others of about their frequency,
+    which takes a second pass. See `analysis.nulls`."""
 
 
 class TokenStream:
@@ -96,15 +78,18 @@ class TokenStream:
         batch_size_prompts: int = 8,
         exclude_tokens: Sequence[int] | None = None,
         exclude_positions: Sequence[int] = (),
+        null: str | None = None,
     ) -> None:
         """Check the model, the hooks and the tokens.
 
         Args:
             encoder: Encodes the vectors, for analyses of activations.
             sae: An SAE of the vectors' width; None: the encoder's, if there is one.
-            n_prompts, batch_size_prompts, exclude_tokens, exclude_positions: See
+            n_prompts, batch_size_prompts, exclude_tokens, exclude_positions, null: See
                 `PassOptions`.
         """
+        if null is not None and null not in get_args(Null):
+            raise unknown_name("There is no null", null, get_args(Null))
         sae = encoder.saes[0] if encoder is not None else sae
         self._d_in: int | None = None if sae is None else sae.cfg.d_in
         model = as_model(model)
@@ -126,11 +111,33 @@ class TokenStream:
             exclude_positions,
         )
         self._batches = prompts.split(batch_size_prompts)
+        self._null = null
+        self._weights: Callable[[], AbstractContextManager[None]] = nullcontext
+        if null == "random_weights":
+            self._weights = RandomWeights(model.module).applied
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[TokenBatch]:
+        change = self._change()
+        for batch in self._read("Analysing"):
+            yield batch if change is None else change(batch)
+
+    def _change(self) -> BatchChange | None:
+        """What the null changes in each batch."""
+        if self._null == "shuffled_layers":
+            return LayerShuffle()
+        if self._null != "matched_frequency" or self._encoder is None:
+            return None
+        counts = torch.zeros(self._encoder.saes[0].cfg.d_sae, dtype=torch.int64)
+        for batch in self._read("Counting latents"):
+            latents = batch.active.by_token.latent
+            counts = counts.to(latents.device)
+            counts += latents.bincount(minlength=len(counts))
+        return LatentExchange(counts)
+
+    def _read(self, description: str) -> Iterator[TokenBatch]:
         n_prompts = 0
-        for prompts in tqdm(self._batches, desc="Analysing", unit="batch"):
+        for prompts in tqdm(self._batches, desc=description, unit="batch"):
             ids, counted = prompts.ids.cpu(), prompts.counted.cpu()
             prompt, position = counted.nonzero(as_tuple=True)
             x = self._vectors(ids, prompt, position)
@@ -140,7 +147,8 @@ class TokenStream:
     def _vectors(
         self, prompts: Tensor, prompt: Tensor, position: Tensor
     ) -> Float[Tensor, "token layer d_in"]:
-        by_hook = self._model.vectors(prompts, self.hook_names, self._heads)
+        with self._weights():
+            by_hook = self._model.vectors(prompts, self.hook_names, self._heads)
         widths = dict(zip(self.hook_names, (v.shape[-1] for v in by_hook), strict=True))
         check_widths(widths, self._d_in or by_hook[0].shape[-1])
         device = by_hook[0].device

@@ -73,7 +73,7 @@ class Suite:
         self.sae, self.model, self.tokens = sae, model, tokens
         self.latents, self.n_examples = latents, n_examples
         self.single_layers = single_layers_of(sae, single_layers)
-        self.options: Any = options
+        self.options: Any = {n: v for n, v in options.items() if v is not None}
 
     def missing(self, name: str) -> str | None:
         """What an analysis needs and this suite lacks; None if it is available."""
@@ -150,6 +150,7 @@ RESIDUAL_WIDTH = Need(
     "an SAE of the residual stream's width",
     lambda suite: suite.sae.cfg.d_in == as_model(suite.model).shape.d_model,
 )
+NO_NULL = Need("no null", lambda suite: "null" not in suite.options)
 SINGLE_LAYERS = Need("single-layer SAEs", lambda suite: bool(suite.single_layers))
 NO_SINGLE_LAYER_LENS = Need(
     "single-layer SAEs without a lens",
@@ -205,11 +206,11 @@ def _transfer_matrix(suite: Suite, _: ResultOf) -> Result:
 ANALYSES: dict[str, Analysis] = {
     "evaluation": Analysis(
         lambda s, _: evaluate(s.sae, s.model, s.tokens, **s.options),
-        needs=(WHOLE_VECTORS,),
+        needs=(NO_NULL, WHOLE_VECTORS),
     ),
     "single_layer_comparison": Analysis(
         _single_layer_comparison,
-        needs=(WHOLE_VECTORS, SINGLE_LAYERS),
+        needs=(NO_NULL, WHOLE_VECTORS, SINGLE_LAYERS),
         table=lambda result: result.to_dataframe()[list(DRAWN)],
     ),
     "layer_distributions": Analysis(accumulator=lambda s: DistributionSums(s.sae)),

@@ -11,7 +11,8 @@ from sae_lens import SAE
 from torch import Tensor
 from typing_extensions import Unpack
 
-from sae_lens_multilayer.analysis.stream import PassOptions, TokenBatch, TokenStream
+from sae_lens_multilayer.analysis.batch import TokenBatch
+from sae_lens_multilayer.analysis.stream import PassOptions, TokenStream
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder, ReconstructionSums
 from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics

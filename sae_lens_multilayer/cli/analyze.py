@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sae_lens_multilayer.analysis import ANALYSES, Suite, save_results
+from sae_lens_multilayer.analysis import ANALYSES, Null, Suite, save_results
 from sae_lens_multilayer.cli.options import (
     Inputs,
     ModelOptions,
@@ -37,6 +37,9 @@ class AnalysisOptions:
     """Examples to keep for each latent and layer."""
     single_layers: list[str] = field(default_factory=list)
     """Folders of single-layer SAEs, for single_layer_comparison and transfer_matrix."""
+    null: Null | None = None
+    """Analyse a null, to compare with: a model with random weights, the layers of each
+    token shuffled, or latents exchanged with others of about the same frequency."""
 
 
 @dataclass
@@ -91,6 +94,7 @@ def suite_of(inputs: Inputs, options: Any) -> Suite:
         single_layers=[load_sae(path, None, device) for path in analysis.single_layers],
         batch_size_prompts=options.text.batch_size_prompts,
         exclude_positions=analysis.exclude_positions,
+        null=analysis.null,
     )
 
 

@@ -43,9 +43,9 @@ class Series:
     """Entry in the legend; empty: none."""
     x: Values
     y: Values
-    kind: Literal["line", "points", "bars", "band"] = "line"
+    kind: Literal["line", "points", "bars", "band", "intervals"] = "line"
     top: Values = ()
-    """Upper edge of a band, whose lower edge is `y`."""
+    """Upper edge of a band or of each interval, whose lower edge is `y`."""
     width: float = 0.6
     """Of each bar, in units of the x axis."""
     texts: Sequence[str] = ()

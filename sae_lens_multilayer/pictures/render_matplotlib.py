@@ -139,6 +139,9 @@ def _draw_series(axes: "Axes", series: Series, colour: int) -> None:
             axes.scatter(series.x, series.y, s=18, **kwargs)
         case "band":
             axes.fill_between(series.x, series.y, series.top, alpha=0.3, **kwargs)  # type: ignore[arg-type]
+        case "intervals":
+            kwargs["color"] = "black"
+            axes.vlines(series.x, series.y, series.top, **kwargs)  # type: ignore[arg-type]
         case "bars":
             bars = axes.bar(series.x, series.y, series.width, alpha=0.6, **kwargs)  # type: ignore[arg-type]
             if series.texts:

@@ -110,6 +110,10 @@ def _trace(series: Series, colour: int, axis: Axis) -> dict[str, Any]:
             y = np.concatenate([series.top, trace["y"][::-1]])
             trace |= {"x": [*x, *x[::-1]], "y": y, "fill": "toself", "mode": "lines"}
             trace["line"] = {**line, "width": 0}
+        case "intervals":
+            length = np.asarray(series.top) - trace["y"]
+            bars = {"array": length, "symmetric": False, "color": "black", "width": 0}
+            trace |= {"mode": "markers", "marker": {"opacity": 0}, "error_y": bars}
         case "bars":
             trace |= {"width": series.width, "opacity": 0.6, "marker": line}
             if series.texts:

@@ -99,12 +99,34 @@ def test_table_and_disk(tmp_path):
     dists = accumulate(DistributionSums(sae_of(acts)), [batch_of(acts)])
     table = dists.to_dataframe()
     assert table.index.name == "latent"
+    assert table["has_two_modes"].tolist() == dists.has_two_modes.tolist()
     assert list(table.columns[-4:]) == [f"p_layer_{layer}" for layer in range(4)]
     assert table["count"].tolist() == (acts > 0).sum((0, 1)).tolist()
     dists.save(tmp_path / "dists")
     loaded = LayerDistributions.load(tmp_path / "dists")
     assert loaded.hook_names == dists.hook_names
     pd.testing.assert_frame_equal(loaded.to_dataframe(), table)
+
+
+@pytest.mark.parametrize(
+    ("probs", "expected"),
+    [
+        ([0.5, 0, 0.5], True),
+        ([0.25, 0.5, 0.25], False),
+        ([0.1, 0.2, 0.3, 0.4], False),
+        ([0.4, 0.15, 0.15, 0.3], False),  # 0.15 is half of 0.3, not below
+        ([0.4, 0.2, 0.1, 0.3], True),
+        ([0.6, 0.31, 0.0, 0.09], False),  # less than 10% after
+        ([0.0, 0.0, 0.0, 0.0], False),  # never active
+        ([1.0], False),
+    ],
+)
+def test_two_modes(probs, expected):
+    totals = torch.tensor(probs).double().unsqueeze(1)
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(len(probs))]
+    dists = LayerDistributions(names, 10, (totals > 0).long(), totals)
+    assert dists.has_two_modes.tolist() == [expected]
+    assert dists.frequency[:, 0].tolist() == [0.1 * (p > 0) for p in probs]
 
 
 def test_every_token_of_a_prompt(model, tmp_path):

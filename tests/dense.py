@@ -9,7 +9,7 @@ from sae_lens.saes.sae import SAEMetadata
 from saes import random_sae
 
 from sae_lens_multilayer.analysis.active import ActiveLatents
-from sae_lens_multilayer.analysis.stream import TokenBatch
+from sae_lens_multilayer.analysis.batch import TokenBatch
 
 
 def sae_of(acts: torch.Tensor) -> Any:
