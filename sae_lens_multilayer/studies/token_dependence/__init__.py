@@ -1,0 +1,7 @@
+"""What the layers of a latent depend on: token, context, position, other latents."""
+
+from sae_lens_multilayer.studies.token_dependence.result import TokenDependence
+from sae_lens_multilayer.studies.token_dependence.study import layer_dependence
+from sae_lens_multilayer.studies.token_dependence.swaps import TokenSwaps, token_swaps
+
+__all__ = ["TokenDependence", "TokenSwaps", "layer_dependence", "token_swaps"]

@@ -1,0 +1,226 @@
+"""The result of the study of what the layer of a latent depends on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lens_multilayer.pictures.description import (
+    Axis,
+    Panel,
+    Picture,
+    Series,
+    layer_axis,
+)
+from sae_lens_multilayer.results import Result
+from sae_lens_multilayer.studies.token_dependence.shares import (
+    interval,
+    resampled_prompts,
+)
+
+_N_RESAMPLES = 1000
+NULL_TITLES = {
+    "": "",
+    "random_weights": ", random weights",
+    "shuffled_layers": ", layers shuffled within tokens",
+    "matched_frequency": ", latents exchanged for others of about their frequency",
+}
+
+
+@dataclass
+class TokenDependence(Result):
+    """The layers of latents as a mean of each latent and a shift of each token.
+
+    `y[j,t] = E[L | j, t]` is fitted by `mu_j + tau_t + e`, weighted by activation, so
+    that latents and tokens have the weights of `Variances`. The shift tau_t, in layers,
+    is common to all latents of a token. A linear regression of tau_t on what is known
+    of the token gives the share of its variance that each predictor explains.
+    """
+
+    hook_names: list[str]
+    null: str
+    """The null that was analysed, or ""."""
+    n_latents: int
+    """Latents that are active at any token."""
+    predictor_names: list[str]
+    prompts: Int[Tensor, " token"]
+    positions: Int[Tensor, " token"]
+    token_ids: Int[Tensor, " token"]
+    weights: Float[Tensor, " token"]
+    """Sum of the activations of all latents and layers."""
+    token_means: Float[Tensor, " token"]
+    """`E[L | t]`: mean layer of all activation of a token."""
+    shifts: Float[Tensor, " token"]
+    """tau_t; the weighted mean is 0."""
+    half_shifts: Float[Tensor, "2 token"]
+    """tau_t from either half of the latents."""
+    squares: Float[Tensor, "3 token"]
+    """Sum over latents of `w (y - mean of the latent)^2`: of y, after subtracting
+    tau_t, and after subtracting tau_t of the half without the latent."""
+    predictors: Float[Tensor, "predictor token"]
+    """See `TokenPredictors`; identities are mean shifts of the other tokens with the
+    same (previous) id. NaN for tokens that are left out of the regression: those
+    without a previous token."""
+    shares: Float[Tensor, " predictor"]
+    """Share of `Var(tau)` (LMG); the sum is the R^2 of all predictors."""
+    resampled_shares: Float[Tensor, "resample predictor"]
+    """Shares with resampled prompts; identities keep their values."""
+    permuted_shares: Float[Tensor, "resample predictor"]
+    """Shares after permuting tau within prompts."""
+
+    @property
+    def r2_cross_validated(self) -> float:
+        """Share of `E_J[Var_T(E[L | J, T])]` that the shift from the other half of the
+        latents explains; below 0 if the shift predicts worse than no shift."""
+        return self._metrics(np.ones(len(self.weights)))["r2_cross_validated"]
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """Value and 95% interval (resampled prompts) of each number.
+
+        `between_tokens` is `E_J[Var_T(E[L | J, T])]` in layers squared, which a shift
+        can explain; `shift` is the variance of tau, `token_mean` that of `E[L | T]`.
+        `r2` is the share of `between_tokens` that tau explains, `r2_cross_validated`
+        that of the tau of the other half of the latents, and `r2_without_noise` the
+        covariance of both halves' tau over `between_tokens`, with errors that are
+        independent. `reliability` is the halves' correlation, and `r2_predictors` the
+        share of `Var(tau)` that the predictors explain together. Intervals do not
+        include the uncertainty of the means of latents.
+        """
+        rng = np.random.default_rng(0)
+        prompts = self.prompts.numpy()
+        metrics = self._metrics(np.ones(len(prompts)))
+        resampled = pd.DataFrame(
+            [self._metrics(t) for t in resampled_prompts(prompts, _N_RESAMPLES, rng)]
+        )
+        rows = {n: (v, *interval(resampled[n].to_numpy())) for n, v in metrics.items()}
+        low, high = interval(self.resampled_shares.sum(1).numpy())
+        rows["r2_predictors"] = self.shares.sum().item(), low, high
+        return pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high"])
+
+    def _metrics(self, times: Float[np.ndarray, " token"]) -> dict[str, float]:
+        """The numbers of the `summary` if each token is counted some times."""
+        squares = self.squares.numpy() @ times
+        weight = self.weights.numpy() * times
+        covariance = np.cov(self.half_shifts.numpy(), aweights=weight, ddof=0)
+        return {
+            "between_tokens": squares[0] / weight.sum(),
+            "shift": _variance(self.shifts.numpy(), weight),
+            "token_mean": _variance(self.token_means.numpy(), weight),
+            "r2": 1 - squares[1] / squares[0],
+            "r2_cross_validated": 1 - squares[2] / squares[0],
+            "r2_without_noise": covariance[0, 1] * weight.sum() / squares[0],
+            "reliability": covariance[0, 1] / np.sqrt(covariance.diagonal().prod()),
+        }
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each predictor, the largest share first.
+
+        `share` of the variance of the shifts, its 95% interval `low` to `high`, the
+        mean `by_chance` over permutations within prompts, and `p`, the part of the
+        permutations with at least this share (one is added to both counts).
+        """
+        low, high = np.quantile(self.resampled_shares.numpy(), [0.025, 0.975], axis=0)
+        permuted = self.permuted_shares
+        n_above = (permuted >= self.shares).sum(0)
+        columns = {
+            "share": self.shares,
+            "low": low,
+            "high": high,
+            "by_chance": permuted.mean(0),
+            "p": (1 + n_above) / (1 + len(permuted)),
+        }
+        index = pd.Index(self.predictor_names, name="predictor")
+        table = pd.DataFrame({n: np.asarray(c) for n, c in columns.items()}, index)
+        return table.sort_values("share", ascending=False)
+
+    def token_table(self) -> pd.DataFrame:
+        """One row for each token: its shift and predictors."""
+        columns = {
+            "prompt": self.prompts,
+            "position": self.positions,
+            "token_id": self.token_ids,
+            "weight": self.weights,
+            "shift": self.shifts,
+        }
+        table = pd.DataFrame({n: c.numpy() for n, c in columns.items()})
+        predictors = zip(self.predictor_names, self.predictors.numpy(), strict=True)
+        return table.assign(**{f"x_{name}": values for name, values in predictors})
+
+    def numbers(self) -> dict[str, float]:
+        return {"shared_shift_r2": self.r2_cross_validated}
+
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        summary = self.summary
+        row = summary.loc["r2_cross_validated"]
+        caption = (
+            f"A shift of each token, fitted to half of the {self.n_latents:,} latents, "
+            f"explains {row.value:.1%} [{row.low:.1%}, {row.high:.1%}] of the variance "
+            "between tokens of the other half's layers. The predictors explain "
+            f"{summary.value['r2_predictors']:.1%} of the variance of the shift."
+        )
+        panels = [self._share_panel(), self._position_panel()]
+        if "settle_layer" in self.predictor_names:
+            panels.append(self._settle_panel())
+        title = f"What the layer depends on{NULL_TITLES[self.null]}"
+        return {"": Picture(title, panels, caption)}
+
+    def _share_panel(self) -> Panel:
+        table = self.to_dataframe()
+        share, low, high, by_chance = table.to_numpy().T[:4]
+        names, x = [n.replace("_", " ") for n in table.index], range(len(table))
+        return Panel(
+            Axis("predictor", names),
+            Axis("share of the shift's variance", include_zero=True),
+            [
+                Series("share", x, share, "bars"),
+                Series("95% interval", x, low, "intervals", high),
+                Series("by chance", x, by_chance, "points"),
+            ],
+        )
+
+    def _position_panel(self) -> Panel:
+        edges = np.unique(
+            np.geomspace(1, int(self.positions.max()) + 2, 13).astype(int)
+        )
+        bins = np.digitize(self.positions.numpy() + 1, edges)
+        x = [
+            np.exp(np.log1p(self.positions.numpy()[bins == b]).mean()) - 1
+            for b in np.unique(bins)
+        ]
+        return Panel(
+            Axis("position in the prompt"),
+            Axis("shift (layers)"),
+            self._means(bins, np.array(x)),
+        )
+
+    def _settle_panel(self) -> Panel:
+        settled = self.predictors[self.predictor_names.index("settle_layer")].numpy()
+        label = "layer from which the most likely next token stays"
+        layers = np.unique(settled[np.isfinite(settled)])
+        return Panel(
+            layer_axis(self.hook_names, label),
+            Axis("shift (layers)"),
+            self._means(settled, layers),
+        )
+
+    def _means(self, groups: np.ndarray, x: np.ndarray) -> list[Series]:
+        """Mean shift of each group, and a band of two standard errors."""
+        shift, mean, error = self.shifts.numpy(), [], []
+        for group in np.unique(groups[np.isfinite(groups)]):
+            own = shift[groups == group]
+            mean.append(own.mean())
+            error.append(2 * own.std() / max(1, len(own)) ** 0.5)
+        low, high = np.array(mean) - error, np.array(mean) + error
+        return [
+            Series("± 2 standard errors", x, low, "band", high, colour=0),
+            Series("mean", x, np.array(mean), colour=0),
+        ]
+
+
+def _variance(values: np.ndarray, weight: np.ndarray) -> float:
+    mean = np.average(values, weights=weight)
+    return float(np.average((values - mean) ** 2, weights=weight))
