@@ -39,6 +39,7 @@ from sae_lens_multilayer import (
     MultiLayerConfig,
     MultiLayerTrainingSAEConfig,
 )
+from sae_lens_multilayer.store.cache import vector_settings
 from sae_lens_multilayer.store.source import CacheSource
 
 CONTEXT, BATCH = 128, 256
@@ -112,8 +113,9 @@ def live_store(model: Any, cfg: Any, data: Dataset) -> MultiLayerActivationsStor
 def cached_store(cache: ActivationCache, cfg: Any) -> MultiLayerActivationsStore:
     """The store that reads a cache, opened anew."""
     cache = ActivationCache(cache.path)
-    cache.check(cfg)
-    source = CacheSource.from_config(cache, cfg)
+    hook_names = cfg.resolve_hook_names(cache.model_shape.n_layers)
+    cache.check(vector_settings(cfg), hook_names)
+    source = CacheSource.from_config(cache, hook_names, cfg)
     return MultiLayerActivationsStore.from_source(source, cfg)
 
 

@@ -19,7 +19,6 @@ from typing_extensions import override
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.config import Alignment, LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
-from sae_lens_multilayer.lens.tuned_lens_files import local_config
 from sae_lens_multilayer.sae.config import (
     MultiLayerTrainingSAEConfig,
     check_size,
@@ -249,36 +248,11 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             )
 
     def _check_lens(self) -> None:
-        """Check what is available without the hub."""
-        if self.tuned_lens is None:
-            return
-        if not isinstance(self.sae, MultiLayerTrainingSAEConfig):
+        is_multi_layer = isinstance(self.sae, MultiLayerTrainingSAEConfig)
+        if self.tuned_lens is not None and not is_multi_layer:
             raise ValueError(
                 "`tuned_lens` needs a multi-layer SAE, as no stock class applies it; "
                 f"got the architecture {self.sae.architecture()!r}."
-            )
-        if lens := self._lens_config():
-            self.check_lens(lens)
-
-    def _lens_config(self) -> LensConfig | None:
-        """The settings of the lens; None if they must be loaded from the hub."""
-        source: Any = self.tuned_lens
-        if isinstance(source, dict):
-            return LensConfig(**source)
-        if isinstance(source, LayerLens):
-            return source.config
-        if (config := local_config(source)) is None:
-            return None
-        hook_names = self.resolve_hook_names(config.num_hidden_layers)
-        return LensConfig.from_tuned_lens(config, hook_names, self.lens_alignment)
-
-    def check_lens(self, lens: LensConfig) -> None:
-        """Raise ValueError if a lens is not of this run's width, hooks or alignment."""
-        lens.check_sae(self.sae.d_in, self.resolve_hook_names(lens.n_layers))
-        if lens.alignment != self.lens_alignment:
-            raise ValueError(
-                f"`lens_alignment` must be that of the lens, {lens.alignment!r}; got "
-                f"{self.lens_alignment!r}."
             )
 
     @property
@@ -295,6 +269,12 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             self.sae, MultiLayerTrainingSAEConfig
         )
 
+    @property
+    def named_model(self) -> tuple[str, str, dict[str, Any]]:
+        """Class, name and arguments of the model, as in `models.loading`."""
+        kwargs = self.model_from_pretrained_kwargs or {}
+        return self.model_class_name, self.model_name, kwargs
+
     def resolve_hook_names(self, n_layers: int) -> list[str]:
         """Hook names of this run in a model of `n_layers` blocks, in order."""
         return hooks.resolve_hook_names(
@@ -304,9 +284,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     def replaced(self, **changes: Any) -> "MultiLayerConfig[T_TRAINING_SAE_CONFIG]":
         """A copy with other values; unlike `replace`, it keeps `checkpoint_path`."""
         other = copy.copy(self)
-        for name, value in changes.items():
-            setattr(other, name, value)
-        other._check_run()
+        vars(other).update(changes)
         return other
 
     def decisive_settings(self) -> dict[str, Any]:
@@ -320,10 +298,14 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     @override
     def to_dict(self) -> dict[str, Any]:
         """The config as values that JSON can hold."""
-        plain = copy.copy(self)
-        if isinstance(self.tuned_lens, (TunedLens, LayerLens)):
-            lens: Any = self._lens_config()  # an object has its settings
-            plain.tuned_lens = lens.to_dict()
+        plain, lens = copy.copy(self), self.tuned_lens
+        if isinstance(lens, TunedLens):
+            hook_names = self.resolve_hook_names(lens.config.num_hidden_layers)
+            plain.tuned_lens = LensConfig.from_tuned_lens(
+                lens.config, hook_names, self.lens_alignment
+            ).to_dict()
+        elif isinstance(lens, LayerLens):
+            plain.tuned_lens = lens.config.to_dict()
         return LanguageModelSAERunnerConfig.to_dict(plain)
 
     @classmethod

@@ -20,6 +20,7 @@ from sae_lens_multilayer import (
     MultiLayerTrainingSAEConfig,
 )
 from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 
 PAPER_DATA = Path(__file__).parent / "data" / "paper"
 # Machines are shared, so examples have no deadline.
@@ -160,7 +161,7 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 def offline(model, token_dataset, tmp_path, monkeypatch):
     """The tiny model under any name, its SAE and its text in files."""
     monkeypatch.setattr(loading, "load_by_name", lambda *_: model)
-    monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
+    monkeypatch.setattr(loading, "shape_by_name", lambda *_: as_model(model).shape)
     token_dataset.to_parquet(tmp_path / "text.parquet")
     from saes import random_sae  # imports this file
 

@@ -27,6 +27,7 @@ from sae_lens_multilayer import (
     NonFiniteActivationError,
 )
 from sae_lens_multilayer.ranks import Ranks
+from sae_lens_multilayer.store.cache import vector_settings
 from sae_lens_multilayer.store.shards import Shard
 from sae_lens_multilayer.store.source import CacheSource
 
@@ -47,8 +48,8 @@ def live_rows(model, cfg, dataset, n_tokens) -> Tensor:
 
 
 def cached_store(cache, cfg) -> MultiLayerActivationsStore:
-    cache.check(cfg)
-    source = CacheSource.from_config(cache, cfg)
+    cache.check(vector_settings(cfg), cfg.resolve_hook_names(N_LAYERS))
+    source = CacheSource.from_config(cache, cfg.resolve_hook_names(N_LAYERS), cfg)
     return MultiLayerActivationsStore.from_source(source, cfg)
 
 
@@ -203,11 +204,12 @@ class TestStore:
         )
         served = []
         for index in range(count):
-            source = CacheSource.from_config(cache, cfg, Ranks(index, count))
+            ranks = Ranks(index, count)
+            source = CacheSource.from_config(cache, RESID_POST, cfg, ranks)
             blocks = [int(source.next_chunk())]
             while not source.epoch_ended:
                 blocks.append(int(source.next_chunk()))
-            again = CacheSource.from_config(cache, cfg, Ranks(index, count))
+            again = CacheSource.from_config(cache, RESID_POST, cfg, ranks)
             store = MultiLayerActivationsStore.from_source(again, cfg)
             served.append(serve(store, sum(map(cache.n_tokens_of, blocks))))
         assert counted(torch.cat(served)) == counted(rows_of(cache))
@@ -216,7 +218,7 @@ class TestStore:
         cache = harvest(cache_config())
         ranks = Ranks(0, cache.n_blocks + 1)
         with pytest.raises(ValueError, match="a block of tokens for each of"):
-            CacheSource.from_config(cache, cache_config(), ranks)
+            CacheSource.from_config(cache, RESID_POST, cache_config(), ranks)
 
     def test_the_seed_decides_the_order(self, cache_config, harvest):
         cache = harvest(cache_config())

@@ -19,8 +19,10 @@ from transformers import AutoTokenizer
 
 from sae_lens_multilayer import ActivationCache, MultiLayerActivationsStore
 from sae_lens_multilayer.files import locked
+from sae_lens_multilayer.record import model_fingerprints
 from sae_lens_multilayer.store import harvest as harvest_module
 from sae_lens_multilayer.store import shards as shards_module
+from sae_lens_multilayer.store.cache import vector_settings
 from sae_lens_multilayer.store.source import CacheSource, ModelSource
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
@@ -34,8 +36,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def cached_store(cache, cfg) -> MultiLayerActivationsStore:
-    source = CacheSource.from_config(cache, cfg)
+    source = CacheSource.from_config(cache, cfg.resolve_hook_names(N_LAYERS), cfg)
     return MultiLayerActivationsStore.from_source(source, cfg)
+
+
+def check(cache, cfg, model=None) -> None:
+    hashes = None if model is None else model_fingerprints(model)
+    cache.check(vector_settings(cfg), cfg.resolve_hook_names(N_LAYERS), hashes)
 
 
 def drain(store) -> None:
@@ -365,7 +372,7 @@ class TestDifferences:
         as_default = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
         cfg = cache_config(**{"dataset_path": "text", **as_default, name: value})
         with pytest.raises(ValueError, match="must hold what this run needs") as error:
-            cache.check(cfg)
+            check(cache, cfg)
         lines = str(error.value).splitlines()[1:-1]
         assert len(lines) == 1
         assert lines[0].strip().startswith(f"`{name}`: ")
@@ -374,7 +381,7 @@ class TestDifferences:
     def test_of_chat_formatting_is_named(self, cache, cache_config):
         cfg = cache_config(use_chat_formatting=True, is_dataset_tokenized=False)
         with pytest.raises(ValueError, match=r"`use_chat_formatting`: False in the"):
-            cache.check(cfg)
+            check(cache, cfg)
 
     def test_of_width_and_hooks_are_named_together(self, cache, cache_config):
         names = [RESID_POST[1], "blocks.0.hook_resid_pre"]
@@ -384,10 +391,11 @@ class TestDifferences:
             r"hooks \['blocks.0.hook_resid_pre'\] are missing; it has "
         )
         with pytest.raises(ValueError, match=message):
-            cache.check(cfg)
+            check(cache, cfg)
 
     def test_of_settings_without_effect_are_ignored(self, cache, cache_config):
-        cache.check(
+        check(
+            cache,
             cache_config(
                 training_tokens=77,
                 train_batch_size_tokens=7,
@@ -397,16 +405,16 @@ class TestDifferences:
                 dtype="torch.float32",
                 lr=1e-2,
                 dataset_path="",  # the run does not say, and needs none
-            )
+            ),
         )
 
     def test_of_the_model_are_named(self, cache, cache_config, model, tokenizer):
         cfg = cache_config()
-        cache.check(cfg, model)
+        check(cache, cfg, model)
         with pytest.raises(ValueError, match="`weights_hash`"):
-            cache.check(cfg, tiny_model(tokenizer, seed=1))
+            check(cache, cfg, tiny_model(tokenizer, seed=1))
         other = AutoTokenizer.from_pretrained(PAPER_DATA / "model")
         other.add_tokens(["new"])
         model.tokenizer = other
         with pytest.raises(ValueError, match="`tokenizer_hash`"):
-            cache.check(cfg, model)
+            check(cache, cfg, model)

@@ -23,6 +23,7 @@ from test_kills import N_KILLS, Runs, saved
 
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.training import evaluator as evaluator_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
@@ -35,7 +36,7 @@ def train(monkeypatch):
     def no_model(cfg):
         raise AssertionError("a run from a cache needs no model")
 
-    monkeypatch.setattr(loading, "load_model", no_model)
+    monkeypatch.setattr(loading, "load_by_name", no_model)
 
     def train(cfg, **overrides):
         return LanguageModelSAETrainingRunner(cfg, **overrides).run()
@@ -173,8 +174,8 @@ def test_evaluates_on_text_that_is_not_trained_on(
     )
     settings = {"training_tokens": 512, "n_eval_batches": 2, "output_path": None}
     harvest(cache_config(**settings))
-    monkeypatch.setattr(loading, "load_model", lambda *_: model)
-    monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
+    monkeypatch.setattr(loading, "load_by_name", lambda *_: model)
+    monkeypatch.setattr(loading, "shape_by_name", lambda *_: as_model(model).shape)
     calls = count_calls(monkeypatch, evaluator_module, "evaluate")
     cfg = cache_config(**settings, use_cached_activations=True, logger=log)
     LanguageModelSAETrainingRunner(cfg).run()

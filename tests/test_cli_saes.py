@@ -30,7 +30,7 @@ from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.loading import check_named_model, load_by_name
+from sae_lens_multilayer.models.loading import load_by_name, shape_by_name
 
 SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
 
@@ -454,7 +454,7 @@ def test_a_model_unknown_to_transformer_lens_is_a_one_line_error(
     command, offline, monkeypatch
 ):
     monkeypatch.setattr(loading, "load_by_name", load_by_name)
-    monkeypatch.setattr(loading, "check_named_model", check_named_model)
+    monkeypatch.setattr(loading, "shape_by_name", shape_by_name)
     dataset = offline[:2]
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, *dataset, "--model_name", "tiny"])

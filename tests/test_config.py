@@ -412,10 +412,10 @@ def test_an_unwritable_path_is_an_error_before_a_model_is_loaded(
     path = str(tmp_path / "here" / "below")
     cfg = config(**{"output_path": None, "checkpoint_path": None, field: path})
 
-    def load_model(*args, **kwargs):
+    def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("sae_lens_multilayer.models.loading.load_model", load_model)
+    monkeypatch.setattr("sae_lens_multilayer.models.loading.load_by_name", load)
     with pytest.raises(OSError, match="below"):
         LanguageModelSAETrainingRunner(cfg)
 
@@ -446,10 +446,10 @@ def test_settings_that_do_not_match_the_model_fail_before_it_is_loaded(
     }
     cfg = config(**{**settings, **changes})
 
-    def load_model(*args, **kwargs):
+    def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("sae_lens_multilayer.models.loading.load_model", load_model)
+    monkeypatch.setattr("sae_lens_multilayer.models.loading.load_by_name", load)
     with pytest.raises(ValueError, match=message):
         LanguageModelSAETrainingRunner(cfg)
 

@@ -28,6 +28,7 @@ from sae_lens_multilayer import LayerLens, MultiLayerConfig, evaluate
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import new_tuned_lens
 from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.store.source import ModelSource
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.training.geometric_median import geometric_median
@@ -76,31 +77,6 @@ class TestConfig:
         ):
             make_config(sae=sae, tuned_lens=folder)
 
-    @pytest.mark.parametrize("kind", ["object", "folder"])
-    def test_another_width_is_an_error(self, make_config, tuned_lens, folder, kind):
-        lens = tuned_lens if kind == "object" else folder
-        message = "SAE's width, d_in = 8.*; got 16"
-        with pytest.raises(ValueError, match=message):
-            make_config(sae=tiny_sae_config(d_in=8), tuned_lens=lens)
-
-    def test_a_hook_that_cannot_have_a_lens_is_an_error(self, make_config, folder):
-        names = ["hook_embed", *HOOK_NAMES]
-        with pytest.raises(ValueError, match="'hook_embed' cannot have a lens"):
-            make_config(hook_names=names, tuned_lens=folder)
-
-    def test_a_lens_of_other_hooks_is_an_error(self, make_config):
-        lens = random_lens(HOOK_NAMES[:1], "tuned_lens")
-        with pytest.raises(ValueError, match="hooks in the same order"):
-            make_config(tuned_lens=lens)
-        make_config(tuned_lens=lens, layers=[0])
-
-    def test_a_lens_in_another_alignment_is_an_error(self, make_config):
-        with pytest.raises(
-            ValueError, match=r"lens_alignment.*'reference'; got 'tuned_lens'"
-        ):
-            make_config(tuned_lens=random_lens())
-        make_config(tuned_lens=random_lens(), lens_alignment="reference")
-
     @pytest.mark.parametrize("kind", ["folder", "name", "TunedLens", "LayerLens"])
     def test_what_is_saved_with_the_run_is_read_back(
         self, make_config, tuned_lens, folder, kind
@@ -136,14 +112,17 @@ class TestEarlyErrors:
     """All of these are found before a model is loaded."""
 
     @pytest.fixture
-    def check(self, monkeypatch, make_config, token_dataset):
+    def check(self, monkeypatch, make_config, token_dataset, model):
         def load(*args, **kwargs):
             raise AssertionError("A model was loaded.")
 
-        monkeypatch.setattr(loading, "load_model", load)
+        monkeypatch.setattr(loading, "load_by_name", load)
 
         def check(message, lens, **changes):
             config = make_config(tuned_lens=lens, **changes)
+            if config.model_name == "tiny":
+                shape = as_model(model).shape
+                monkeypatch.setattr(loading, "shape_by_name", lambda *_: shape)
             with pytest.raises(ValueError, match=message):
                 LanguageModelSAETrainingRunner(config, override_dataset=token_dataset)
 
@@ -153,6 +132,26 @@ class TestEarlyErrors:
     def rewrite(folder, tensors):
         held = torch.load(folder / "params.pt", weights_only=True)
         torch.save({**held, **tensors}, folder / "params.pt")
+
+    @pytest.mark.parametrize("kind", ["object", "folder"])
+    def test_a_width_other_than_the_saes(self, check, tuned_lens, folder, kind):
+        lens = tuned_lens if kind == "object" else folder
+        check("`d_in` must be 16.*; got 8", lens, sae=tiny_sae_config(d_in=8))
+
+    def test_a_width_other_than_the_models(self, check, tokenizer):
+        lens = new_tuned_lens(tiny_model(tokenizer, d_model=8))
+        check("SAE's width, d_in = 16.*; got 8", lens)
+
+    def test_a_hook_that_cannot_have_a_lens(self, check, folder):
+        names = ["hook_embed", *HOOK_NAMES]
+        check("'hook_embed' cannot have a lens", folder, hook_names=names)
+
+    def test_other_hooks(self, check):
+        lens = random_lens(HOOK_NAMES[:1], "tuned_lens")
+        check("hooks in the same order", lens)
+
+    def test_another_alignment(self, check):
+        check(r"lens_alignment.*'reference'; got 'tuned_lens'", random_lens())
 
     def test_an_ill_conditioned_translator(self, check, folder):
         weight = torch.zeros(D_MODEL, D_MODEL)
@@ -184,7 +183,7 @@ class TestRuns:
         self, start, make_config, model, tuned_lens
     ):
         other = tiny_model(model.tokenizer, n_layers=3)
-        with pytest.raises(ValueError, match=r"for 2 blocks .*'custom' has 3 of width"):
+        with pytest.raises(ValueError, match=r"one of the 2 blocks of 'custom'"):
             start(make_config(tuned_lens=tuned_lens), override_model=other)
         tuned_lens.config.unembed_hash = "a1b2"
         with pytest.warns(UserWarning, match="'custom' with unembedding hash a1b2"):

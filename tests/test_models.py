@@ -79,6 +79,11 @@ def hidden_states(tokens) -> tuple[Tensor, ...]:
     return (*states[:-1], after_last[0])
 
 
+def load_model_of(config):
+    hook_names = config.resolve_hook_names(BLOCKS)
+    return loading.load_by_name(*config.named_model, "cpu", hook_names)
+
+
 def folder_config(make_config, **changes):
     settings = {
         "sae": tiny_sae_config(d_in=D_IN, d_sae=128),
@@ -117,7 +122,7 @@ class TestVectors:
             hook_name=hook_name,
             layers=layers,
         )
-        model = loading.load_model(config)
+        model = load_model_of(config)
         store = MultiLayerActivationsStore.from_config(model, config, token_dataset)
         acts = store.source.activations(tokens)
         chosen = range(BLOCKS) if layers is None else layers
@@ -134,7 +139,7 @@ class TestVectors:
             make_config, hook_names=["gpt_neox.embed_in", "gpt_neox.layers.0"]
         )
         store = MultiLayerActivationsStore.from_config(
-            loading.load_model(config), config, token_dataset
+            load_model_of(config), config, token_dataset
         )
         acts = list(store.source.activations(tokens).values())
         torch.testing.assert_close(acts[0], hidden_states[0])
@@ -210,20 +215,20 @@ class TestRuns:
             make_config,
             model_from_pretrained_kwargs={"dtype": torch.bfloat16},
         )
-        assert next(loading.load_model(config).parameters()).dtype == torch.bfloat16
+        assert next(load_model_of(config).parameters()).dtype == torch.bfloat16
 
 
 class TestErrors:
     @pytest.fixture
     def loads(self, monkeypatch) -> list[str]:
         calls: list[str] = []
-        original = loading.load_model
+        original = loading.load_by_name
 
-        def load(config):
-            calls.append(config.model_name)
-            return original(config)
+        def load(*args):
+            calls.append(args[1])
+            return original(*args)
 
-        monkeypatch.setattr(loading, "load_model", load)
+        monkeypatch.setattr(loading, "load_by_name", load)
         return calls
 
     def check(self, config, token_dataset, match) -> None:
@@ -466,7 +471,7 @@ def test_a_class_without_a_small_configuration_has_no_shape():
 
 def test_submodules_that_exist_pass():
     names = ["gpt_neox.layers.0", "gpt_neox.layers.4", "gpt_neox.embed_in"]
-    check_modules(FOLDER, names, {})
+    check_modules("AutoModelForCausalLM", FOLDER, {}, names)
 
 
 @pytest.mark.parametrize(
@@ -475,14 +480,14 @@ def test_submodules_that_exist_pass():
 def test_a_missing_submodule_is_an_error_that_lists_near_ones(name):
     message = rf"no hook '{re.escape(name)}'. Known: \[.*'gpt_neox\.lay"
     with pytest.raises(ValueError, match=message):
-        check_modules(FOLDER, ["gpt_neox.layers.0", name], {})
+        check_modules("AutoModelForCausalLM", FOLDER, {}, ["gpt_neox.layers.0", name])
 
 
 def test_arguments_that_change_the_model_change_its_submodules():
     kwargs = {"num_hidden_layers": 2}
-    check_modules(FOLDER, ["gpt_neox.layers.1"], kwargs)
+    check_modules("AutoModelForCausalLM", FOLDER, kwargs, ["gpt_neox.layers.1"])
     with pytest.raises(ValueError, match=r"no hook 'gpt_neox\.layers\.2'"):
-        check_modules(FOLDER, ["gpt_neox.layers.2"], kwargs)
+        check_modules("AutoModelForCausalLM", FOLDER, kwargs, ["gpt_neox.layers.2"])
 
 
 def test_trust_in_remote_code_is_passed_on(monkeypatch):
@@ -497,7 +502,7 @@ def test_trust_in_remote_code_is_passed_on(monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", record)
     kwargs = {"trust_remote_code": True, "device_map": "cpu"}
-    check_modules(FOLDER, ["gpt_neox.layers.0"], kwargs)
+    check_modules("AutoModelForCausalLM", FOLDER, kwargs, ["gpt_neox.layers.0"])
     assert given == [{"trust_remote_code": True}]
 
 

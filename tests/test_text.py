@@ -29,6 +29,7 @@ from sae_lens_multilayer.cli import analyze as cli_analyze
 from sae_lens_multilayer.cli import evaluate as cli_evaluate
 from sae_lens_multilayer.cli import report as cli_report
 from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.sweeps import evaluation as sweep_evaluation
 from sae_lens_multilayer.text.prompts import Prompts, counted_positions
 
@@ -69,7 +70,7 @@ def cfg(request, model, make_config, text_dataset, tmp_path, monkeypatch):
     template = "w3 {% for m in messages %}{{ m['content'] }} w4{% endfor %}"
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     monkeypatch.setattr(loading, "load_by_name", lambda *_: model)
-    monkeypatch.setattr(loading, "check_named_model", lambda *_: None)
+    monkeypatch.setattr(loading, "shape_by_name", lambda *_: as_model(model).shape)
     monkeypatch.chdir(tmp_path)
     return make_config(
         dataset_path=str(folder / "text.parquet"),

@@ -940,7 +940,7 @@ class TestEarlyErrors:
             calls.append(args)
             raise AssertionError("A model was loaded.")
 
-        monkeypatch.setattr(loading, "load_model", load)
+        monkeypatch.setattr(loading, "load_by_name", load)
         return calls
 
     def check(self, config, loads, error, match):

@@ -73,8 +73,8 @@ class LensConfig:
         if end is None or end[0] >= self.n_layers:
             raise ValueError(
                 f"{hook_name!r} cannot have a lens: it must be the residual stream "
-                f"before or after one of {self.n_layers} blocks, such as "
-                "'blocks.0.hook_resid_post'."
+                f"before or after one of the {self.n_layers} blocks of "
+                f"{self.base_model_name!r}, such as 'blocks.0.hook_resid_post'."
             )
         layer, is_output = end
         if not is_output or self.alignment == "reference":

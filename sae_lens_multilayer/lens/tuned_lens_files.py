@@ -25,7 +25,7 @@ def read_tuned_lens(
     path = Path(source).expanduser()
     try:
         config_path, tensors_path = load_lens_artifacts(str(path), **load_kwargs)
-        config = _read_config(config_path)
+        config = TunedLensConfig.from_dict(json.loads(config_path.read_text()))
         # A pickle of anything but tensors could run any code.
         return config, torch.load(tensors_path, map_location="cpu", weights_only=True)
     except Exception as error:  # the class depends on the bytes in the file
@@ -34,15 +34,3 @@ def read_tuned_lens(
             f"{_CONFIG} and {_TENSORS} (tensors only), or a name in tuned-lens' hub "
             f"space that can be downloaded ({type(error).__name__}: {error})."
         ) from error
-
-
-def local_config(source: TunedLens | str | Path) -> TunedLensConfig | None:
-    """The settings of a lens in memory or in a folder, or None."""
-    if isinstance(source, TunedLens):
-        return source.config
-    path = Path(source).expanduser() / _CONFIG
-    return _read_config(path) if path.is_file() else None
-
-
-def _read_config(path: Path) -> TunedLensConfig:
-    return TunedLensConfig.from_dict(json.loads(path.read_text()))

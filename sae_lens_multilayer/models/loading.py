@@ -9,32 +9,10 @@ import sae_lens.load_model
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.hooks import unknown_name
-from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.model import ModelShape, missing_hook
 
 _HUB_KWARGS = ("revision", "trust_remote_code", "token", "cache_dir")
-
-
-def load_model(
-    cfg: MultiLayerConfig[Any], hook_names: Sequence[str] | None = None
-) -> Any:
-    """Load the model of a run.
-
-    Args:
-        hook_names: The hooks to install on a Hugging Face model; None: the run's.
-    """
-    if hook_names is None and cfg.model_class_name == "AutoModelForCausalLM":
-        shape = named_shape(cfg)
-        hook_names = None if shape is None else cfg.resolve_hook_names(shape.n_layers)
-    return load_by_name(
-        cfg.model_class_name,
-        cfg.model_name,
-        cfg.model_from_pretrained_kwargs,
-        cfg.llm_device,
-        hook_names,
-    )
 
 
 def load_by_name(
@@ -62,39 +40,6 @@ def load_by_name(
             model_from_pretrained_kwargs=kwargs,
             hook_names=None if hook_names is None else list(hook_names),
         )
-
-
-def check_named_model(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> None:
-    """`check_shape` and `check_modules`, by the configuration of the named model.
-
-    Nothing is checked where the configuration cannot be read without loading the model.
-    """
-    shape = named_shape(cfg)
-    if shape is None:
-        return
-    check_shape(cfg, shape, lens)
-    if cfg.model_class_name == "AutoModelForCausalLM":
-        hook_names = cfg.resolve_hook_names(shape.n_layers)
-        kwargs = cfg.model_from_pretrained_kwargs or {}
-        check_modules(cfg.model_name, hook_names, kwargs)
-
-
-def check_shape(
-    cfg: MultiLayerConfig[Any], shape: ModelShape, lens: LayerLens | None
-) -> None:
-    """Raise ValueError if a run's layers, context, width or lens do not fit a model."""
-    if lens is not None:
-        lens.config.check_shape(shape, cfg.model_name)
-    hook_names = cfg.resolve_hook_names(shape.n_layers)
-    shape.check_context_size(cfg.context_size, cfg.model_name)
-    shape.check_width(hook_names, cfg.sae.d_in)
-
-
-def named_shape(cfg: MultiLayerConfig[Any]) -> ModelShape | None:
-    """The shape of the model that a config names; see `shape_by_name`."""
-    return shape_by_name(
-        cfg.model_class_name, cfg.model_name, cfg.model_from_pretrained_kwargs
-    )
 
 
 def shape_by_name(
@@ -153,9 +98,14 @@ def _short_unknown_model_error(model_name: str) -> Generator[None]:
 
 
 def check_modules(
-    model_name: str, hook_names: Sequence[str], kwargs: dict[str, Any]
+    model_class_name: str,
+    model_name: str,
+    kwargs: dict[str, Any],
+    hook_names: Sequence[str],
 ) -> None:
     """Raise ValueError if a Hugging Face model lacks a module; loads no weights."""
+    if model_class_name != "AutoModelForCausalLM":
+        return
     config = AutoConfig.from_pretrained(model_name, **kwargs)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

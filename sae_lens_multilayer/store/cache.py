@@ -20,7 +20,6 @@ from sae_lens_multilayer.record import (
     as_lines,
     hash_of_json,
     hash_of_tensors,
-    model_fingerprints,
 )
 from sae_lens_multilayer.store.shards import Shard, ShardTokens
 
@@ -158,20 +157,22 @@ class ActivationCache:
             raise ValueError(f"{path} was changed; harvest the cache again.")
         return tensors["tokens"].long()
 
-    def check(self, cfg: MultiLayerConfig[Any], model: Any | None = None) -> None:
-        """Check that it has the vectors that a run needs.
-
-        The cache may have more hooks, and the run may name no dataset.
+    def check(
+        self,
+        settings: dict[str, Any],
+        hook_names: Sequence[str],
+        fingerprints: dict[str, Any] | None = None,
+    ) -> None:
+        """Check that it has the vectors that a run needs; it may have more hooks.
 
         Args:
-            model: The model of the run, if it is loaded.
+            settings: `vector_settings` of the run, which may name no dataset.
+            fingerprints: Those of the run's model, if it is loaded.
         """
-        hashes = {} if model is None else model_fingerprints(model)
-        wanted = Record(CACHE_KIND, vector_settings(cfg), hashes)
-        ignore = [] if cfg.dataset_path else ["dataset_path"]
+        wanted = Record(CACHE_KIND, settings, fingerprints or {})
+        ignore = [] if settings["dataset_path"] else ["dataset_path"]
         differences = self.record.differences(wanted, ignore)
-        needed = cfg.resolve_hook_names(self.model_shape.n_layers)
-        if missing := [name for name in needed if name not in self.hook_names]:
+        if missing := [name for name in hook_names if name not in self.hook_names]:
             differences.append(f"hooks {missing} are missing; it has {self.hook_names}")
         if differences:
             raise ValueError(

@@ -87,10 +87,15 @@ class MultiLayerCacheActivationsRunner:
         self.path = Path(cfg.cached_activations_path)
         if not self._has_begun:
             check_free(self.path)
-        self.model = (
-            override_model if override_model is not None else loading.load_model(cfg)
+        self.model = override_model
+        if override_model is None:
+            shape = loading.shape_by_name(*cfg.named_model)
+            names = None if shape is None else cfg.resolve_hook_names(shape.n_layers)
+            self.model = loading.load_by_name(*cfg.named_model, cfg.llm_device, names)
+        hook_names = cfg.resolve_hook_names(as_model(self.model).shape.n_layers)
+        self.source = ModelSource.from_config(
+            self.model, hook_names, cfg, override_dataset
         )
-        self.source = ModelSource.from_config(self.model, cfg, override_dataset)
         self._start = self.source.state()
         self.record = Record(
             CACHE_KIND,

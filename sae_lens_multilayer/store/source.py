@@ -118,6 +118,7 @@ class ModelSource(Source):
     def from_config(
         cls,
         model: Any,
+        hook_names: list[str],
         cfg: MultiLayerConfig[Any],
         dataset: HfDataset | None = None,
         ranks: Ranks = ALONE,
@@ -132,8 +133,8 @@ class ModelSource(Source):
         reader = Text.from_config(cfg).reader(lm.module, dataset)
         assert reader.dataset is not None
         reader.dataset = ranks.own_rows(reader.dataset)
-        source = cls(lm, reader, cfg.resolve_hook_names(lm.shape.n_layers), cfg)
-        lm.check_hook_widths(source.hook_names, source.d_in, **source._model_kwargs)
+        source = cls(lm, reader, hook_names, cfg)
+        lm.check_hook_widths(hook_names, source.d_in, **source._model_kwargs)
         return source
 
     @property
@@ -153,7 +154,7 @@ class ModelSource(Source):
 
     @override
     def n_tokens(self, chunk: Chunk) -> int:
-        return int(mark_counted(self.reader, chunk).counted.sum())
+        return len(self.token_indices(chunk))
 
     def token_indices(
         self, prompts: Int[Tensor, "prompt pos"]
@@ -261,12 +262,15 @@ class CacheSource(Source):
 
     @classmethod
     def from_config(
-        cls, cache: ActivationCache, cfg: MultiLayerConfig[Any], ranks: Ranks = ALONE
+        cls,
+        cache: ActivationCache,
+        hook_names: list[str],
+        cfg: MultiLayerConfig[Any],
+        ranks: Ranks = ALONE,
     ) -> "CacheSource":
         """The source of a training run; blocks are in order if nothing is mixed."""
-        names = cfg.resolve_hook_names(cache.model_shape.n_layers)
         seed = cfg.seed if cfg.activations_mixing_fraction > 0 else None
-        return cls(cache, names, seed, ranks)
+        return cls(cache, hook_names, seed, ranks)
 
     @override
     def next_chunk(self) -> Int[Tensor, "one block"]:

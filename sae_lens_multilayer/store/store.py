@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.files import read_tensors
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.buffer import ShuffleBuffer
 from sae_lens_multilayer.store.source import Chunk, ModelSource, Source
@@ -56,7 +57,10 @@ class MultiLayerActivationsStore(ActivationsStore):
         Args:
             override_dataset: Used instead of `cfg.dataset_path`.
         """
-        source = ModelSource.from_config(model, cfg, override_dataset, ranks)
+        hook_names = cfg.resolve_hook_names(as_model(model).shape.n_layers)
+        source = ModelSource.from_config(
+            model, hook_names, cfg, override_dataset, ranks
+        )
         return cls.from_source(source, cfg, ranks)
 
     @classmethod

@@ -115,7 +115,7 @@ def _points(base: Settings, model: Any | None) -> list[dict[str, Any]]:
     """A point with all layers, and one for each layer."""
     shape = None if model is None else as_model(model).shape
     cfg = make_points(base, [{"name": MULTI_LAYER}], shape)[0].cfg
-    shape = shape or loading.named_shape(cfg)
+    shape = shape or loading.shape_by_name(*cfg.named_model)
     n_layers = max(cfg.layers or [0]) + 1 if shape is None else shape.n_layers
     names = cfg.resolve_hook_names(n_layers)
     if len(names) < 2:

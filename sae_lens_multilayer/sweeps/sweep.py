@@ -23,6 +23,7 @@ from sae_lens_multilayer.files import (
 )
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.model import ModelShape
 from sae_lens_multilayer.pictures import describe_sweep, draw, save_figure
 from sae_lens_multilayer.record import RECORD_FILENAME, Record, as_lines
 from sae_lens_multilayer.sweeps.cost import measured_in, read_cost
@@ -35,7 +36,7 @@ from sae_lens_multilayer.sweeps.points import (
     varied_settings,
 )
 from sae_lens_multilayer.text.prompts import Prompts, Text, check_positions
-from sae_lens_multilayer.training.lens_of_run import lens_of_run
+from sae_lens_multilayer.training.run import hooks_and_lens
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 logger = logging.getLogger(__name__)
@@ -187,11 +188,15 @@ class Sweep:
         if given is not None and len({p.model_key for p in self.points}) > 1:
             raise ValueError("The model must not vary, as one is given.")
         for point in self.points:
-            lens = lens_of_run(point.cfg)
-            if given is None:
-                loading.check_named_model(point.cfg, lens)
-            else:
-                loading.check_shape(point.cfg, as_model(given).shape, lens)
+            if (shape := self._shape(point)) is not None:
+                hook_names, _ = hooks_and_lens(point.cfg, shape)
+                if given is None:
+                    loading.check_modules(*point.cfg.named_model, hook_names)
+
+    def _shape(self, point: Point) -> ModelShape | None:
+        if self._given_model is None:
+            return loading.shape_by_name(*point.cfg.named_model)
+        return as_model(self._given_model).shape
 
     def _is_done(self, point: Point) -> bool:
         return self.analysis_of(point).is_dir()
@@ -207,7 +212,11 @@ class Sweep:
             if self._given_model is None:
                 self._model = None
                 gc.collect()  # before the next one is allocated
-                self._model = loading.load_model(point.cfg, self._hook_names(point))
+                self._model = loading.load_by_name(
+                    *point.cfg.named_model,
+                    point.cfg.llm_device,
+                    self._hook_names(point),
+                )
             self._loaded_key = point.model_key
         if self._prompts is None:
             n_tokens = self.evaluation.n_tokens
@@ -219,8 +228,7 @@ class Sweep:
 
     def _hook_names(self, point: Point) -> list[str] | None:
         """The hooks of all points that share a model; None if unknown."""
-        shape = loading.named_shape(point.cfg)
-        if shape is None:
+        if (shape := self._shape(point)) is None:
             return None
         alike = [p for p in self.points if p.model_key == point.model_key]
         names = [n for p in alike for n in p.cfg.resolve_hook_names(shape.n_layers)]

@@ -5,16 +5,18 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from tuned_lens import TunedLens
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import lens_of, saved_lens
-from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.lens.config import Alignment, LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
-from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
 
 
 def lens_of_run(
-    cfg: MultiLayerConfig[Any], override_sae: SAE[Any] | None = None
+    cfg: MultiLayerConfig[Any],
+    hook_names: list[str],
+    override_sae: SAE[Any] | None = None,
 ) -> LayerLens | None:
     """Read and validate the lens of a run, before a model is loaded.
 
@@ -27,10 +29,17 @@ def lens_of_run(
     if override_sae is not None:
         starts["`override_sae`"] = lens_of(override_sae)
     present = [lens for lens in starts.values() if lens is not None]
-    lens = _lens_of_config(cfg, present[-1] if present else None)
+    lens = present[-1] if present else None
+    if cfg.tuned_lens is not None:
+        lens = _given_lens(cfg.tuned_lens, lens, hook_names, cfg.lens_alignment)
     if lens is None:
         return None
-    cfg.check_lens(lens.config)
+    lens.config.check_sae(cfg.sae.d_in, hook_names)
+    if lens.config.alignment != cfg.lens_alignment:
+        raise ValueError(
+            f"`lens_alignment` must be that of the lens, {lens.config.alignment!r}; "
+            f"got {cfg.lens_alignment!r}."
+        )
     for origin, found in starts.items():
         if found is None or not _is_same(lens, found):
             raise ValueError(
@@ -40,12 +49,14 @@ def lens_of_run(
     return lens
 
 
-def _lens_of_config(
-    cfg: MultiLayerConfig[Any], saved: LayerLens | None
-) -> LayerLens | None:
-    source: Any = cfg.tuned_lens
-    if source is None or isinstance(source, LayerLens):
-        return saved if source is None else source
+def _given_lens(
+    source: TunedLens | LayerLens | str | Path | dict[str, Any],
+    saved: LayerLens | None,
+    hook_names: list[str],
+    alignment: Alignment,
+) -> LayerLens:
+    if isinstance(source, LayerLens):
+        return source
     if isinstance(source, dict):
         if saved is None or saved.config != LensConfig(**source):
             raise ValueError(
@@ -53,11 +64,7 @@ def _lens_of_config(
                 "SAE. Give the object, such as `SAE.load_from_disk(folder).lens`."
             )
         return saved
-    tuned_config, tensors = read_tuned_lens(source)
-    hook_names = cfg.resolve_hook_names(tuned_config.num_hidden_layers)
-    return LayerLens.from_translators(
-        tuned_config, tensors, hook_names, cfg.lens_alignment
-    )
+    return LayerLens.from_tuned_lens(source, hook_names, alignment=alignment)
 
 
 def _is_same(lens: LayerLens, found: LayerLens) -> bool:

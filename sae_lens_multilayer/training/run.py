@@ -22,9 +22,10 @@ from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.model import ModelShape
 from sae_lens_multilayer.ranks import Ranks, own_device, ranks_of_environment
 from sae_lens_multilayer.record import Record, model_fingerprints
-from sae_lens_multilayer.store.cache import ActivationCache
+from sae_lens_multilayer.store.cache import ActivationCache, vector_settings
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.evaluator import steps_between_evaluations
 from sae_lens_multilayer.training.lens_of_run import lens_of_run
@@ -50,14 +51,9 @@ class Run:
     """On its device."""
     starts_anew: bool
     """Whether the weights are newly initialised."""
-    fingerprints: dict[str, Any]
-    """Hashes of the model, its tokenizer and local text files."""
-
-    @property
-    def record(self) -> Record:
-        """What the checkpoints of this run are made of."""
-        settings = self.cfg.decisive_settings()
-        return Record(checkpoints.CHECKPOINT_KIND, settings, self.fingerprints)
+    record: Record
+    """What its checkpoints are made of: the settings that decide the weights, hashes of
+    the model, its tokenizer and local text files."""
 
 
 def prepare(
@@ -69,27 +65,35 @@ def prepare(
     """Check and load what a run needs, except its data.
 
     In the order in which mistakes can be found: `override_sae`; the ranks; paths to
-    write to; the checkpoint or weights to start from; the cache; the lens; the shape of
-    the named model; the loaded model; its hooks; the SAE. The store, which is made
-    next, checks the hooks' widths and the dataset. For `Args`, see the runner.
+    write to; the checkpoint or weights to start from; the model's shape and hooks; the
+    cache; the lens; the loaded model; the SAE. The store, which is made next, checks
+    the hooks' widths and the dataset. For `Args`, see the runner.
     """
+    identity = checkpoints.identity_of(cfg.sae)
+    settings, vectors = cfg.decisive_settings(), vector_settings(cfg)
     if override_sae is not None:
-        _check_given(override_sae, checkpoints.identity_of(cfg.sae))
-    ranks, cfg = _join_ranks(cfg)
+        _check_given(override_sae, identity)
+    ranks, cfg = _join_ranks(cfg, settings)
     with ranks.together():
-        _check_paths(cfg, ranks)
+        _check_paths(cfg, ranks, identity, settings)
     cache = _open_cache(cfg, ranks)
-    lens = lens_of_run(cfg, override_sae)
-    model = _load_model(cfg, cache, lens, override_model)
-    hook_names = cfg.resolve_hook_names(_n_layers(cache, model))
+    model, shape = _model_and_shape(cfg, cache, override_model)
+    hook_names, lens = hooks_and_lens(cfg, shape, override_sae)
     start = cfg.resume_from_checkpoint and Path(cfg.resume_from_checkpoint)
     if start:
         _check_hooks(start, hook_names)
+    if cache is not None:
+        cache.check(vectors, hook_names)
+    if model is None and (cache is None or _evaluates(cfg)):
+        loading.check_modules(*cfg.named_model, hook_names)
+        model = loading.load_by_name(*cfg.named_model, cfg.llm_device, hook_names)
+    fingerprints = {} if model is None else model_fingerprints(model)
+    if cache is not None:
+        cache.check(vectors, hook_names, fingerprints)
     sae = override_sae or _make_sae(cfg, lens)
     _check_normalization(cfg, sae)
     if lens is not None and model is not None:
         lens.check_model(model, stacklevel=5)
-    fingerprints = {} if model is None else model_fingerprints(model)
     if override_dataset is None and cache is None:
         fingerprints["dataset_hash"] = files_hash(cfg.dataset_path)
     return Run(
@@ -101,8 +105,23 @@ def prepare(
         hook_names=hook_names,
         sae=sae.to(cfg.device),
         starts_anew=override_sae is None and cfg.from_pretrained_path is None,
-        fingerprints=fingerprints,
+        record=Record(checkpoints.CHECKPOINT_KIND, settings, fingerprints),
     )
+
+
+def hooks_and_lens(
+    cfg: MultiLayerConfig[Any],
+    shape: ModelShape,
+    override_sae: TrainingSAE[Any] | None = None,
+) -> tuple[list[str], LayerLens | None]:
+    """Hook names and lens of a run; ValueError if they do not fit the model's shape."""
+    hook_names = cfg.resolve_hook_names(shape.n_layers)
+    shape.check_context_size(cfg.context_size, cfg.model_name)
+    shape.check_width(hook_names, cfg.sae.d_in)
+    lens = lens_of_run(cfg, hook_names, override_sae)
+    if lens is not None:
+        lens.config.check_shape(shape, cfg.model_name)
+    return hook_names, lens
 
 
 def _check_given(sae: Any, wanted: dict[str, Any]) -> None:
@@ -114,28 +133,26 @@ def _check_given(sae: Any, wanted: dict[str, Any]) -> None:
         )
 
 
-def _join_ranks(cfg: MultiLayerConfig[Any]) -> tuple[Ranks, MultiLayerConfig[Any]]:
+def _join_ranks(
+    cfg: MultiLayerConfig[Any], settings: dict[str, Any]
+) -> tuple[Ranks, MultiLayerConfig[Any]]:
     """The ranks, and the config of this one: its GPU, and the folders of rank 0."""
     ranks = ranks_of_environment(str(cfg.device))
     if not ranks.is_alone:
         _check_divisible(cfg, ranks.count)
-        ranks.check_same("Settings", cfg.decisive_settings())
+        ranks.check_same("Settings", settings)
     folders = cfg.resume_from_checkpoint, cfg.checkpoint_path
     with ranks.together():
         if ranks.is_first and cfg.resume_from_checkpoint == LATEST:
-            folders = _find_latest(cfg)
-    if ranks.is_alone and cfg.resume_from_checkpoint != LATEST:
-        return ranks, cfg
+            folders = _find_latest(cfg, settings)
     resume, checkpoint_path = ranks.of_first(folders)
-    cfg = cfg.replaced(resume_from_checkpoint=resume, checkpoint_path=checkpoint_path)
-    if ranks.is_alone:
-        return ranks, cfg
-    log = cfg.logger if ranks.is_first else replace(cfg.logger, log_to_wandb=False)
-    devices = {
-        name: own_device(str(getattr(cfg, name)))
-        for name in ("device", "llm_device", "act_store_device")
-    }
-    return ranks, cfg.replaced(logger=log, **devices)
+    changes = {"resume_from_checkpoint": resume, "checkpoint_path": checkpoint_path}
+    if not ranks.is_alone:
+        log_to_wandb = cfg.logger.log_to_wandb and ranks.is_first
+        changes["logger"] = replace(cfg.logger, log_to_wandb=log_to_wandb)
+        for name in ("device", "llm_device", "act_store_device"):
+            changes[name] = own_device(str(getattr(cfg, name)))
+    return ranks, cfg.replaced(**changes)
 
 
 def _check_divisible(cfg: MultiLayerConfig[Any], count: int) -> None:
@@ -151,7 +168,9 @@ def _check_divisible(cfg: MultiLayerConfig[Any], count: int) -> None:
         )
 
 
-def _find_latest(cfg: MultiLayerConfig[Any]) -> tuple[str | None, str]:
+def _find_latest(
+    cfg: MultiLayerConfig[Any], settings: dict[str, Any]
+) -> tuple[str | None, str]:
     """The newest checkpoint of such a run, if any, and the folder of its run.
 
     It is searched for in all folders of runs, or in one if there is a `wandb_id`.
@@ -159,14 +178,19 @@ def _find_latest(cfg: MultiLayerConfig[Any]) -> tuple[str | None, str]:
     assert cfg.checkpoint_path is not None  # checked by the config
     own = Path(cfg.checkpoint_path)
     runs = [own] if cfg.logger.wandb_id else [own.parent, *own.parent.glob("*")]
-    found = checkpoints.latest_checkpoint(runs, cfg.decisive_settings())
+    found = checkpoints.latest_checkpoint(runs, settings)
     if found is None:
         return None, str(own)
     remove_leftovers(found.parent)
     return str(found), str(found.parent)
 
 
-def _check_paths(cfg: MultiLayerConfig[Any], ranks: Ranks) -> None:
+def _check_paths(
+    cfg: MultiLayerConfig[Any],
+    ranks: Ranks,
+    wanted: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
     """Check the paths to write to, and the folder that the run starts from."""
     output, folder = cfg.output_path, cfg.checkpoint_path
     if ranks.is_first and output is not None:
@@ -178,14 +202,13 @@ def _check_paths(cfg: MultiLayerConfig[Any], ranks: Ranks) -> None:
                 "`checkpoint_path` must lie outside `output_path`, which must be empty "
                 f"when the SAE is saved there; got {folder} and {output}."
             )
-    wanted = checkpoints.identity_of(cfg.sae)
     if cfg.from_pretrained_path is not None:
         checkpoints.check_checkpoint(cfg.from_pretrained_path, wanted)
     if cfg.resume_from_checkpoint is not None:
         checkpoints.check_resumable(
             Path(cfg.resume_from_checkpoint),
             wanted | {"normalize_activations": cfg.normalize_activations},
-            cfg.decisive_settings(),
+            settings,
             ranks.count,
         )
 
@@ -195,39 +218,25 @@ def _open_cache(cfg: MultiLayerConfig[Any], ranks: Ranks) -> ActivationCache | N
         return None
     assert cfg.cached_activations_path is not None  # checked by the config
     cache = ActivationCache(cfg.cached_activations_path)
-    cache.check(cfg)
     n_epochs = cfg.training_tokens / cache.n_tokens
     if n_epochs > 1 and ranks.is_first:
         logger.warning("The run takes %.2f epochs of the cache.", n_epochs)
     return cache
 
 
-def _load_model(
-    cfg: MultiLayerConfig[Any],
-    cache: ActivationCache | None,
-    lens: LayerLens | None,
-    override_model: Any | None,
-) -> Any | None:
-    """The model; None if the vectors are cached and nothing is evaluated."""
-    model = override_model
+def _model_and_shape(
+    cfg: MultiLayerConfig[Any], cache: ActivationCache | None, model: Any | None
+) -> tuple[Any | None, ModelShape]:
+    """The given model, if any, and the shape of the model of the run.
+
+    The model is loaded only if its shape cannot be found otherwise.
+    """
     if model is None:
-        if cache is not None and not _evaluates(cfg):
-            if lens is not None:
-                name = cache.record.settings["model_name"]
-                lens.config.check_shape(cache.model_shape, name)
-            return None
-        loading.check_named_model(cfg, lens)
-        model = loading.load_model(cfg)
-    if cache is not None:
-        cache.check(cfg, model)
-    return model
-
-
-def _n_layers(cache: ActivationCache | None, model: Any | None) -> int:
-    if model is not None:
-        return as_model(model).shape.n_layers
-    assert cache is not None
-    return cache.model_shape.n_layers
+        shape = cache.model_shape if cache else loading.shape_by_name(*cfg.named_model)
+        if shape is not None:
+            return None, shape
+        model = loading.load_by_name(*cfg.named_model, cfg.llm_device)
+    return model, as_model(model).shape
 
 
 def _evaluates(cfg: MultiLayerConfig[Any]) -> bool:

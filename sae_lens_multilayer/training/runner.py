@@ -311,10 +311,11 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
 def _make_store(
     run: Run, override_dataset: HfDataset | None
 ) -> MultiLayerActivationsStore:
+    cfg, ranks = run.cfg, run.ranks
     if run.cache is not None:
-        source = CacheSource.from_config(run.cache, run.cfg, run.ranks)
+        source = CacheSource.from_config(run.cache, run.hook_names, cfg, ranks)
     else:
         source = ModelSource.from_config(
-            run.model, run.cfg, override_dataset, run.ranks
+            run.model, run.hook_names, cfg, override_dataset, ranks
         )
-    return MultiLayerActivationsStore.from_source(source, run.cfg, run.ranks)
+    return MultiLayerActivationsStore.from_source(source, cfg, ranks)
