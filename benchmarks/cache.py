@@ -180,9 +180,8 @@ def sizes(*caches: ActivationCache) -> None:
         files = [path for path in cache.path.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
         print(
-            f"{cache.dtype}: {size / cache.n_tokens:,.0f} bytes per token "
-            f"(vectors: {cache.bytes_per_token:,}); {cache.n_blocks} "
-            f"blocks of {cache.tokens_per_block} tokens"
+            f"{cache.dtype}: {size / cache.n_tokens:,.0f} bytes per token; "
+            f"{cache.n_blocks} blocks of {cache.tokens_per_block} tokens"
         )
 
 

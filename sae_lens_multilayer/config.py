@@ -21,7 +21,6 @@ from sae_lens_multilayer.lens.config import Alignment, LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.sae.config import (
     MultiLayerTrainingSAEConfig,
-    check_size,
     check_sizes,
 )
 
@@ -175,7 +174,6 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             self.tuned_lens = os.path.expanduser(self.tuned_lens)
         self._check_run()
         self._check_sae()
-        self._check_lens()
         super().__post_init__()
         # Loaders accept the names of dtypes too, and JSON can hold them.
         for name in ("model_kwargs", "model_from_pretrained_kwargs"):
@@ -190,9 +188,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
             raise ValueError(f"All settings must be JSON values: {error}.") from error
 
     def _check_run(self) -> None:
-        for name in _COUNTS:
-            if (value := getattr(self, name)) is not None:
-                check_size(name, value)
+        check_sizes(self, [n for n in _COUNTS if getattr(self, n) is not None])
         for name in ("lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -229,7 +225,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 "`sae` must be a training config, such as MultiLayerTrainingSAEConfig; "
                 f"got {type(sae).__name__}."
             )
-        check_sizes(self.sae)
+        check_sizes(self.sae, ["d_in", "d_sae"])
         k = getattr(self.sae, "k", None)
         if k is not None and not 0 < k <= self.sae.d_sae:
             raise ValueError(f"`k` must be in (0, d_sae = {self.sae.d_sae}]; got {k}.")
@@ -246,8 +242,6 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 f"inputs are standardised; got {normalization!r}. Set "
                 "`standardize_stock_inputs=False` to use it on raw vectors."
             )
-
-    def _check_lens(self) -> None:
         is_multi_layer = isinstance(self.sae, MultiLayerTrainingSAEConfig)
         if self.tuned_lens is not None and not is_multi_layer:
             raise ValueError(

@@ -85,6 +85,21 @@ class Record:
             )
         return cls(**values)
 
+    @classmethod
+    def read_same(cls, folder: str | Path, wanted: "Record", advice: str) -> "Record":
+        """The record of a folder; ValueError if it differs from what is needed now.
+
+        Args:
+            advice: What to do then.
+        """
+        found = cls.read(folder, wanted.kind)
+        if differences := found.differences(wanted):
+            raise ValueError(
+                f"{folder} was made with other settings or inputs:"
+                f"{as_lines(differences)}\n{advice}"
+            )
+        return found
+
     def differences(self, wanted: "Record", ignore: Sequence[str] = ()) -> list[str]:
         """A line for each setting and fingerprint that differs from what is needed now.
 

@@ -65,4 +65,19 @@ class Result(ABC):
     def load(cls: type[T_RESULT], path: str | Path) -> T_RESULT:
         """Read a result that `save` wrote; ValueError if it is of another class."""
         settings = Record.read(path, cls.__name__).settings
-        return cls(**settings, **read_tensors(Path(path) / TENSORS_FILE))
+        values = settings | read_tensors(Path(path) / TENSORS_FILE)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(
+                f"{path} was saved by another version of this package: {error}. "
+                "Compute it again."
+            ) from error
+
+    @classmethod
+    def kinds(cls) -> "dict[str, type[Result]]":
+        """All classes of results by their name."""
+        found: dict[str, type[Result]] = {}
+        for kind in cls.__subclasses__():
+            found |= {kind.__name__: kind} | kind.kinds()
+        return found

@@ -234,7 +234,7 @@ class TestHarvest:
             with pytest.raises(OSError, match="No space"):
                 harvest(cache_config())
         message = (
-            r"(?s)holds another cache.*`dtype`: 'float32' in the folder, 'bfloat16'"
+            r"(?s)other settings.*`dtype`: 'float32' in the folder, 'bfloat16'"
             r" here.*`hook_names`.*`training_tokens`: 1000 in the folder, 999 here"
         )
         with pytest.raises(ValueError, match=message):

@@ -236,7 +236,7 @@ def test_from_the_command_line(offline, cache_config, tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"cache: .*No such file.*run\.json"):
         cli.main(["cache", "run.json"])
     (tmp_path / "run.yaml").write_text(settings.replace("200", "300"))
-    with pytest.raises(SystemExit, match=r"(?s)another cache.*`training_tokens`: 200"):
+    with pytest.raises(SystemExit, match=r"(?s)other settings.*`training_tokens`: 200"):
         cli.main(["cache", "run.yaml", "--output", "vectors"])
 
 

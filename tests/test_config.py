@@ -316,29 +316,38 @@ BAD = {
         {"model_kwargs": {"x": {1, 2}}},
         "must be JSON values: Object of type set",
     ),
-    "no tokens": ({"training_tokens": 0}, "`training_tokens` must be positive; got 0"),
+    "no tokens": (
+        {"training_tokens": 0},
+        "`training_tokens` must be a positive whole number; got 0",
+    ),
     "no batch": (
         {"train_batch_size_tokens": -1},
-        "`train_batch_size_tokens` must be positive; got -1",
+        "`train_batch_size_tokens` must be a positive whole number; got -1",
     ),
     "no prompts": (
         {"store_batch_size_prompts": 0},
-        "`store_batch_size_prompts` must be positive; got 0",
+        "`store_batch_size_prompts` must be a positive whole number; got 0",
     ),
     "no buffer": (
         {"n_batches_in_buffer": 0},
-        "`n_batches_in_buffer` must be positive; got 0",
+        "`n_batches_in_buffer` must be a positive whole number; got 0",
     ),
-    "no context": ({"context_size": 0}, "`context_size` must be positive; got 0"),
+    "no context": (
+        {"context_size": 0},
+        "`context_size` must be a positive whole number; got 0",
+    ),
     "micro": (
         {"train_batch_size_tokens": 100, "micro_batch_size_tokens": 64},
         "`train_batch_size_tokens` must be a multiple.*got 100 and 64",
     ),
     "micro of 0": (
         {"micro_batch_size_tokens": 0},
-        "`micro_batch_size_tokens` must be positive; got 0",
+        "`micro_batch_size_tokens` must be a positive whole number; got 0",
     ),
-    "micro below 0": ({"micro_batch_size_tokens": -64}, "must be positive; got -64"),
+    "micro below 0": (
+        {"micro_batch_size_tokens": -64},
+        "`micro_batch_size_tokens` must be a positive whole number; got -64",
+    ),
     "cache": (
         {"use_cached_activations": True},
         "`cached_activations_path` must be given",
@@ -348,11 +357,11 @@ BAD = {
     "prefetch": ({"prefetch_llm_batches": -1}, "prefetch_llm_batches must be"),
     "d_in": (
         {"sae": StandardTrainingSAEConfig(d_in=0, d_sae=64)},
-        "`d_in` must be positive; got 0",
+        "`d_in` must be a positive whole number; got 0",
     ),
     "d_sae": (
         {"sae": StandardTrainingSAEConfig(d_in=16, d_sae=-1)},
-        "`d_sae` must be positive; got -1",
+        "`d_sae` must be a positive whole number; got -1",
     ),
     "k of topk": (
         {"sae": TopKTrainingSAEConfig(d_in=16, d_sae=64)},
@@ -396,7 +405,7 @@ def test_a_stock_normalisation_is_allowed_on_raw_vectors():
     [
         ({"k": 65}, "`k` must be"),
         ({"k_aux": 65}, "`k_aux` must be"),
-        ({"d_in": 0}, "`d_in` must be positive"),
+        ({"d_in": 0}, "`d_in` must be a positive"),
     ],
 )
 def test_a_bad_sae_is_an_error_before_there_is_a_run(changes, message):

@@ -140,7 +140,7 @@ class TestEarlyErrors:
 
     def test_a_width_other_than_the_models(self, check, tokenizer):
         lens = new_tuned_lens(tiny_model(tokenizer, d_model=8))
-        check("SAE's width, d_in = 16.*; got 8", lens)
+        check("is for 2 blocks of width 8; 'tiny' has 2 of width 16", lens)
 
     def test_a_hook_that_cannot_have_a_lens(self, check, folder):
         names = ["hook_embed", *HOOK_NAMES]

@@ -183,7 +183,7 @@ class TestShares:
 
     def test_a_batch_that_does_not_divide_is_refused(self, ranked, tmp_path):
         output = ranked.fail(tmp_path, train_batch_size_tokens=65)
-        assert "must be a multiple of their number; got 65 and 2" in output
+        assert "processes, which share it; got 65 and 2" in output
 
 
 class TestRuns:

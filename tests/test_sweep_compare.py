@@ -111,7 +111,7 @@ def test_the_chosen_layers_are_compared_and_the_run_resumes(run, monkeypatch, tm
     assert second.transfer is not None
     assert second.transfer.hook_names == first.comparison.hook_names
     with pytest.raises(
-        ValueError, match=r"(?s)multi_layer has other.*`layers`: \[0, 2\]"
+        ValueError, match=r"(?s)multi_layer was made with other.*`layers`: \[0, 2\]"
     ):
         run(layers=[0, 1])
 

@@ -149,7 +149,7 @@ class TestPoints:
             ([{"k": 2}, {"k": 2}], r"differ; got \['k2', 'k2'\]"),
             ([{"kk": 2}], "no setting 'kk'"),
             ([{"layer": [0]}], r"no setting 'layer'. Known: \['layers'"),
-            ([{"k": 65}], "`k` must be at most d_sae = 64; got 65"),
+            ([{"k": 65}], "`k` must be .*at most d_sae = 64; got 65"),
             ([{"expansion_factor": 0.3}], r"must be a whole number; got 0\.3"),
             ([{"expansion_factor": "2"}], "must be a whole number; got '2'"),
             ([{"expansion_factor": 2, "d_sae": 3}], "not both"),
@@ -290,15 +290,15 @@ class TestSweep:
         [
             (
                 {"base": {"lr": 0.1}},
-                r"(?s)R2_k2 has other.*`lr`: .*, 0\.1 here.*`lr_end`",
+                r"(?s)R2_k2 was made with other.*`lr`: .*, 0\.1 here.*`lr_end`",
             ),
             (
                 {"base": {"sae": {"k_aux": 4}}},
-                r"(?s)has other settings.*`sae\.k_aux`: 8 in .*, 4 here",
+                r"(?s)other settings.*`sae\.k_aux`: 8 in .*, 4 here",
             ),
             (
                 {"evaluation": SweepEvaluation(n_tokens=N_CTX)},
-                "(?s)evaluated with other settings.*`n_tokens`.*`exclude_positions`",
+                "(?s)made with other settings.*`n_tokens`.*`exclude_positions`",
             ),
         ],
     )
@@ -312,7 +312,7 @@ class TestSweep:
         run(POINTS[:1])
         table = run(POINTS[:2], override_evaluation_dataset=token_dataset)
         assert list(table.status) == ["done", "failed"]
-        assert "must be those that R2_k2 was measured on" in table.error.iloc[1]
+        assert "R2_k2/analysis was made with other" in table.error.iloc[1]
         assert len(trainings) == 1
         assert (run(POINTS[:2]).status == "done").all()
 

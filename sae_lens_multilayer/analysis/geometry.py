@@ -107,11 +107,6 @@ def token_similarity(
             similarity 0.
         n_top: Tokens to keep for each latent, at most d_vocab.
     """
-    if W_dec.shape[1] != W_tokens.shape[1]:
-        raise ValueError(
-            "`W_dec` and `W_tokens` must have the same width; got "
-            f"{W_dec.shape[1]} and {W_tokens.shape[1]}."
-        )
     W_tokens = W_tokens.to(W_dec.device)
     best = [s.topk(n_top) for _, s in cos_sim_chunks(W_dec, W_tokens)]
     return TokenSimilarity(*_values_and_indices(best))

@@ -265,7 +265,7 @@ def save_results(
 
 def load_results(folder: str | Path) -> dict[str, Result]:
     """Read what `save_results` wrote, by name."""
-    kinds = {cls.__name__: cls for cls in Result.__subclasses__()}
+    kinds = Result.kinds()
     found: dict[str, Result] = {}
     for path in sorted(Path(folder).iterdir()):
         if path.is_dir():

@@ -15,7 +15,7 @@ from sae_lens_multilayer.cli.outputs import new_folder
 from sae_lens_multilayer.cli.saved_sae import load_sae
 from sae_lens_multilayer.files import complete_or_absent, free_path
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
-from sae_lens_multilayer.record import Record, as_lines, hash_of_json, hash_of_tensors
+from sae_lens_multilayer.record import Record, hash_of_json, hash_of_tensors
 
 KIND = "analyses"
 
@@ -118,13 +118,9 @@ def with_saved_settings(folder: str | Path, options: T) -> T:
 
 def check_same_inputs(folder: str | Path, inputs: Inputs) -> None:
     """Raise ValueError unless a folder's analyses are of this SAE and these tokens."""
-    found = Record.read(folder, KIND)
-    found.warn_of_versions(Path(folder))
-    if differences := found.differences(Record(KIND, {}, _fingerprints(inputs))):
-        raise ValueError(
-            f"The analyses in {folder} must be of the same SAE and text; they differ:"
-            f"{as_lines(differences)}"
-        )
+    wanted = Record(KIND, {}, _fingerprints(inputs))
+    advice = "Give the SAE and the text of these analyses."
+    Record.read_same(folder, wanted, advice).warn_of_versions(Path(folder))
 
 
 def _as_saved(given: Any, saved: dict[str, Any], folder: str | Path) -> Any:

@@ -56,7 +56,12 @@ class LayerLens(nn.Module):
         if not_finite := [n for n, t in tensors.items() if not t.isfinite().all()]:
             raise ValueError(f"{not_finite} of the lens must not hold NaN or infinity.")
         lens = cls(config, device="meta")
-        lens.load_state_dict(tensors, assign=True)
+        try:
+            lens.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The tensors must be those of a lens of {config}; {error}"
+            ) from error
         for affine_map in lens.children():
             assert isinstance(affine_map, AffineMap)
             affine_map.factorize()
@@ -157,6 +162,14 @@ class LayerLens(nn.Module):
             if affine_map is not None:
                 lens.add_module(str(i), affine_map.shared())
         return lens
+
+    def is_same(self, other: "LayerLens") -> bool:
+        """Whether the other lens, such as an SAE's in its dtype, is this one."""
+        theirs = other.state_dict()
+        return other.config == self.config and all(
+            torch.equal(tensor.to(theirs[name]), theirs[name])
+            for name, tensor in self.state_dict().items()
+        )
 
     def check_model(self, model: Any, stacklevel: int = 2) -> None:
         """Check that the lens was made for this model.

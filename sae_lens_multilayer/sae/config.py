@@ -1,5 +1,6 @@
 """Configurations of the multi-layer SAE, for inference and for training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ class MultiLayerSAEConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_config(self, k=self.k)
+        _check_config(self, ["k"])
 
 
 @dataclass
@@ -73,36 +74,23 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
             self.k_aux = min(_power_of_two_near(self.d_in / 2), self.d_sae)
         # SAELens copies the training settings, including `k_aux`, into the metadata.
         super().__post_init__()
-        _check_config(self, k=self.k, k_aux=self.k_aux)
+        _check_config(self, ["k", "k_aux"])
 
 
-def check_whole_number(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is None or an int."""
-    if value is not None and type(value) is not int:
-        raise ValueError(f"`{name}` must be a whole number (int); got {value!r}.")
-
-
-def check_size(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is a positive int."""
-    check_whole_number(name, value)
-    if value is None or value <= 0:
-        raise ValueError(f"`{name}` must be positive; got {value}.")
-
-
-def check_sizes(cfg: SAEConfig) -> None:
-    """Raise ValueError unless `d_in` and `d_sae` are positive ints."""
-    for name in ("d_in", "d_sae"):
-        check_size(name, getattr(cfg, name))
-
-
-def _check_config(cfg: SAEConfig, **latents: int) -> None:
-    check_sizes(cfg)
-    for name, value in latents.items():
-        check_size(name, value)
-        if value > cfg.d_sae:
+def check_sizes(cfg: Any, names: Sequence[str], most: int | None = None) -> None:
+    """Raise ValueError unless settings are ints from 1 to `most`."""
+    for name in names:
+        value = getattr(cfg, name)
+        if type(value) is not int or not 0 < value <= (most or value):
+            limit = "" if most is None else f", at most d_sae = {most}"
             raise ValueError(
-                f"`{name}` must be at most d_sae = {cfg.d_sae}; got {value}."
+                f"`{name}` must be a positive whole number{limit}; got {value!r}."
             )
+
+
+def _check_config(cfg: SAEConfig, latents: Sequence[str]) -> None:
+    check_sizes(cfg, ["d_in", "d_sae"])
+    check_sizes(cfg, latents, cfg.d_sae)
     required = {
         "normalize_activations": ("layer_norm", "none"),
         "apply_b_dec_to_input": (True,),

@@ -98,12 +98,6 @@ class ActivationCache:
         return self.record.settings["dtype"]
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes of the vectors of one token at all hooks."""
-        itemsize = str_to_dtype(self.dtype).itemsize
-        return len(self.hook_names) * self.record.settings["d_in"] * itemsize
-
-    @property
     def model_shape(self) -> ModelShape:
         """Shape of the model; its longest context is not recorded."""
         settings = self.record.settings

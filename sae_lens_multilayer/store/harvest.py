@@ -30,7 +30,6 @@ from sae_lens_multilayer.ranks import check_one_process
 from sae_lens_multilayer.record import (
     RECORD_FILENAME,
     Record,
-    as_lines,
     hash_of_tensors,
     model_fingerprints,
 )
@@ -103,12 +102,8 @@ class MultiLayerCacheActivationsRunner:
             model_fingerprints(self.model),
         )
         if self._has_begun:
-            found = Record.read(self.path, CACHE_KIND)
-            if differences := found.differences(self.record):
-                raise ValueError(
-                    f"{self.path} holds another cache:{as_lines(differences)}\n"
-                    "Give another `cached_activations_path`."
-                )
+            advice = "Give another `cached_activations_path`."
+            found = Record.read_same(self.path, self.record, advice)
             if not self._is_complete:
                 found.warn_of_versions(self.path)
 
@@ -127,7 +122,7 @@ class MultiLayerCacheActivationsRunner:
             # The rounding of the vectors depends on it.
             "store_batch_size_prompts": self.cfg.store_batch_size_prompts,
             "tokens_per_shard": max(
-                shard_bytes // self._bytes_per_token, source.max_tokens_per_chunk
+                shard_bytes // self.source.bytes_per_token, source.max_tokens_per_chunk
             ),
             "tokens_per_block": max(1, n_in_block),
         }
@@ -141,19 +136,13 @@ class MultiLayerCacheActivationsRunner:
         return (self.path / SHARDS_FILENAME).exists()
 
     @property
-    def _bytes_per_token(self) -> int:
-        """Bytes of the vectors of one token at all hooks."""
-        source = self.source
-        return len(source.hook_names) * source.d_in * source.dtype.itemsize
-
-    @property
     def n_bytes(self) -> int:
         """Upper bound on the cache's bytes on disk."""
         # Prompts, and the prompt and position of each vector, are int32.
         prompt_tokens_per_vector = (
             self.cfg.context_size / self.source.reader.training_context_size
         )
-        per_token = self._bytes_per_token + 8 + 4 * prompt_tokens_per_vector
+        per_token = self.source.bytes_per_token + 8 + 4 * prompt_tokens_per_vector
         n_tokens = self.cfg.training_tokens + self.source.max_tokens_per_chunk
         return int(n_tokens * per_token)
 
@@ -162,7 +151,7 @@ class MultiLayerCacheActivationsRunner:
         return (
             f"{settings['training_tokens']:,} tokens x {len(settings['hook_names'])} "
             f"hooks x {settings['d_in']}, {settings['dtype']}: "
-            f"{self._bytes_per_token:,} bytes per token, at most "
+            f"{self.source.bytes_per_token:,} bytes per token, at most "
             f"{self.n_bytes / 2**30:.2f} GiB in shards of "
             f"{settings['tokens_per_shard']:,} tokens at {self.path}"
         )

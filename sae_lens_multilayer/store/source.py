@@ -53,6 +53,11 @@ class Source(ABC):
     """Whether no chunk of this epoch follows the one taken last."""
 
     @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the vectors of one token at all hooks."""
+        return len(self.hook_names) * self.d_in * self.dtype.itemsize
+
+    @property
     def reader(self) -> ResumableTokens | None:
         """The text that is read; None: the source has no text."""
         return None

@@ -25,7 +25,7 @@ from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import ModelShape
 from sae_lens_multilayer.pictures import describe_sweep, draw, save_figure
-from sae_lens_multilayer.record import RECORD_FILENAME, Record, as_lines
+from sae_lens_multilayer.record import RECORD_FILENAME, Record
 from sae_lens_multilayer.sweeps.cost import measured_in, read_cost
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation, measure, numbers_of
 from sae_lens_multilayer.sweeps.points import (
@@ -36,7 +36,8 @@ from sae_lens_multilayer.sweeps.points import (
     varied_settings,
 )
 from sae_lens_multilayer.text.prompts import Prompts, Text, check_positions
-from sae_lens_multilayer.training.run import hooks_and_lens
+from sae_lens_multilayer.training.lens_of_run import lens_of_run
+from sae_lens_multilayer.training.run import hooks_of_run
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 logger = logging.getLogger(__name__)
@@ -153,21 +154,16 @@ class Sweep:
     def _check_point_folder(self, point: Point) -> None:
         folder = self.folder / point.name
         if (folder / RECORD_FILENAME).exists():
-            found = Record.read(folder, _POINT_KIND)
-            if changed := found.differences(_point_record(point)):
-                raise ValueError(
-                    f"{folder} has other settings:{as_lines(changed)}\nUse those, or "
-                    "another folder for this sweep."
-                )
+            advice = "Use those, or another folder for this sweep."
+            Record.read_same(folder, _point_record(point), advice)
         elif any(folder.glob("[!.]*")):
             raise ValueError(f"{folder} must be the folder of a point of this sweep.")
         if self._is_done(point):
-            found = Record.read(self.analysis_of(point), _ANALYSIS_KIND)
-            if changed := found.differences(self._analysis_record()):
-                raise ValueError(
-                    f"{folder} was evaluated with other settings:{as_lines(changed)}\n"
-                    "Use those, or move the 'analysis' of all points away."
-                )
+            self._check_analysis(point, self._analysis_record())
+
+    def _check_analysis(self, point: Point, wanted: Record) -> None:
+        advice = "Use those, or move the 'analysis' of all points away."
+        Record.read_same(self.analysis_of(point), wanted, advice)
 
     def _check_data(self) -> None:
         path = self.evaluation.dataset_path
@@ -189,7 +185,8 @@ class Sweep:
             raise ValueError("The model must not vary, as one is given.")
         for point in self.points:
             if (shape := self._shape(point)) is not None:
-                hook_names, _ = hooks_and_lens(point.cfg, shape)
+                hook_names = hooks_of_run(point.cfg, shape)
+                lens_of_run(point.cfg, hook_names, shape)
                 if given is None:
                     loading.check_modules(*point.cfg.named_model, hook_names)
 
@@ -291,14 +288,8 @@ class Sweep:
 
     def _check_tokens(self, point: Point, prompts: Prompts) -> None:
         for other in self.points:
-            if not self._is_done(other) or other.model_key != point.model_key:
-                continue
-            found = Record.read(self.analysis_of(other), _ANALYSIS_KIND)
-            if found.differences(self._analysis_record(prompts)):
-                raise ValueError(
-                    f"The held-out tokens must be those that {other.name} was measured "
-                    "on. Use that text, or move the 'analysis' of all points away."
-                )
+            if self._is_done(other) and other.model_key == point.model_key:
+                self._check_analysis(other, self._analysis_record(prompts))
 
     def _row(self, point: Point) -> dict[str, Any]:
         folder, is_done = self.folder / point.name, self._is_done(point)

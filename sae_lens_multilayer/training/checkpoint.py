@@ -47,18 +47,24 @@ _FIXED = ("seed", "from_pretrained_path", "sae.decoder_init_norm")
 """Settings that have had their effect when a run is resumed."""
 
 
-def identity_of(cfg: TrainingSAEConfig) -> dict[str, Any]:
-    """Settings that must agree for weights to be of the same SAE."""
+def identity_of(cfg: TrainingSAEConfig, normalize_activations: str) -> dict[str, Any]:
+    """Settings that must agree for weights to be of the same SAE.
+
+    Args:
+        normalize_activations: The value of the SAE that is trained and saved.
+    """
     sizes = {name: getattr(cfg, name, None) for name in ("d_in", "d_sae", "k")}
-    return {"architecture": cfg.architecture()} | {
-        name: value for name, value in sizes.items() if value is not None
+    first = {
+        "architecture": cfg.architecture(),
+        "normalize_activations": normalize_activations,
     }
+    return first | {name: value for name, value in sizes.items() if value is not None}
 
 
 def check_checkpoint(
     path: str | Path, wanted: dict[str, Any], extra_files: Sequence[str] = ()
 ) -> None:
-    """Check a folder's files, and that its `cfg.json` has the `wanted` entries."""
+    """Check a folder's files, and the `wanted` settings and hooks of its SAE."""
     path = Path(path)
     for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, *extra_files):
         if not (path / name).is_file():
@@ -66,6 +72,7 @@ def check_checkpoint(
                 f"{path} must be a checkpoint folder; {name} is not there."
             )
     cfg = read_json(path / SAE_CFG_FILENAME)
+    cfg |= {"hook_names": cfg.get("metadata", {}).get("hook_names")}
     found = {key: cfg.get(key) for key in wanted}
     if found != wanted:
         raise ValueError(
@@ -87,13 +94,11 @@ def check_resumable(
             "run from its weights with `from_pretrained_path`."
         )
     fixed = {name: settings[name] for name in _FIXED if name in settings}
-    record = Record.read(path, CHECKPOINT_KIND)
-    if changed := record.differences(Record(CHECKPOINT_KIND, fixed)):
-        raise ValueError(
-            f"These must be the settings of the checkpoint {path}, as they have had "
-            f"their effect:{as_lines(changed)}\nUse those, or start a new run from its "
-            "weights with `from_pretrained_path`."
-        )
+    advice = (
+        "They have had their effect: use those, or start a new run from the weights "
+        "with `from_pretrained_path`."
+    )
+    Record.read_same(path, Record(CHECKPOINT_KIND, fixed), advice)
 
 
 def warn_of_differences(path: Path, now: Record) -> None:

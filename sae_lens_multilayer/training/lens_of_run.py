@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from tuned_lens import TunedLens
 
@@ -11,11 +10,13 @@ from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import lens_of, saved_lens
 from sae_lens_multilayer.lens.config import Alignment, LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.models.model import ModelShape
 
 
 def lens_of_run(
     cfg: MultiLayerConfig[Any],
     hook_names: list[str],
+    shape: ModelShape,
     override_sae: SAE[Any] | None = None,
 ) -> LayerLens | None:
     """Read and validate the lens of a run, before a model is loaded.
@@ -34,6 +35,7 @@ def lens_of_run(
         lens = _given_lens(cfg.tuned_lens, lens, hook_names, cfg.lens_alignment)
     if lens is None:
         return None
+    lens.config.check_shape(shape, cfg.model_name)
     lens.config.check_sae(cfg.sae.d_in, hook_names)
     if lens.config.alignment != cfg.lens_alignment:
         raise ValueError(
@@ -41,7 +43,7 @@ def lens_of_run(
             f"got {cfg.lens_alignment!r}."
         )
     for origin, found in starts.items():
-        if found is None or not _is_same(lens, found):
+        if found is None or not lens.is_same(found):
             raise ValueError(
                 f"{origin} must have the run's `tuned_lens`, {lens.config}; it has "
                 f"{_difference(lens, found)}. Omit `tuned_lens` to keep the SAE's lens."
@@ -65,15 +67,6 @@ def _given_lens(
             )
         return saved
     return LayerLens.from_tuned_lens(source, hook_names, alignment=alignment)
-
-
-def _is_same(lens: LayerLens, found: LayerLens) -> bool:
-    theirs = found.state_dict()
-    return found.config == lens.config and all(
-        # The lens of an SAE is in the SAE's dtype.
-        torch.equal(tensor.to(theirs[name]), theirs[name])
-        for name, tensor in lens.state_dict().items()
-    )
 
 
 def _difference(lens: LayerLens, found: LayerLens | None) -> str:

@@ -8,14 +8,12 @@ from typing import Any
 
 from sae_lens import TrainingSAE
 from sae_lens.config import HfDataset
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.util import temporary_seed
 
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
 from sae_lens_multilayer.files import (
     check_writable,
     files_hash,
-    read_json,
     remove_leftovers,
 )
 from sae_lens_multilayer.lens.carrier import LensCarrier
@@ -64,38 +62,40 @@ def prepare(
 ) -> Run:
     """Check and load what a run needs, except its data.
 
-    In the order in which mistakes can be found: `override_sae`; the ranks; paths to
-    write to; the checkpoint or weights to start from; the model's shape and hooks; the
-    cache; the lens; the loaded model; the SAE. The store, which is made next, checks
+    In the order in which mistakes can be found: `override_sae`; the ranks and paths to
+    write to; the model's shape and hooks; the checkpoint or weights to start from; the
+    lens; the SAE; the cache; the loaded model. The store, which is made next, checks
     the hooks' widths and the dataset. For `Args`, see the runner.
     """
-    identity = checkpoints.identity_of(cfg.sae)
-    settings, vectors = cfg.decisive_settings(), vector_settings(cfg)
+    identity = checkpoints.identity_of(cfg.sae, cfg.normalize_activations)
     if override_sae is not None:
         _check_given(override_sae, identity)
+    vectors, settings = vector_settings(cfg), cfg.decisive_settings()
     ranks, cfg = _join_ranks(cfg, settings)
-    with ranks.together():
-        _check_paths(cfg, ranks, identity, settings)
+    needs_model = not cfg.use_cached_activations or _evaluates(cfg)
     cache = _open_cache(cfg, ranks)
     model, shape = _model_and_shape(cfg, cache, override_model)
-    hook_names, lens = hooks_and_lens(cfg, shape, override_sae)
+    hook_names = hooks_of_run(cfg, shape)
     start = cfg.resume_from_checkpoint and Path(cfg.resume_from_checkpoint)
-    if start:
-        _check_hooks(start, hook_names)
+    with ranks.together():
+        if cfg.from_pretrained_path is not None:
+            checkpoints.check_checkpoint(cfg.from_pretrained_path, identity)
+        if start:
+            wanted = identity | {"hook_names": hook_names}
+            checkpoints.check_resumable(start, wanted, settings, ranks.count)
+    lens = lens_of_run(cfg, hook_names, shape, override_sae)
+    sae = override_sae or _make_sae(cfg, lens)
     if cache is not None:
         cache.check(vectors, hook_names)
-    if model is None and (cache is None or _evaluates(cfg)):
-        loading.check_modules(*cfg.named_model, hook_names)
-        model = loading.load_by_name(*cfg.named_model, cfg.llm_device, hook_names)
+    if model is None and needs_model:
+        model = _load_model(cfg, hook_names)
     fingerprints = {} if model is None else model_fingerprints(model)
     if cache is not None:
         cache.check(vectors, hook_names, fingerprints)
-    sae = override_sae or _make_sae(cfg, lens)
-    _check_normalization(cfg, sae)
+    elif override_dataset is None:
+        fingerprints["dataset_hash"] = files_hash(cfg.dataset_path)
     if lens is not None and model is not None:
         lens.check_model(model, stacklevel=5)
-    if override_dataset is None and cache is None:
-        fingerprints["dataset_hash"] = files_hash(cfg.dataset_path)
     return Run(
         cfg=cfg,
         ranks=ranks,
@@ -109,23 +109,16 @@ def prepare(
     )
 
 
-def hooks_and_lens(
-    cfg: MultiLayerConfig[Any],
-    shape: ModelShape,
-    override_sae: TrainingSAE[Any] | None = None,
-) -> tuple[list[str], LayerLens | None]:
-    """Hook names and lens of a run; ValueError if they do not fit the model's shape."""
+def hooks_of_run(cfg: MultiLayerConfig[Any], shape: ModelShape) -> list[str]:
+    """Hook names of a run; ValueError if it does not fit the shape of its model."""
     hook_names = cfg.resolve_hook_names(shape.n_layers)
     shape.check_context_size(cfg.context_size, cfg.model_name)
     shape.check_width(hook_names, cfg.sae.d_in)
-    lens = lens_of_run(cfg, hook_names, override_sae)
-    if lens is not None:
-        lens.config.check_shape(shape, cfg.model_name)
-    return hook_names, lens
+    return hook_names
 
 
 def _check_given(sae: Any, wanted: dict[str, Any]) -> None:
-    found = checkpoints.identity_of(sae.cfg)
+    found = checkpoints.identity_of(sae.cfg, sae.cfg.normalize_activations)
     if found != wanted or not isinstance(sae, TrainingSAE):
         raise ValueError(
             f"`override_sae` must be in training and as the config's `sae`, {wanted}; "
@@ -139,12 +132,24 @@ def _join_ranks(
     """The ranks, and the config of this one: its GPU, and the folders of rank 0."""
     ranks = ranks_of_environment(str(cfg.device))
     if not ranks.is_alone:
-        _check_divisible(cfg, ranks.count)
+        if cfg.train_batch_size_tokens % ranks.count:
+            raise ValueError(
+                "`train_batch_size_tokens` must be a multiple of the number of "
+                "processes, which share it; got "
+                f"{cfg.train_batch_size_tokens} and {ranks.count}."
+            )
+        if cfg.sae.normalize_activations == "covariance_whitening":
+            raise ValueError(
+                "`normalize_activations='covariance_whitening'` needs a single "
+                f"process; got {ranks.count}. Use another normalisation."
+            )
         ranks.check_same("Settings", settings)
     folders = cfg.resume_from_checkpoint, cfg.checkpoint_path
     with ranks.together():
         if ranks.is_first and cfg.resume_from_checkpoint == LATEST:
             folders = _find_latest(cfg, settings)
+        if ranks.is_first:
+            _check_outputs(cfg.output_path, folders[1])
     resume, checkpoint_path = ranks.of_first(folders)
     changes = {"resume_from_checkpoint": resume, "checkpoint_path": checkpoint_path}
     if not ranks.is_alone:
@@ -153,19 +158,6 @@ def _join_ranks(
         for name in ("device", "llm_device", "act_store_device"):
             changes[name] = own_device(str(getattr(cfg, name)))
     return ranks, cfg.replaced(**changes)
-
-
-def _check_divisible(cfg: MultiLayerConfig[Any], count: int) -> None:
-    if cfg.train_batch_size_tokens % count:
-        raise ValueError(
-            "`train_batch_size_tokens` is shared by all processes and must be a "
-            f"multiple of their number; got {cfg.train_batch_size_tokens} and {count}."
-        )
-    if cfg.sae.normalize_activations == "covariance_whitening":
-        raise ValueError(
-            "`normalize_activations='covariance_whitening'` cannot be estimated by "
-            f"{count} processes. Train in one, or use another normalisation."
-        )
 
 
 def _find_latest(
@@ -185,32 +177,17 @@ def _find_latest(
     return str(found), str(found.parent)
 
 
-def _check_paths(
-    cfg: MultiLayerConfig[Any],
-    ranks: Ranks,
-    wanted: dict[str, Any],
-    settings: dict[str, Any],
-) -> None:
-    """Check the paths to write to, and the folder that the run starts from."""
-    output, folder = cfg.output_path, cfg.checkpoint_path
-    if ranks.is_first and output is not None:
+def _check_outputs(output: str | None, folder: str | None) -> None:
+    """Check `output_path` and `checkpoint_path`."""
+    if output is not None:
         check_writable(output, "output_path")
-    if ranks.is_first and folder is not None:
+    if folder is not None:
         check_writable(Path(folder) / "new", "checkpoint_path")
         if output and Path(folder).resolve().is_relative_to(Path(output).resolve()):
             raise ValueError(
                 "`checkpoint_path` must lie outside `output_path`, which must be empty "
                 f"when the SAE is saved there; got {folder} and {output}."
             )
-    if cfg.from_pretrained_path is not None:
-        checkpoints.check_checkpoint(cfg.from_pretrained_path, wanted)
-    if cfg.resume_from_checkpoint is not None:
-        checkpoints.check_resumable(
-            Path(cfg.resume_from_checkpoint),
-            wanted | {"normalize_activations": cfg.normalize_activations},
-            settings,
-            ranks.count,
-        )
 
 
 def _open_cache(cfg: MultiLayerConfig[Any], ranks: Ranks) -> ActivationCache | None:
@@ -239,19 +216,15 @@ def _model_and_shape(
     return model, as_model(model).shape
 
 
+def _load_model(cfg: MultiLayerConfig[Any], hook_names: list[str]) -> Any:
+    loading.check_modules(*cfg.named_model, hook_names)
+    return loading.load_by_name(*cfg.named_model, cfg.llm_device, hook_names)
+
+
 def _evaluates(cfg: MultiLayerConfig[Any]) -> bool:
     every = steps_between_evaluations(cfg.logger)
     n_steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
     return every is not None and n_steps >= every
-
-
-def _check_hooks(checkpoint: Path, hook_names: list[str]) -> None:
-    found = read_json(checkpoint / SAE_CFG_FILENAME)["metadata"].get("hook_names")
-    if found != hook_names:
-        raise ValueError(
-            f"The checkpoint at {checkpoint} must be of this run's hooks, "
-            f"{hook_names}; it has {found}."
-        )
 
 
 def _make_sae(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> TrainingSAE[Any]:
@@ -265,13 +238,3 @@ def _make_sae(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> TrainingSAE
         assert isinstance(sae, LensCarrier)  # checked by the config
         sae.lens = lens
     return sae
-
-
-def _check_normalization(cfg: MultiLayerConfig[Any], sae: TrainingSAE[Any]) -> None:
-    found = sae.cfg.normalize_activations
-    if cfg.standardizes_stock_inputs and found != "layer_norm":
-        raise ValueError(
-            "`normalize_activations` must be 'layer_norm' if inputs are standardised; "
-            f"got {found!r}. Set `standardize_stock_inputs=False` to train the SAE on "
-            "raw vectors."
-        )

@@ -119,8 +119,3 @@ def test_a_row_without_direction_is_an_error(value):
     W_dec[2] = value
     with pytest.raises(ValueError, match="1 of 6 decoder rows"):
         decoder_similarity(W_dec)
-
-
-def test_invalid_rows_are_an_error():
-    with pytest.raises(ValueError, match="same width; got 4 and 5"):
-        token_similarity(torch.randn(2, 4), torch.randn(9, 5))
