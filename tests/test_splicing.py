@@ -226,16 +226,22 @@ class TestOneResult:
     def test_other_hooks_take_whole_passes(self, model, tokens):
         sae = random_sae([f"blocks.{i}.hook_mlp_out" for i in range(4)])
         assert evaluate(sae, model, tokens).to_dataframe()["kl_div"].gt(0).all()
-        with pytest.raises(ValueError, match="`from_middle` needs a HookedTransformer"):
+        with pytest.raises(ValueError, match="not the input or output of a block"):
             evaluate(sae, model, tokens, from_middle=True)
 
-    def test_each_run_starts_after_the_spliced_block(self, model, tokens):
+    def test_each_run_starts_after_the_spliced_block(self, model, tokens, monkeypatch):
         calls = []
         for i, block in enumerate(model.blocks):
-            block.register_forward_hook(
-                lambda module, args, out, i=i: calls.append((i, len(out)))
-            )
+            # Not a hook, with which whole passes would run.
+            def forward(x, *args, i=i, original=block.forward, **kwargs):
+                calls.append((i, len(x)))
+                return original(x, *args, **kwargs)
+
+            monkeypatch.setattr(block, "forward", forward)
         evaluate(random_sae(), model, tokens, batch_size_prompts=3)
+        # The check that blocks can be called: a whole pass, then each block alone.
+        of_check, calls = calls[:8], calls[8:]
+        assert of_check == [(i, 2) for i in range(4)] + [(3 - i, 4) for i in range(4)]
         # The clean prompts and for each hook below the spliced ones, of each batch; and
         # one prompt, ablated at each hook below, for both batches.
         assert calls == [(i, n + i * n) for n in (3, 2, 1) for i in range(4)]

@@ -1,5 +1,6 @@
 """Runs of a model with activations replaced at some hooks."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from sae_lens_multilayer.hooks import block_end
 from sae_lens_multilayer.models.model import Model, Replace
+from sae_lens_multilayer.models.walk import Walk
+
+logger = logging.getLogger(__name__)
 
 Edit = Mapping[int, Replace]
 """The replacement at each edited hook, by its index on the layer axis."""
@@ -24,18 +28,20 @@ def make_splicer(
     Args:
         max_prompts: Most prompts in one call of a block.
         from_middle: Start after the spliced block; False: hooks on whole passes; None:
-            start in the middle if the model can.
+            start in the middle if the model can, else log why not.
     """
     model.own_hook_names(hook_names)
-    can = model.can_start_in_middle(hook_names)
-    if from_middle and not can:
+    reason = None if from_middle is False else model.why_whole_passes(hook_names)
+    if from_middle and reason is not None:
         raise ValueError(
-            "`from_middle` needs a HookedTransformer and hooks at hook_resid_pre or "
-            f"hook_resid_post; got {type(model.module).__name__} and {hook_names}."
+            f"`from_middle` must be None or False for {type(model.module).__name__}: "
+            f"{reason}."
         )
-    if can and from_middle is not False:
-        return ResidualSplicer(model, hook_names, max_prompts)
-    return HookSplicer(model, hook_names)
+    if reason is not None:
+        logger.warning("Each edited run takes a whole forward pass: %s.", reason)
+    if reason is not None or from_middle is False:
+        return HookSplicer(model, hook_names)
+    return ResidualSplicer(model, hook_names, max_prompts)
 
 
 class ResidualSplicer:
@@ -54,7 +60,7 @@ class ResidualSplicer:
         self._hooks_at: dict[int, list[int]] = {}
         for hook, name in enumerate(hook_names):
             end = block_end(name)
-            assert end is not None  # as `can_start_in_middle` checks
+            assert end is not None  # as `why_whole_passes` checks
             layer, is_output = end
             self._hooks_at.setdefault(layer + is_output, []).append(hook)
 
@@ -62,20 +68,22 @@ class ResidualSplicer:
         self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
     ) -> Iterator[tuple[Run, Mapping[int, Run]]]:
         """All runs of a batch at once."""
-        clean, mask = self._model.embed(tokens)
+        walks = _Walks(self._model, tokens, max(1, self._max_prompts // len(tokens)))
+        clean = walks.of(1).residual
         streams: dict[int, Tensor] = {}
         for depth in range(self._model.shape.n_layers + 1):
             if depth > 0:
                 before = [clean, *streams.values()]
-                clean, *edited = self._step(before, depth - 1, mask)
+                clean, *edited = walks.run_block(before, depth - 1)
                 streams = dict(zip(streams, edited, strict=True))
             for hook in self._hooks_at.get(depth, []):
                 for i, edit in enumerate(edits):
                     if hook in edit:
                         after = edit[hook](streams.get(i, clean))
                         streams[i] = after.to(clean.device, clean.dtype)
-        runs = {i: partial(self._logits, stream) for i, stream in streams.items()}
-        yield partial(self._logits, clean), runs
+        logits = walks.of(1).logits
+        runs = {i: partial(_head, logits, stream) for i, stream in streams.items()}
+        yield partial(_head, logits, clean), runs
 
     def runs_of_any_prompt(
         self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
@@ -86,25 +94,40 @@ class ResidualSplicer:
         token = int(tokenizer is not None and tokenizer.pad_token_id == 0)
         return self.runs(torch.full_like(tokens[:1], token), edits)
 
-    def _logits(self, stream: Tensor, positions: slice) -> Tensor:
-        return self._model.head(stream[:, positions])
 
-    def _step(
-        self,
-        streams: list[Float[Tensor, "_ pos d_model"]],
-        block: int,
-        mask: Int[Tensor, "prompt pos"] | None,
-    ) -> list[Float[Tensor, "_ pos d_model"]]:
-        """Pass several batches of the same prompts through a block as one."""
-        parts = torch.cat(streams).split(self._max_prompts)
-        masks: Sequence[Tensor | None] = [None] * len(parts)
-        if mask is not None:
-            masks = mask.repeat(len(streams), 1).split(self._max_prompts)
-        after = [
-            self._model.run_block(part, block, part_mask)
-            for part, part_mask in zip(parts, masks, strict=True)
-        ]
-        return list(torch.cat(after).split(len(streams[0])))
+class _Walks:
+    """Walks over a batch of prompts repeated several times, made when needed."""
+
+    def __init__(self, model: Model, tokens: Tensor, most: int) -> None:
+        self._model, self._tokens, self._most = model, tokens, most
+        self._walks: dict[int, Walk] = {}
+
+    def of(self, n_times: int) -> Walk:
+        """The walk over the prompts repeated so many times."""
+        if n_times not in self._walks:
+            # Masks may be large, so few are held: the largest and the last one.
+            for held in [n for n in self._walks if n not in (1, self._most)]:
+                del self._walks[held]
+            walk = self._model.walk(self._tokens.repeat(n_times, 1))
+            self._walks[n_times] = walk
+        return self._walks[n_times]
+
+    def run_block(
+        self, streams: list[Float[Tensor, "prompt pos d_model"]], block: int
+    ) -> list[Float[Tensor, "prompt pos d_model"]]:
+        """Pass several streams of the prompts through a block as larger batches."""
+        after: list[Tensor] = []
+        for start in range(0, len(streams), self._most):
+            part = streams[start : start + self._most]
+            stream = self.of(len(part)).run_block(torch.cat(part), block)
+            after += stream.split(len(part[0]))
+        return after
+
+
+def _head(
+    logits: Callable[[Tensor], Tensor], stream: Tensor, positions: slice
+) -> Tensor:
+    return logits(stream[:, positions])
 
 
 class HookSplicer:

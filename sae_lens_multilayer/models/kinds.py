@@ -2,11 +2,14 @@
 
 Each kind is a subclass of `Model` in this file. A kind without TransformerLens' hook
 API (`hook_dict`, `run_with_cache`) overrides `own_hook_names`, `_run`, `logits` and
-`logits_with_hooks` too; how it is loaded by name is in `loading.py`.
+`logits_with_hooks` too; `_walk` lets runs start in the middle. How a kind is loaded by
+name is in `loading.py`.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +20,9 @@ from torch import Tensor, nn
 from tuned_lens.nn.unembed import Unembed
 from typing_extensions import override
 
-from sae_lens_multilayer.hooks import block_end
-from sae_lens_multilayer.models.model import Model, ModelShape
+from sae_lens_multilayer.models.decoder import Decoder, DecoderWalk, input_kwargs
+from sae_lens_multilayer.models.model import Model, ModelShape, Replace
+from sae_lens_multilayer.models.walk import Walk
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
 
@@ -92,28 +96,54 @@ class _TransformerLensModel(Model):
         return ModelUnembed(norm, *self._unembedding(), soft_cap)
 
 
+class _Bridge(_TransformerLensModel):
+    """A TransformerBridge: hooks around the blocks of a Hugging Face model."""
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.module.original_model, self.shape.n_layers, self.module)
+
+    @override
+    def _walk(self, tokens: Tensor) -> Walk:
+        return DecoderWalk(self._decoder, tokens, self._mask(tokens))
+
+
 class _HookedTransformer(_TransformerLensModel):
     @override
-    def can_start_in_middle(self, hook_names: Sequence[str]) -> bool:
-        # With shortformer, every block adds the embedding of positions.
-        kind = self.module.cfg.positional_embedding_type
-        return kind != "shortformer" and None not in map(block_end, hook_names)
+    def _walk(self, tokens: Tensor) -> Walk:
+        return _HookedTransformerWalk(self.module, tokens, **self._mask_kwargs(tokens))
 
     @override
-    def embed(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        stream, _, _, mask = self.module.input_to_embed(tokens.to(self.device))
-        return stream, mask
+    def _mask_kwargs(self, tokens: Tensor) -> dict[str, Any]:
+        kwargs = super()._mask_kwargs(tokens)
+        if not kwargs and getattr(self.tokenizer, "padding_side", None) == "left":
+            # Given no mask, the model would mask a BOS that is also the pad token.
+            return {"attention_mask": torch.ones_like(tokens, device=self.device)}
+        return kwargs
 
-    @override
-    def run_block(self, stream: Tensor, block: int, mask: Tensor | None) -> Tensor:
-        return self.module(
-            stream, start_at_layer=block, stop_at_layer=block + 1, attention_mask=mask
+
+class _HookedTransformerWalk(Walk):
+    def __init__(
+        self, module: Any, tokens: Tensor, attention_mask: Tensor | None = None
+    ) -> None:
+        self._module = module
+        self.residual, _, _, self._mask = module.input_to_embed(
+            tokens, attention_mask=attention_mask
         )
 
     @override
-    def head(self, stream: Tensor) -> Tensor:
-        n_layers = self.shape.n_layers
-        return self.module(stream, start_at_layer=n_layers, return_type="logits")
+    def run_block(self, stream: Tensor, block: int) -> Tensor:
+        return self._module(
+            stream,
+            start_at_layer=block,
+            stop_at_layer=block + 1,
+            attention_mask=self._mask,
+        )
+
+    @override
+    def logits(self, stream: Tensor) -> Tensor:
+        n_layers = self._module.cfg.n_layers
+        return self._module(stream, start_at_layer=n_layers, return_type="logits")
 
 
 class _HuggingFaceModel(Model):
@@ -123,6 +153,54 @@ class _HuggingFaceModel(Model):
         self._hf_model: Any = module.model
         super().__init__(module, ModelShape.of_hf_config(self._hf_model.config))
 
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self._hf_model, self.shape.n_layers)
+
+    @override
+    def _walk(self, tokens: Tensor) -> Walk:
+        return DecoderWalk(self._decoder, tokens, self._mask(tokens))
+
+    @override
+    def _mask_kwargs(self, tokens: Tensor) -> dict[str, Any]:
+        # HookedProxyLM passes nothing on: see `_masked`.
+        return {}
+
+    @contextmanager
+    def _masked(self, tokens: Tensor) -> Generator[None]:
+        """Give the model the mask of padding and the positions that follow from it."""
+        mask = self._mask(tokens)
+        if mask is None:
+            yield
+            return
+        given = input_kwargs(self._hf_model, mask)
+        handle = self._hf_model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | given), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @override
+    def _run(self, tokens: Tensor, own_names: list[str], **kwargs: Any) -> Any:
+        # Any value makes the pass end after the last of these hooks.
+        kwargs["stop_at_layer"] = 0
+        with self._masked(tokens):
+            return super()._run(tokens, own_names, **kwargs)
+
+    @override
+    def logits(self, tokens: Tensor) -> Tensor:
+        with self._masked(tokens):
+            return super().logits(tokens)
+
+    @override
+    def logits_with_hooks(
+        self, tokens: Tensor, replacements: Mapping[str, Replace]
+    ) -> Tensor:
+        with self._masked(tokens):
+            return super().logits_with_hooks(tokens, replacements)
+
     @property
     @override
     def name(self) -> str:
@@ -130,18 +208,7 @@ class _HuggingFaceModel(Model):
 
     @override
     def residual_streams(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
-        last: list[Tensor] = []
-        # The last of `hidden_states` is after the final norm.
-        handle = self._final_norm().register_forward_pre_hook(
-            lambda _, inputs: last.append(inputs[0])
-        )
-        try:
-            output = self._hf_model(
-                tokens.to(self.device), output_hidden_states=True, use_cache=False
-            )
-        finally:
-            handle.remove()
-        return [*output.hidden_states[:-1], *last], output.logits
+        return self._decoder.residual_streams(lambda: self.logits(tokens))
 
     @property
     @override
@@ -185,4 +252,6 @@ def as_model(raw: Any) -> Model:
     # TransformerLens 4 has no HookedTransformer.
     if isinstance(raw, getattr(transformer_lens, "HookedTransformer", ())):
         return _HookedTransformer(raw)
+    if hasattr(raw, "original_model"):
+        return _Bridge(raw)
     return _TransformerLensModel(raw)

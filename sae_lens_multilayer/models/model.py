@@ -4,6 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor
 from tuned_lens.nn.unembed import Unembed
 from tuned_lens.utils import tensor_hash
 
-from sae_lens_multilayer.hooks import is_residual, stop_at_layer, unknown_name
+from sae_lens_multilayer.hooks import (
+    block_end,
+    is_residual,
+    stop_at_layer,
+    unknown_name,
+)
+from sae_lens_multilayer.models.padding import padding_mask
+from sae_lens_multilayer.models.walk import Walk, attached_hooks, walk_differs
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Computes the replacement of the activations at a hook, heads put end to end."""
@@ -133,8 +141,7 @@ class Model(ABC):
         ]
 
     def _run(self, tokens: Tensor, own_names: list[str], **kwargs: Any) -> Any:
-        # Without `prepend_bos`, which would change what is masked as padding if the
-        # tokenizer pads on the left: as in every other pass, the model's default.
+        kwargs = self._mask_kwargs(tokens) | kwargs
         return self.module.run_with_cache(
             tokens.to(self.device), names_filter=own_names, **kwargs
         )
@@ -143,7 +150,9 @@ class Model(ABC):
         self, tokens: Int[Tensor, "prompt pos"]
     ) -> Float[Tensor, "prompt pos d_vocab"]:
         """The logits of a whole forward pass."""
-        return self.module(tokens.to(self.device), return_type="logits")
+        return self.module(
+            tokens.to(self.device), return_type="logits", **self._mask_kwargs(tokens)
+        )
 
     def logits_with_hooks(
         self, tokens: Int[Tensor, "prompt pos"], replacements: Mapping[str, Replace]
@@ -152,7 +161,10 @@ class Model(ABC):
         own_names = self.own_hook_names(list(replacements))
         hooks = zip(own_names, map(_as_hook, replacements.values()), strict=True)
         return self.module.run_with_hooks(
-            tokens.to(self.device), return_type="logits", fwd_hooks=list(hooks)
+            tokens.to(self.device),
+            return_type="logits",
+            fwd_hooks=list(hooks),
+            **self._mask_kwargs(tokens),
         )
 
     @abstractmethod
@@ -163,31 +175,71 @@ class Model(ABC):
     ]:
         """The residual stream before each block and after the last one; the logits."""
 
-    def can_start_in_middle(self, hook_names: Sequence[str]) -> bool:
-        """Whether these hooks lie between `embed`, `run_block`s and `head`, if any."""
-        del hook_names
-        return False
+    def why_whole_passes(self, hook_names: Sequence[str]) -> str | None:
+        """Why runs edited at these hooks need whole passes; None: `walk` serves.
 
-    def embed(
-        self, tokens: Int[Tensor, "prompt pos"]
-    ) -> tuple[Float[Tensor, "prompt pos d_model"], Int[Tensor, "prompt pos"] | None]:
-        """The residual stream before the first block, and the mask of padding."""
-        raise NotImplementedError
+        A hook that somebody has attached may treat the prompts of a batch differently,
+        and a walk puts several runs of the same prompts into one batch.
+        """
+        inside = [name for name in hook_names if block_end(name) is None]
+        if inside:
+            return f"{inside[:3]} are not the input or output of a block"
+        if hooks := attached_hooks(self.module):
+            return f"the model has hooks of its user at {hooks[:5]}"
+        return self.walk_obstacle
 
-    def run_block(
-        self,
-        stream: Float[Tensor, "prompt pos d_model"],
-        block: int,
-        mask: Int[Tensor, "prompt pos"] | None,
-    ) -> Float[Tensor, "prompt pos d_model"]:
-        """Pass a residual stream through one block."""
-        raise NotImplementedError
+    @cached_property
+    def walk_obstacle(self) -> str | None:
+        """Why the model cannot be run block by block; None: it can.
 
-    def head(
-        self, stream: Float[Tensor, "prompt pos d_model"]
-    ) -> Float[Tensor, "prompt pos d_vocab"]:
-        """Logits of a residual stream after the last block, each position by itself."""
-        raise NotImplementedError
+        Found once, by comparing each block on a small batch with a whole pass.
+        """
+        tokens = self._tokens_of_check()
+        try:
+            with torch.no_grad():
+                walk = self._walk(tokens.repeat(2, 1))
+                return walk_differs(walk, *self.residual_streams(tokens))
+        # Whatever happens in a model unlike the others, whole passes remain.
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def _tokens_of_check(self) -> Int[Tensor, "prompt pos"]:
+        n_pos = min(8, self.shape.n_ctx or 8)
+        tokens = torch.arange(2 * n_pos, device=self.device).view(2, n_pos)
+        tokens = tokens % (self.shape.d_vocab or 2)
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return tokens if pad is None else tokens.masked_fill(tokens == pad, pad == 0)
+
+    def walk(self, tokens: Int[Tensor, "prompt pos"]) -> Walk:
+        """Start to run prompts block by block; no block has run yet.
+
+        Padding on the left is masked. Hooks attached to the model run as usual, on the
+        rows of the walk.
+
+        Raises:
+            ValueError: If the model has a `walk_obstacle`.
+        """
+        if self.walk_obstacle is not None:
+            raise ValueError(
+                f"{type(self.module).__name__} cannot be run block by block, only in "
+                f"whole passes: {self.walk_obstacle}."
+            )
+        return self._walk(tokens.to(self.device))
+
+    def _walk(self, tokens: Int[Tensor, "prompt pos"]) -> Walk:
+        raise ValueError("its kind of model has no blocks that can be called")
+
+    def _mask(self, tokens: Int[Tensor, "prompt pos"]) -> Tensor | None:
+        tokenizer = self.tokenizer
+        prepends = getattr(tokenizer, "add_bos_token", False)
+        if hasattr(self.module, "cfg"):
+            prepends = getattr(self.module.cfg, "default_prepend_bos", prepends)
+        return padding_mask(tokens.to(self.device), tokenizer, bool(prepends))
+
+    def _mask_kwargs(self, tokens: Int[Tensor, "prompt pos"]) -> dict[str, Any]:
+        """The attention mask as an argument of a whole pass; none without padding."""
+        mask = self._mask(tokens)
+        return {} if mask is None else {"attention_mask": mask}
 
     @property
     @abstractmethod

@@ -1,0 +1,231 @@
+"""The blocks of a Hugging Face decoder, called from outside the model's own loop.
+
+Nothing about an architecture is built in. The model's forward pass runs on a shallow
+copy of the model whose blocks are passed over: it gives the arguments that each block
+is called with (masks, positions, ...) and, with another stream passed on, the logits.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from typing_extensions import override
+
+from sae_lens_multilayer.models.walk import Walk
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and keyword arguments of a call of a block."""
+
+
+class Decoder:
+    """The blocks of a model, and its forward pass without them."""
+
+    def __init__(self, model: Any, n_layers: int, root: Any = None) -> None:
+        """Find the blocks.
+
+        Args:
+            model: A Hugging Face causal language model.
+            root: A TransformerBridge of the model, whose forward pass is used.
+        """
+        self._model, self._root = model, root
+        self.blocks_name = _find_blocks(model, n_layers)
+        self.blocks: Any = model.get_submodule(self.blocks_name)
+
+    def calls(
+        self,
+        tokens: Int[Tensor, "prompt pos"],
+        mask: Int[Tensor, "prompt pos"] | None,
+    ) -> list[Call]:
+        """The arguments with which the model would call each block."""
+        calls: list[Call] = []
+
+        def pass_over(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            if len(calls) == len(self.blocks):
+                raise _AllCalled
+            return self._as_returned(_hidden(args, kwargs))
+
+        try:
+            self._run_without_blocks(pass_over, tokens, input_kwargs(self._model, mask))
+        except _AllCalled:
+            return calls
+        raise ValueError(
+            f"{type(self._model).__name__} called {len(calls)} of its "
+            f"{len(self.blocks)} blocks in {self.blocks_name!r}"
+        )
+
+    def logits(
+        self, stream: Float[Tensor, "row chunk d_model"]
+    ) -> Float[Tensor, "row chunk d_vocab"]:
+        """Run only what follows the blocks: final norm, unembedding, soft cap, ..."""
+
+        def pass_over(*_: Any, **__: Any) -> Any:
+            return self._as_returned(stream)
+
+        # The tokens are not used; their embedding is passed over, too.
+        tokens = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
+        return self._run_without_blocks(pass_over, tokens, input_kwargs(self._model))
+
+    def residual_streams(
+        self, run: Callable[[], Float[Tensor, "prompt pos d_vocab"]]
+    ) -> tuple[
+        list[Float[Tensor, "prompt pos d_model"]], Float[Tensor, "prompt pos d_vocab"]
+    ]:
+        """The residual stream before each block and after the last; logits of a run."""
+        streams: list[Tensor] = []
+
+        def before(_: Any, args: Any, kwargs: Any) -> None:
+            streams.append(_hidden(args, kwargs))
+
+        def after(_: Any, __: Any, output: Any) -> None:
+            streams.append(_first(output))
+
+        with ExitStack() as stack:
+            for block in self.blocks:
+                handle = block.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.callback(self.blocks[-1].register_forward_hook(after).remove)
+            logits = run()
+        return streams, logits
+
+    @cached_property
+    def _n_returned(self) -> int | None:
+        """Length of the tuple that a block returns; None: it returns a tensor."""
+        outputs: list[Any] = []
+        handle = self.blocks[0].register_forward_hook(
+            lambda _, __, output: outputs.append(output)
+        )
+        try:
+            device = next(self._model.parameters()).device
+            tokens = torch.ones(1, 1, dtype=torch.long, device=device)
+            run = self._model if self._root is None else self._root
+            with torch.no_grad():
+                run(tokens, **input_kwargs(self._model))
+        finally:
+            handle.remove()
+        return len(outputs[0]) if isinstance(outputs[0], tuple) else None
+
+    def _as_returned(self, stream: Tensor) -> Any:
+        if self._n_returned is None:
+            return stream
+        return (stream, *[None] * (self._n_returned - 1))
+
+    def _run_without_blocks(
+        self, pass_over: Callable[..., Any], tokens: Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        passed = nn.ModuleList(_PassedOver(block, pass_over) for block in self.blocks)
+        model = _with_submodule(self._model, self.blocks_name.split("."), passed)
+        if self._root is None:
+            return model(tokens, **kwargs).logits
+        bridge = _shallow_copy(self._root)
+        bridge.__dict__["original_model"] = model
+        return bridge(tokens, return_type="logits", **kwargs)
+
+
+class DecoderWalk(Walk):
+    """A walk through the blocks of a Hugging Face model or a bridge."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokens: Int[Tensor, "prompt pos"],
+        mask: Int[Tensor, "prompt pos"] | None,
+    ) -> None:
+        """Collect the arguments of the blocks for these prompts."""
+        self._decoder = decoder
+        self._calls = decoder.calls(tokens, mask)
+        self.residual = _hidden(*self._calls[0])
+
+    @override
+    def run_block(self, stream: Tensor, block: int) -> Tensor:
+        args, kwargs = self._calls[block]
+        if args:
+            args = (stream, *args[1:])
+        else:
+            kwargs = {**kwargs, "hidden_states": stream}
+        return _first(self._decoder.blocks[block](*args, **kwargs))
+
+    @override
+    def logits(self, stream: Tensor) -> Tensor:
+        return self._decoder.logits(stream)
+
+
+def input_kwargs(
+    model: Any, mask: Int[Tensor, "prompt pos"] | None = None
+) -> dict[str, Any]:
+    """Arguments of a Hugging Face model's forward pass besides the tokens.
+
+    Positions are counted from the start of the text; of themselves most models count
+    from the first column, padding or not.
+    """
+    kwargs: dict[str, Any] = {"use_cache": False}
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        kwargs |= {"attention_mask": mask, "position_ids": positions}
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in kwargs.items() if name in accepted}
+
+
+class _AllCalled(Exception):
+    """Every block has been passed over; the rest of the model need not run."""
+
+
+class _PassedOver(nn.Module):
+    """Stands in for a block: has its attributes, runs a function instead."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        # Not as a submodule, whose hooks and parameters would count as this one's.
+        self.__dict__["_block"], self.__dict__["forward"] = block, forward
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _find_blocks(model: Any, n_layers: int) -> str:
+    """The outermost list of as many modules as the model has layers."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    of_decoder = set(decoder.modules())
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == n_layers
+        and module in of_decoder
+    ]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no list of {n_layers} modules, its blocks"
+        )
+    return min(names, key=lambda name: name.count("."))
+
+
+def _shallow_copy(module: Any) -> Any:
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = dict(module._modules)
+    return copy
+
+
+def _with_submodule(module: Any, path: list[str], replacement: nn.Module) -> Any:
+    """A copy of a module with another submodule, which shares all the rest."""
+    if not path:
+        return replacement
+    copy = _shallow_copy(module)
+    child = copy._modules[path[0]]
+    copy._modules[path[0]] = _with_submodule(child, path[1:], replacement)
+    return copy
