@@ -288,8 +288,8 @@ def test_active_layers_are_counted_at_whole_numbers(model, tokens):
 
 def test_decoder_similarity_counts_every_latent():
     similarity = decoder_similarity(random_sae().W_dec)
-    similarity = replace(similarity, max_cos_sim=similarity.max_cos_sim.bfloat16())
-    similarity.max_cos_sim[0] = 1.0 + 2**-7  # rounding may lead above 1
+    similarity = replace(similarity, cos_sim=similarity.cos_sim.bfloat16())
+    similarity.cos_sim[0] = 1.0 + 2**-7  # rounding may lead above 1
     (panel,) = described(similarity).panels
     assert sum(series_of(panel)[""]) == 64
     assert panel.vertical_line == (similarity.mean, f"mean: {similarity.mean:.3f}")

@@ -7,6 +7,12 @@ the table `ANALYSES` by name.
 """
 
 from sae_lens_multilayer.analysis.batch import TokenBatch
+from sae_lens_multilayer.analysis.coactive import (
+    CoactiveLatents,
+    CoactiveSums,
+    coactive_latents,
+)
+from sae_lens_multilayer.analysis.direct_logits import OutputTokens, output_tokens
 from sae_lens_multilayer.analysis.distributions import (
     DistributionSums,
     LayerDistributions,
@@ -23,6 +29,11 @@ from sae_lens_multilayer.analysis.geometry import (
     token_embeddings,
     token_similarity,
     token_unembeddings,
+)
+from sae_lens_multilayer.analysis.histograms import (
+    ActHistograms,
+    HistogramSums,
+    act_histograms,
 )
 from sae_lens_multilayer.analysis.layer_counts import (
     ActiveLayerCounts,
@@ -41,7 +52,9 @@ from sae_lens_multilayer.analysis.layers_by_class import (
 )
 from sae_lens_multilayer.analysis.max_activating import (
     ExampleCollector,
+    SampleCollector,
     max_activating_examples,
+    sampled_examples,
 )
 from sae_lens_multilayer.analysis.near_duplicates import Redundancy, redundancy
 from sae_lens_multilayer.analysis.nulls import Null, RandomWeights
@@ -69,21 +82,27 @@ from sae_lens_multilayer.results import Result
 __all__ = [
     "ANALYSES",
     "Accumulator",
+    "ActHistograms",
     "ActiveLayerCounts",
     "ActiveLayers",
     "Analysis",
+    "CoactiveLatents",
+    "CoactiveSums",
     "Comparison",
     "DecoderSimilarity",
     "DistributionSums",
     "ExampleCollector",
     "Examples",
+    "HistogramSums",
     "LayerDistributions",
     "Null",
+    "OutputTokens",
     "PromptActs",
     "RandomWeights",
     "Redundancy",
     "ResidualStream",
     "Result",
+    "SampleCollector",
     "Suite",
     "TokenBatch",
     "TokenClassSums",
@@ -93,17 +112,21 @@ __all__ = [
     "TransferMatrix",
     "VarianceSums",
     "Variances",
+    "act_histograms",
     "active_layers",
     "analyze",
+    "coactive_latents",
     "compare_with_single_layers",
     "decoder_similarity",
     "first_position_warning",
     "layer_distributions",
     "load_results",
     "max_activating_examples",
+    "output_tokens",
     "prompt_acts",
     "redundancy",
     "residual_stream",
+    "sampled_examples",
     "save_results",
     "token_classes",
     "token_embeddings",

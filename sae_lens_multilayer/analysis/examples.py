@@ -1,4 +1,4 @@
-"""The tokens at which each latent is most active at each layer, with their contexts."""
+"""Activations of each latent with the text around them: the largest, or a sample."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ OUTSIDE = -1
 
 @dataclass
 class Examples(Result):
-    """The largest activations of each latent at each layer, with their contexts.
+    """Activations of each latent with the text around them: the largest, or a sample.
 
     Rows are sorted by latent, layer and rank. Equal activations are ranked in the order
     of the tokens.
@@ -42,7 +42,7 @@ class Examples(Result):
     layers: Int[Tensor, " row"]
     """Indices into the layer axis."""
     ranks: Int[Tensor, " row"]
-    """0 for the largest activation of the latent at the layer."""
+    """0 for the largest of these activations of the latent at the layer."""
     acts: Float[Tensor, " row"]
     prompts: Int[Tensor, " row"]
     """Index of the prompt among all that were searched."""
@@ -52,6 +52,8 @@ class Examples(Result):
     """Token ids around and at the example; -1 outside of the prompt."""
     context_acts: Float[Tensor, "row width"]
     """Activations of the same latent and layer there; 0 at excluded tokens."""
+    layer_acts: Float[Tensor, "row layer"]
+    """Activations of the latent at the token itself, at every layer."""
 
     def of(self, latent: int, layer: int | None = None) -> "Examples":
         """The examples of one latent, at one index into the layer axis or at all."""
@@ -135,6 +137,9 @@ class Examples(Result):
             lists["context_tokens"] = texts
         for name, values in lists.items():
             arrays[name] = pa.ListArray.from_arrays(pa.array(ends.numpy()), values)
+        layer_acts = pa.array(self.layer_acts.flatten().numpy())
+        n_layers = self.layer_acts.shape[1]
+        arrays["layer_acts"] = pa.FixedSizeListArray.from_arrays(layer_acts, n_layers)
         return pa.table(arrays)
 
 
@@ -161,10 +166,12 @@ def _from_arrow(table: pa.Table, n_before: int, width: int) -> dict[str, Tensor]
     context_ids[inside] = tensor(column("context_token_ids").flatten()).int()
     context_acts = torch.zeros(inside.shape)
     context_acts[inside] = tensor(column("context_acts").flatten()).float()
+    layer_acts = column("layer_acts")
     plain = ["latent", "layer", "rank", "prompt", "position"]
     return {
         **{f"{name}s": tensor(column(name)).long() for name in plain},
         "acts": tensor(column("act")).double(),
         "context_ids": context_ids,
         "context_acts": context_acts,
+        "layer_acts": tensor(layer_acts.flatten()).view(-1, layer_acts.type.list_size),
     }

@@ -22,12 +22,22 @@ _ELEMENTS = 2**24
 
 @dataclass
 class DecoderSimilarity(Result):
-    """The other latent with the most similar decoder direction, for each latent."""
+    """The other latents with the most similar decoder directions, for each latent."""
 
-    max_cos_sim: Float[Tensor, " d_sae"]
-    """`max_(i != j) cos(d_i, d_j)` for each latent j, in [-1, 1]."""
-    nearest: Int[Tensor, " d_sae"]
-    """The latent i of that maximum."""
+    cos_sim: Float[Tensor, "d_sae n_top"]
+    """`cos(d_i, d_j)` of each latent j with others, in [-1, 1], largest first."""
+    latents: Int[Tensor, "d_sae n_top"]
+    """These other latents i."""
+
+    @property
+    def max_cos_sim(self) -> Float[Tensor, " d_sae"]:
+        """`max_(i != j) cos(d_i, d_j)` for each latent j."""
+        return self.cos_sim[:, 0]
+
+    @property
+    def nearest(self) -> Int[Tensor, " d_sae"]:
+        """The latent i of that maximum."""
+        return self.latents[:, 0]
 
     @property
     def mean(self) -> float:
@@ -77,10 +87,13 @@ class TokenSimilarity(Result):
 
 
 @torch.no_grad()
-def decoder_similarity(W_dec: Float[Tensor, "d_sae d_in"]) -> DecoderSimilarity:
-    """The largest cosine similarity of each decoder row with any other row.
+def decoder_similarity(
+    W_dec: Float[Tensor, "d_sae d_in"], n_top: int = 8
+) -> DecoderSimilarity:
+    """The largest cosine similarities of each decoder row with other rows.
 
-    Only some rows of the matrix of similarities are in memory at a time.
+    Only some rows of the matrix of similarities are in memory at a time. There are
+    `n_top` others for each latent, or all if there are fewer.
 
     References:
         Sharkey et al. (2022); Lawson et al. (2025), arXiv:2409.04185. The paper's code
@@ -89,7 +102,7 @@ def decoder_similarity(W_dec: Float[Tensor, "d_sae d_in"]) -> DecoderSimilarity:
     best: list[Any] = []
     for start, similarity in cos_sim_chunks(W_dec):
         similarity.diagonal(start).fill_(-torch.inf)
-        best.append(similarity.max(1))
+        best.append(similarity.topk(min(n_top, len(W_dec) - 1)))
     return DecoderSimilarity(*_values_and_indices(best))
 
 

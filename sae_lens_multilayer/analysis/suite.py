@@ -13,6 +13,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.active import check_latents
+from sae_lens_multilayer.analysis.coactive import CoactiveSums
+from sae_lens_multilayer.analysis.direct_logits import output_tokens
 from sae_lens_multilayer.analysis.distributions import DistributionSums
 from sae_lens_multilayer.analysis.geometry import (
     decoder_similarity,
@@ -20,10 +22,14 @@ from sae_lens_multilayer.analysis.geometry import (
     token_similarity,
     token_unembeddings,
 )
+from sae_lens_multilayer.analysis.histograms import HistogramSums
 from sae_lens_multilayer.analysis.layer_counts import ActiveLayerCounts
 from sae_lens_multilayer.analysis.layer_variances import VarianceSums
 from sae_lens_multilayer.analysis.layers_by_class import TokenClasses, token_classes
-from sae_lens_multilayer.analysis.max_activating import ExampleCollector
+from sae_lens_multilayer.analysis.max_activating import (
+    ExampleCollector,
+    SampleCollector,
+)
 from sae_lens_multilayer.analysis.near_duplicates import redundancy
 from sae_lens_multilayer.analysis.residual import residual_stream
 from sae_lens_multilayer.analysis.stream import Accumulator, PassOptions, analyze
@@ -42,6 +48,8 @@ from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Prompts
 
+_N_SAMPLED_EXAMPLES = 30
+"""Of each latent, so that a fifth of them is a few."""
 _N_TOKEN_CLASS_LATENTS = 4
 """Latents for `token_classes` if none are given: the most active ones."""
 
@@ -219,6 +227,11 @@ ANALYSES: dict[str, Analysis] = {
     "max_activating_examples": Analysis(
         accumulator=lambda s: ExampleCollector(s.sae, s.n_examples)
     ),
+    "sampled_examples": Analysis(
+        accumulator=lambda s: SampleCollector(s.sae, _N_SAMPLED_EXAMPLES)
+    ),
+    "act_histograms": Analysis(accumulator=lambda s: HistogramSums(s.sae)),
+    "coactive_latents": Analysis(accumulator=lambda s: CoactiveSums(s.sae)),
     "token_classes": Analysis(_token_classes, uses=("layer_distributions",)),
     "residual_stream": Analysis(lambda s, _: _residual_stream(s, after_lens=False)),
     "residual_stream_after_lens": Analysis(
@@ -232,6 +245,9 @@ ANALYSES: dict[str, Analysis] = {
     "token_unembeddings": Analysis(
         lambda s, _: token_similarity(s.sae.W_dec, token_unembeddings(s.model)),
         needs=(RESIDUAL_WIDTH,),
+    ),
+    "output_tokens": Analysis(
+        lambda s, _: output_tokens(s.sae, s.model), needs=(RESIDUAL_WIDTH,)
     ),
     "redundancy": Analysis(
         lambda s, result_of: redundancy(s.sae.W_dec, result_of("layer_distributions")),

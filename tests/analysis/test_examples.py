@@ -15,6 +15,7 @@ from saes import random_sae
 from sae_lens_multilayer.analysis import (
     ExampleCollector,
     Examples,
+    SampleCollector,
     examples,
     max_activating,
     max_activating_examples,
@@ -62,6 +63,7 @@ def brute_force(prompts, acts, n_examples, before, after, latents=None):
                         "context_index": min(pos, before),
                         "context_token_ids": prompts[i, context].tolist(),
                         "context_acts": acts[i, context, layer, latent].tolist(),
+                        "layer_acts": acts[i, pos, :, latent].tolist(),
                     }
                 )
     return rows
@@ -98,6 +100,43 @@ def test_chosen_latents_alone():
     assert set(found.of(4, layer=1).latents.tolist()) == {4}
     assert set(found.of(4, layer=1).layers.tolist()) == {1}
     assert to_rows(found.of(1)) == [r for r in to_rows(found) if r["latent"] == 1]
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(1, N_PROMPTS), st.integers(1, 9), st.integers(0, 60))
+def test_a_sample_is_the_same_for_any_batch_size(seed, size, n, room):
+    prompts, kept, acts = random_case(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(max_activating, "_FEWEST_ROWS", room)
+        found, at_once = (
+            accumulate(
+                SampleCollector(sae_of(acts[0]), n, n_before=2, n_after=1),
+                batches(prompts, kept, acts, s),
+            )
+            for s in (size, N_PROMPTS)
+        )
+    assert to_rows(found) == to_rows(at_once)
+    everything = brute_force(prompts, acts, N_PROMPTS * N_POS, 2, 1)
+    for row in everything:
+        row["rank"] = 0
+    sample = [{**row, "rank": 0} for row in to_rows(found)]
+    assert all(row in everything for row in sample)
+    for latent in range(D_SAE):
+        n_acts = int((acts[..., latent] > 0).sum())
+        own = [row for row in sample if row["latent"] == latent]
+        assert len(own) == min(n, n_acts)
+        assert len({(r["layer"], r["prompt"], r["position"]) for r in own}) == len(own)
+
+
+def test_every_activation_has_the_same_chance_in_a_sample():
+    acts = torch.ones(400, 4, 100)
+    collector = SampleCollector(sae_of(acts), 30, n_before=0, n_after=0)
+    found = accumulate(collector, [batch_of(acts)])
+    assert len(found.latents) == 100 * 30
+    for values, n in ((found.layers, 4), (found.positions, 400)):
+        # Standard deviation of the mean of 3000 uniform numbers: 0.0053.
+        assert values.double().mean() / (n - 1) == pytest.approx(0.5, abs=0.02)
+    assert found.positions.bincount(minlength=400).max() < 25  # 7.5 expected
 
 
 def test_few_rows_are_held():

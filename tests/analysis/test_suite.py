@@ -16,17 +16,23 @@ from sae_lens_multilayer.analysis import (
     ActiveLayerCounts,
     DistributionSums,
     ExampleCollector,
+    HistogramSums,
+    SampleCollector,
     Suite,
     TokenClassSums,
     VarianceSums,
+    act_histograms,
     active_layers,
+    coactive_latents,
     compare_with_single_layers,
     decoder_similarity,
     layer_distributions,
     load_results,
     max_activating_examples,
+    output_tokens,
     redundancy,
     residual_stream,
+    sampled_examples,
     save_results,
     token_classes,
     token_embeddings,
@@ -78,6 +84,9 @@ def test_each_is_the_analysis_by_itself(model, tokens, single_layers):
         "max_activating_examples": max_activating_examples(
             *call, n_examples=2, **OPTIONS
         ),
+        "sampled_examples": sampled_examples(*call, n_examples=30, **OPTIONS),
+        "act_histograms": act_histograms(*call, **OPTIONS),
+        "coactive_latents": coactive_latents(*call, **OPTIONS),
         "token_classes": token_classes(*call, latents, **OPTIONS),
         "residual_stream": residual_stream(model, HOOK_NAMES, tokens, **OPTIONS),
         "residual_stream_after_lens": residual_stream(
@@ -86,6 +95,7 @@ def test_each_is_the_analysis_by_itself(model, tokens, single_layers):
         "decoder_similarity": decoder_similarity(W_dec),
         "token_embeddings": token_similarity(W_dec, token_embeddings(model)),
         "token_unembeddings": token_similarity(W_dec, token_unembeddings(model)),
+        "output_tokens": output_tokens(sae, model),
         "redundancy": redundancy(W_dec, dists),
         "transfer_matrix": transfer_matrix(
             single_layers, model, tokens, multi_layer=sae, **OPTIONS
@@ -166,7 +176,7 @@ def test_analyses_that_an_sae_does_not_allow_are_unavailable(
     available = suite.available()
     assert absent & set(available) == {"single_layer_comparison"}
     of_other_width = Suite(random_sae(d_in=32), model, tokens).available()
-    others = {"token_embeddings", "token_unembeddings"}
+    others = {"token_embeddings", "token_unembeddings", "output_tokens"}
     assert others == {*available} - {*of_other_width} - absent
     with pytest.raises(ValueError, match=r"the multi-layer SAE's; got .*mlp_out"):
         Suite(sae, model, tokens, single_layers=[single_layer("blocks.7.hook_mlp_out")])
@@ -200,6 +210,8 @@ def test_nothing_that_is_held_grows_with_the_tokens():
             ActiveLayerCounts(sae),
             TokenClassSums(sae, [0, 3]),
             ExampleCollector(sae, 2),
+            SampleCollector(sae, 2),
+            HistogramSums(sae),
         ]
         for i in range(n_batches):
             batch = batch_of(random_sparse(i, 1000, 3, 8), first_prompt=i)
