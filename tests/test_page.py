@@ -1,5 +1,7 @@
 """The report, in a real browser if one is installed."""
 
+import base64
+import gzip
 import json
 import os
 import re
@@ -12,6 +14,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, Queue
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -26,6 +29,7 @@ from sae_lens_multilayer.analysis import (
     TransferMatrix,
     layer_distributions,
 )
+from sae_lens_multilayer.pictures import latents as latents_module
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -106,7 +110,7 @@ def in_browser(page: str, script: str, folder: Path, width: int = 1280) -> dict:
     </script>"""
     run = (
         "<script>addEventListener('load', async () => { let value = null;"
-        f"try {{ value = await (async () => {{ {script} }})(); }}"
+        f"try {{ await ready; value = await (async () => {{ {script} }})(); }}"
         "catch (e) { problems.push(`${e}`); }"
         "fetch('/', {method: 'POST', body: JSON.stringify({value, problems})});"
         "});</script>"
@@ -135,27 +139,55 @@ def in_browser(page: str, script: str, folder: Path, width: int = 1280) -> dict:
     return result["value"]
 
 
-def latents_of(page: str) -> list[dict]:
-    data = re.search(r'id="latent-data">(.*?)</script>', page, re.DOTALL)
+def unpacked(page: str, name: str) -> Any:
+    """The data of one compressed element of a page."""
+    data = re.search(rf'id="{name}">(.*?)</script>', page)
     assert data
-    return json.loads(data[1])["latents"]
+    return json.loads(gzip.decompress(base64.b64decode(data[1])))
 
 
-def test_numbers_are_read_back_from_a_browser(content, tmp_path):
+def latents_of(page: str) -> list[dict]:
+    names = re.findall(r'id="(latents-\d+)">', page)
+    return [latent for name in names for latent in unpacked(page, name)]
+
+
+def test_numbers_are_read_back_from_a_browser(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents_module, "PIECE", 2)
     dists = content.results["layer_distributions"]
-    first, second = dists.most_active(5)[:2].tolist()
+    first, second, *_, last = dists.most_active(5).tolist()
     script = f"""
         const text = (id) => document.getElementById(id).textContent;
         const box = document.getElementById("query");
+        const title = () => document.querySelector("#latent h3").textContent;
+        const shows = async (id) => {{
+            const name = `Latent ${{id}}`;
+            while (title() !== name) await new Promise((f) => setTimeout(f, 5));
+        }};
         const seen = {{listed: document.querySelectorAll("#list button").length}};
-        seen.first = document.querySelector("#latent h3").textContent;
+        seen.first = title();
         document.querySelectorAll("#list button")[1].click();
-        seen.clicked = document.querySelector("#latent h3").textContent;
+        await shows({second});
+        seen.address = location.hash;
         seen.probs = Array.from(document.getElementById("latent-layers").data[0].y);
+        seen.shares = Array.from(document.getElementById("latent-layers").data[1].y);
+        seen.bins = document.getElementById("latent-acts").data[0].customdata.flat();
         const own = document.querySelector(".example .own");
         seen.own = own.textContent;
-        seen.colour = own.style.backgroundColor;
+        seen.colour = getComputedStyle(own).backgroundColor;
         seen.context = document.querySelector(".example code").textContent;
+        seen.strip = document.querySelector(".strip").ariaLabel;
+        seen.quantiles = document.querySelectorAll(".quantile .example").length;
+        seen.outputs = Array.from(document.querySelectorAll(".tokens .token"),
+            (one) => one.textContent);
+        seen.others = Array.from(document.querySelectorAll(".others > *"),
+            (one) => one.textContent);
+        document.dispatchEvent(new KeyboardEvent("keydown", {{key: "k"}}));
+        await shows({first});
+        location.hash = "#latent={last}";
+        await shows({last});
+        location.hash = "#latent=63000";
+        seen.absent = await new Promise((done) => setTimeout(
+            () => done(document.getElementById("latent").textContent), 50));
         box.value = "{first}"; box.dispatchEvent(new Event("input"));
         seen.number = document.querySelector("#list button").dataset.latent;
         box.value = "no such token"; box.dispatchEvent(new Event("input"));
@@ -182,14 +214,29 @@ def test_numbers_are_read_back_from_a_browser(content, tmp_path):
     seen = in_browser(report_html(content), script, tmp_path)
 
     assert seen["listed"] == 5
-    assert (seen["first"], seen["clicked"]) == (f"Latent {first}", f"Latent {second}")
+    assert seen["first"] == f"Latent {first}"
+    assert seen["address"] == f"#latent={second}"
     assert seen["probs"] == pytest.approx(dists.probs[:, second].tolist(), rel=1e-3)
+    counts = dists.counts[:, second]
+    assert seen["shares"] == pytest.approx((counts / dists.n_tokens).tolist())
+    assert sum(n or 0 for n in seen["bins"]) == counts.sum()
     examples = content.results["max_activating_examples"].of(second)
     best = examples.acts.argmax()
     own = int(examples.context_ids[best, examples.n_before])
     assert seen["own"] == content.text_of(own).replace("\n", "↵")
     assert seen["own"] in seen["context"]
+    assert f"{examples.layers[best]}: {examples.acts[best]:.4g}" in seen["strip"]
     assert seen["colour"].startswith("rgba(255, 140, 0")
+    n_samples = len(content.results["sampled_examples"].of(second).acts)
+    assert seen["quantiles"] == min(10, n_samples)
+    outputs = content.results["output_tokens"]
+    assert len(seen["outputs"]) == 20
+    top = content.text_of(int(outputs.top_ids[0, second, 0]))
+    assert seen["outputs"][0] == top.replace("\n", "↵")
+    similar = content.results["decoder_similarity"]
+    nearest = int(similar.nearest[second]), similar.max_cos_sim[second]
+    assert seen["others"][0] == f"{nearest[0]}: {nearest[1]:.3f}"
+    assert "no latent 63000; the SAE has 64" in seen["absent"]
     assert seen["number"] == str(first)
     assert seen["none"] == "0 of 5 latents"
     assert str(second) in seen["token"]
@@ -242,7 +289,8 @@ def test_the_page_needs_nothing_from_outside(content):
 def test_missing_analyses_are_left_out_of_the_page(content):
     content.results, content.prompt = {}, None
     page = report_html(content)
-    assert '"latents":[]' in page
+    assert latents_of(page) == []
+    assert unpacked(page, "latent-head")["index"]["id"] == []
     assert 'class="figure"' not in page
 
 
@@ -250,11 +298,7 @@ def test_chosen_latents_can_always_be_looked_at(content):
     dists = content.results["layer_distributions"]
     last = dists.most_active(1000)[-1].item()
     content.more = [last]
-    data = re.search(
-        r'id="latent-data">(.*?)</script>', report_html(content), re.DOTALL
-    )
-    assert data
-    latents = json.loads(data[1])["latents"]
+    latents = latents_of(report_html(content))
     assert [latent["id"] for latent in latents][-1] == last
     assert len(latents) == 6
 
@@ -298,7 +342,7 @@ def test_a_report_reads_what_was_analysed(offline, model, monkeypatch):
 def pieces_of(page: str) -> list[str]:
     """The tables and data of a page."""
     tables = re.findall(r"<tbody>.*?</tbody>", page, re.DOTALL)
-    return tables + re.findall(r'json" id=.*?</script>', page, re.DOTALL)
+    return tables + re.findall(r'(?:json|gzip)" id=.*?</script>', page, re.DOTALL)
 
 
 def test_a_report_refuses_analyses_of_another_sae_or_text(offline):

@@ -1,5 +1,7 @@
 """The HTML report: one file with its data, scripts and styles inside."""
 
+import base64
+import gzip
 import html
 import json
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from sae_lens_multilayer.pictures.description import (
     pictures_of,
     short_labels,
 )
-from sae_lens_multilayer.pictures.latents import latents_data
+from sae_lens_multilayer.pictures.latents import LatentData, latents_data
 from sae_lens_multilayer.pictures.render_plotly import draw_interactive
 from sae_lens_multilayer.results import Result
 
@@ -34,6 +36,13 @@ _COLUMNS = {
 }
 """Columns of the evaluation to show, and their headings."""
 
+_SCRIPTS = ("page.js", "browser.js", "latent.js")
+_MEANING = (
+    "Each layer's vectors are replaced by their reconstructions in turn. CE, ΔCE and "
+    "KL are in nats; the CE score is the part of the loss of zero-ablation that is "
+    "recovered; silent latents were not active at the layer."
+)
+
 
 @dataclass
 class ReportContent:
@@ -44,8 +53,8 @@ class ReportContent:
     """Facts about the SAE and the tokens, by name."""
     notes: list[str]
     """Sentences that a reader of the numbers needs."""
-    evaluation: pd.DataFrame
-    """`SpliceMetrics.to_dataframe()`."""
+    evaluation: pd.DataFrame | None
+    """`SpliceMetrics.to_dataframe()`; None: not shown."""
     results: dict[str, Result]
     """Results of the analyses to show, by name."""
     text_of: Callable[[int], str]
@@ -58,8 +67,12 @@ class ReportContent:
     """Latents in the browser in any case."""
 
 
-def report_html(content: ReportContent) -> str:
-    """The report as one text, with plotly.js and all data inside."""
+def report_html(content: ReportContent, served: bool = False) -> str:
+    """The report as one text, with plotly.js and all data inside.
+
+    Args:
+        served: Add the form for the reader's own text, which needs `serving.app`.
+    """
     from plotly.offline import get_plotlyjs
 
     pictures = _pictures(content)
@@ -67,6 +80,7 @@ def report_html(content: ReportContent) -> str:
     latents = latents_data(
         content.results, content.n_latents, content.more, content.text_of
     )
+    scripts = [*_SCRIPTS, *(["explore.js"] if served else [])]
     parts = {
         "title": html.escape(content.title),
         "facts": "".join(
@@ -74,19 +88,37 @@ def report_html(content: ReportContent) -> str:
             for name, value in content.facts.items()
         ),
         "notes": "".join(f"<p>{html.escape(note)}</p>" for note in content.notes),
-        "evaluation": _table(content.evaluation, _COLUMNS),
-        "comparison": "".join(map(_comparison, content.results.values())),
+        "links": _links(served, content.evaluation is not None),
+        "explore": _asset("explore.html") if served else "",
+        "evaluation": _evaluation(content),
         "pictures": "".join(_section(*item) for item in pictures.items()),
-        "css": _asset("page.css"),
-        "js": _asset("page.js"),
+        "css": _asset("page.css") + (_asset("explore.css") if served else ""),
+        "js": "\n".join(map(_asset, scripts)) + "\nconst ready = startBrowser();",
         "plotly": get_plotlyjs(),
         "figures": _json(figures),
-        "latents": _json(latents),
+        "head": _packed("latent-head", latents.head),
+        "pieces": _pieces(latents),
     }
     # One pass over the template, as a part may contain "@@".
     pieces = _asset("page.html").split("@@")
-    return "".join(
+    page = "".join(
         parts[piece] if number % 2 else piece for number, piece in enumerate(pieces)
+    )
+    # Texts of tokens may hold half of a pair of surrogates.
+    return page.encode("utf-8", "replace").decode()
+
+
+def _links(served: bool, evaluated: bool) -> str:
+    links = {
+        "#explore": ("Your text", served),
+        "#latents": ("Latents", True),
+        "#evaluation": ("Evaluation", evaluated),
+        "#pictures": ("Analyses", True),
+    }
+    return " ".join(
+        f'<a href="{target}">{name}</a>'
+        for target, (name, is_there) in links.items()
+        if is_there
     )
 
 
@@ -104,6 +136,15 @@ def _pictures(content: ReportContent) -> dict[str, Picture]:
 def _figures(picture: Picture) -> list[Any]:
     """Data for plotly.js of each panel."""
     return [json.loads(str(figure.to_json())) for figure in draw_interactive(picture)]
+
+
+def _evaluation(content: ReportContent) -> str:
+    """The tables of the evaluation and of single-layer SAEs, if there are any."""
+    comparison = "".join(map(_comparison, content.results.values()))
+    if content.evaluation is None:
+        return comparison
+    table = _table(content.evaluation, _COLUMNS)
+    return f'<h2 id="evaluation">Evaluation</h2><p>{_MEANING}</p>{table}{comparison}'
 
 
 def _comparison(result: Result) -> str:
@@ -139,8 +180,8 @@ def _table(table: pd.DataFrame, headings: dict[str, str]) -> str:
         for label, row in rows
     )
     return (
-        '<div class="scroll"><table><thead><tr><th scope="col">layer</th>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<div class="scroll"><table class="numbers"><thead><tr><th scope="col">layer'
+        f"</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -157,9 +198,20 @@ def _section(name: str, picture: Picture) -> str:
     )
 
 
+def _pieces(latents: LatentData) -> str:
+    pieces = enumerate(latents.pieces)
+    return "\n".join(_packed(f"latents-{number}", piece) for number, piece in pieces)
+
+
+def _packed(name: str, value: Any) -> str:
+    """A script element with compressed data, which `unpack` in page.js reads."""
+    packed = base64.b64encode(gzip.compress(_json(value).encode(), mtime=0)).decode()
+    return f'<script type="application/gzip" id="{name}">{packed}</script>'
+
+
 def _json(value: Any) -> str:
-    """JSON that can be inside a script element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """ASCII JSON that can be inside a script element."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 
