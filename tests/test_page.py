@@ -89,18 +89,22 @@ def served(page: str) -> Iterator[tuple[str, Queue[bytes]]]:
             server.shutdown()
 
 
-def in_browser(page: str, script: str, folder: Path, width: int = 1280) -> dict:
-    """Open a page, run a script on it when it is drawn, and give what it returns.
+def in_browser(page: str, script: str, folder: Path, width: int = 1280) -> Any:
+    """Open a page, run a script on it when it is drawn, and give what it returns."""
+    with served(driven_page(page, script)) as (address, posted):
+        return result_of_browser(address, posted, folder, width)
+
+
+def driven_page(page: str, script: str) -> str:
+    """A page that runs a script when it is drawn, and posts what it returns.
 
     The page sends that back itself, in its own time: what a browser prints when its
     virtual time is over may come before the first frame is drawn.
     """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("there is no Chromium here")
     helpers = """<script>
         const problems = [];
         addEventListener("error", (e) => problems.push(e.message));
+        addEventListener("unhandledrejection", (e) => problems.push(`${e.reason}`));
         const drawAll = async (figures) => {
             for (const div of figures) {
                 div.scrollIntoView();
@@ -112,12 +116,21 @@ def in_browser(page: str, script: str, folder: Path, width: int = 1280) -> dict:
         "<script>addEventListener('load', async () => { let value = null;"
         f"try {{ await ready; value = await (async () => {{ {script} }})(); }}"
         "catch (e) { problems.push(`${e}`); }"
-        "fetch('/', {method: 'POST', body: JSON.stringify({value, problems})});"
+        "fetch('seen', {method: 'POST', body: JSON.stringify({value, problems})});"
         "});</script>"
     )
     page = page.replace("<head>", "<head>" + helpers)
-    page = page.replace("</body>", run + "</body>")
-    with served(page) as (address, posted), open(folder / "browser.log", "w+b") as log:
+    return page.replace("</body>", run + "</body>")
+
+
+def result_of_browser(
+    address: str, posted: Queue[bytes], folder: Path, width: int = 1280
+) -> Any:
+    """Open a driven page in Chromium, and give what its script returned."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("there is no Chromium here")
+    with open(folder / "browser.log", "w+b") as log:
         command = [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu"),
             f"--user-data-dir={folder / 'profile'}",

@@ -27,6 +27,7 @@ COMMANDS = {
     "lens": "Fit a tuned lens to a model, to train an SAE with.",
     "analyze": "Run analyses of an SAE, and write results and pictures.",
     "report": "Write one HTML file with the evaluation, the analyses and the latents.",
+    "serve": "Serve the report on this machine, and run the model on your own text.",
     "sweep": "Train, evaluate and analyse an SAE for each of many choices of settings.",
     "compare": "Train one SAE for all layers and one for each, and compare them.",
     "study": "Run a study of several runs, with tables, figures and a page.",

@@ -1,5 +1,6 @@
 """Writes a report of an SAE."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sae_lens_multilayer.cli.outputs import new_file, write_new
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
 from sae_lens_multilayer.pictures.description import short_labels
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
+from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 
 
@@ -49,43 +51,43 @@ def run(options: Options) -> None:
     inputs = Inputs.load(options)
     if options.analysis_path is not None:
         check_same_inputs(options.analysis_path, inputs)
-    write_new(file, report_html(_content(inputs, options)))
+    known = {} if options.analysis_path is None else load_results(options.analysis_path)
+    write_new(file, report_html(content_of(inputs, options, known)))
 
 
-def _content(inputs: Inputs, options: Options) -> ReportContent:
-    sae, prompts = inputs.sae, inputs.prompts
-    names = hook_names_of(sae)
+def content_of(
+    inputs: Inputs,
+    options: Any,
+    known: Mapping[str, Result],
+    names: Iterable[str] | None = None,
+) -> ReportContent:
+    """The content of a report.
+
+    Args:
+        options: With `sae`, `text`, `analysis`, `analysis_path` and `n_latents`.
+        known: Results that are not computed again.
+        names: Analyses to show as far as they are available, besides `known`; None:
+            all.
+    """
     positions, notes = _excluded(inputs, options)
     analysis = replace(options.analysis, exclude_positions=positions)
     suite = suite_of(inputs, replace(options, analysis=analysis))
-    known = {} if options.analysis_path is None else load_results(options.analysis_path)
-    results = suite.run(["evaluation", *suite.available()], known)
-    evaluation = results.pop("evaluation")
-    assert isinstance(evaluation, SpliceMetrics)
+    available = suite.available()
+    wanted = ["evaluation", *available]
+    if names is not None:
+        wanted = [name for name in available if name in {*names, *known}]
+    results = suite.run(wanted, known)
+    evaluation = results.pop("evaluation", None)
+    assert evaluation is None or isinstance(evaluation, SpliceMetrics)
     prompt = layer_distributions(
-        sae, inputs.model, prompts[:1], exclude_positions=positions
+        inputs.sae, inputs.model, inputs.prompts[:1], exclude_positions=positions
     )
-    labels = short_labels(names)
-    model_name = Path(str(sae.cfg.metadata.model_name)).name
-    k: Any = getattr(sae.cfg, "k", None)
-    table = evaluation.to_dataframe()
-    facts = {
-        "SAE": options.sae.sae + (f", {options.sae.sae_id}" * bool(options.sae.sae_id)),
-        "model": model_name,
-        "architecture": sae.cfg.architecture(),
-        "latents": f"{sae.cfg.d_sae:,} ({sae.cfg.d_sae / sae.cfg.d_in:g} × d_in)",
-        **({} if k is None else {"k": str(k)}),
-        "layers": f"{len(names)}, from {labels[0]} to {labels[-1]}",
-        "text": inputs.text.dataset_path,
-        "tokens": f"{evaluation.n_tokens:,} of {prompts.ids.numel():,}",
-        "CE of the model": f"{table.ce_loss_clean.iloc[0]:.4f} nats",
-        "dead latents": f"{table.dead_fraction.iloc[0]:.1%}",
-    }
+    model_name = Path(str(inputs.sae.cfg.metadata.model_name)).name
     return ReportContent(
         f"Multi-layer SAE of {model_name}",
-        facts,
+        _facts(inputs, options, model_name, evaluation),
         notes,
-        table,
+        None if evaluation is None else evaluation.to_dataframe(),
         results,
         inputs.text_of,
         prompt,
@@ -94,7 +96,34 @@ def _content(inputs: Inputs, options: Options) -> ReportContent:
     )
 
 
-def _excluded(inputs: Inputs, options: Options) -> tuple[list[int], list[str]]:
+def _facts(
+    inputs: Inputs, options: Any, model_name: str, evaluation: SpliceMetrics | None
+) -> dict[str, str]:
+    sae, prompts = inputs.sae, inputs.prompts
+    labels = short_labels(hook_names_of(sae))
+    k: Any = getattr(sae.cfg, "k", None)
+    n_tokens = prompts.ids.numel()
+    facts = {
+        "SAE": options.sae.sae + (f", {options.sae.sae_id}" * bool(options.sae.sae_id)),
+        "model": model_name,
+        "architecture": sae.cfg.architecture(),
+        "latents": f"{sae.cfg.d_sae:,} ({sae.cfg.d_sae / sae.cfg.d_in:g} × d_in)",
+        **({} if k is None else {"k": str(k)}),
+        "layers": f"{len(labels)}, from {labels[0]} to {labels[-1]}",
+        "text": inputs.text.dataset_path,
+        "tokens": f"{n_tokens:,}",
+    }
+    if evaluation is not None:
+        table = evaluation.to_dataframe()
+        facts |= {
+            "tokens": f"{evaluation.n_tokens:,} of {n_tokens:,}",
+            "CE of the model": f"{table.ce_loss_clean.iloc[0]:.4f} nats",
+            "dead latents": f"{table.dead_fraction.iloc[0]:.1%}",
+        }
+    return facts
+
+
+def _excluded(inputs: Inputs, options: Any) -> tuple[list[int], list[str]]:
     """Positions to exclude, and notes for the page on what is excluded."""
     notes: list[str] = []
     special = inputs.text.excluded_token_ids(inputs.model.tokenizer)

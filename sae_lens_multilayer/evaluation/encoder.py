@@ -72,7 +72,7 @@ class LayerEncoder:
         """Encode all hooks with their SAE; rows are `token * n_layers + layer`."""
         assert self.is_shared
         sae = self.saes[0]
-        if _is_multi_layer(sae):
+        if is_multi_layer(sae):
             acts = sae.encode_topk(x)
             return _nonzero_topk(acts.values.flatten(0, 1), acts.indices.flatten(0, 1))
         size = rows_at_a_time(sae)
@@ -89,7 +89,7 @@ class LayerEncoder:
     ) -> tuple[NonzeroActs, Float[Tensor, "row d_in"]]:
         """Encode and reconstruct raw vectors of the hook at this index."""
         sae = self.saes[layer]
-        if _is_multi_layer(sae):
+        if is_multi_layer(sae):
             # An SAE in a list has one layer only.
             own_layer = layer if self.is_shared else 0
             acts = sae.encode_topk(x, own_layer)
@@ -158,17 +158,17 @@ class ReconstructionSums:
 
 def rows_at_a_time(sae: SAE[Any]) -> int:
     """Number of vectors that are encoded at once."""
-    if _is_multi_layer(sae):
+    if is_multi_layer(sae):
         return _MAX_ROWS
     return max(1, min(_MAX_ROWS, _DENSE_ELEMENTS // sae.cfg.d_sae))
 
 
-def _is_multi_layer(sae: SAE[Any]) -> TypeIs[MultiLayerSAE | MultiLayerTrainingSAE]:
+def is_multi_layer(sae: SAE[Any]) -> TypeIs[MultiLayerSAE | MultiLayerTrainingSAE]:
     return isinstance(sae, (MultiLayerSAE, MultiLayerTrainingSAE))
 
 
 def _inference_form(sae: SAE[Any]) -> SAE[Any]:
-    is_stock_of_several = not _is_multi_layer(sae) and sae.cfg.metadata.hook_names
+    is_stock_of_several = not is_multi_layer(sae) and sae.cfg.metadata.hook_names
     # All views of a stock SAE compute the same.
     return views(sae)[0] if is_stock_of_several else sae
 

@@ -137,3 +137,5 @@ async function startBrowser() {
   search();
   if (!fromAddress()) await openLatent(head.index.id[found[0]], false);
 }
+
+const ready = startBrowser();

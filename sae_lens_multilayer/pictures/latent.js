@@ -57,7 +57,7 @@ function charts(latent) {
 
 function drawCharts(latent) {
   const layers = head.layers.map(plain);
-  const margin = { l: 55, r: 50, t: 36, b: 40 };
+  const margin = { l: 55, r: 50, t: 16, b: 40 };
   const xaxis = { title: { text: "layer" }, type: "category" };
   const frequency = latent.counts.map((count) => count / head.n_tokens);
   drawFigure(byId("latent-layers"), [
@@ -73,6 +73,7 @@ function drawCharts(latent) {
   if (!latent.histogram) return;
   const nBins = latent.histogram[0].length;
   const bins = Array.from({ length: nBins }, (_, bin) => bin);
+  const nUsed = 1 + Math.max(...bins.filter((b) => latent.histogram.some((of) => of[b])));
   const counts = bins.map((bin) => latent.histogram.map((of) => of[bin] || null));
   drawFigure(byId("latent-acts"), [{
     type: "heatmap", x: layers, y: bins.map((bin) => (bin + 0.5) * latent.width),
@@ -85,7 +86,7 @@ function drawCharts(latent) {
         "100k", "1M"] },
   }], {
     height: 300, margin: { ...margin, r: 10 }, xaxis,
-    yaxis: { title: { text: "activation" } },
+    yaxis: { title: { text: "activation" }, range: [0, nUsed * latent.width] },
   });
 }
 

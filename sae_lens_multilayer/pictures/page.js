@@ -59,6 +59,7 @@ async function unpack(id) {
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Map();
 const figureOptions = { responsive: true, displaylogo: false };
+const smallFigureOptions = { responsive: true, displayModeBar: false };
 
 function themed(layout) {
   const style = getComputedStyle(document.documentElement);
@@ -67,6 +68,7 @@ function themed(layout) {
   const made = structuredClone(layout);
   Object.assign(made, { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" });
   made.font = { ...made.font, color: text };
+  made.modebar = { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text };
   for (const name of Object.keys(made).filter((n) => /^[xy]axis/.test(n))) {
     const lines = { gridcolor: line, linecolor: line, zerolinecolor: line };
     made[name] = { ...made[name], ...lines };
@@ -75,14 +77,14 @@ function themed(layout) {
   return made;
 }
 
-function drawFigure(div, data, layout) {
-  drawn.set(div, [data, layout]);
-  return Plotly.react(div, data, themed(layout), figureOptions);
+function drawFigure(div, data, layout, options = smallFigureOptions) {
+  drawn.set(div, [data, layout, options]);
+  return Plotly.react(div, data, themed(layout), options);
 }
 
 dark.addEventListener("change", () => {
-  for (const [div, [data, layout]] of drawn) {
-    if (div.isConnected) Plotly.react(div, data, themed(layout), figureOptions);
+  for (const [div, [data, layout, options]] of drawn) {
+    if (div.isConnected) Plotly.react(div, data, themed(layout), options);
     else drawn.delete(div);
   }
 });
@@ -94,7 +96,7 @@ const observer = new IntersectionObserver((entries) => {
     if (!isIntersecting) continue;
     observer.unobserve(target);
     const figure = figures[target.dataset.figure][target.dataset.panel];
-    drawFigure(target, figure.data, figure.layout);
+    drawFigure(target, figure.data, figure.layout, figureOptions);
   }
 }, { rootMargin: "600px" });
 document.querySelectorAll(".figure").forEach((div) => observer.observe(div));

@@ -36,7 +36,7 @@ _COLUMNS = {
 }
 """Columns of the evaluation to show, and their headings."""
 
-_SCRIPTS = ("page.js", "browser.js", "latent.js")
+_SCRIPTS = ("page.js", "latent.js", "browser.js")
 _MEANING = (
     "Each layer's vectors are replaced by their reconstructions in turn. CE, ΔCE and "
     "KL are in nats; the CE score is the part of the loss of zero-ablation that is "
@@ -80,7 +80,6 @@ def report_html(content: ReportContent, served: bool = False) -> str:
     latents = latents_data(
         content.results, content.n_latents, content.more, content.text_of
     )
-    scripts = [*_SCRIPTS, *(["explore.js"] if served else [])]
     parts = {
         "title": html.escape(content.title),
         "facts": "".join(
@@ -93,7 +92,7 @@ def report_html(content: ReportContent, served: bool = False) -> str:
         "evaluation": _evaluation(content),
         "pictures": "".join(_section(*item) for item in pictures.items()),
         "css": _asset("page.css") + (_asset("explore.css") if served else ""),
-        "js": "\n".join(map(_asset, scripts)) + "\nconst ready = startBrowser();",
+        "js": "\n".join(map(_asset, _SCRIPTS + ("explore.js",) * served)),
         "plotly": get_plotlyjs(),
         "figures": _json(figures),
         "head": _packed("latent-head", latents.head),

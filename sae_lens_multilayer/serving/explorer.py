@@ -1,0 +1,177 @@
+"""What the reader's own text does in the model: active latents, and continuations."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, Field
+from sae_lens import SAE
+from torch import Tensor
+
+from sae_lens_multilayer.analysis.distributions import prompt_acts
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder
+from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.model import Model, Replace
+from sae_lens_multilayer.pictures.example_data import shorten
+from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.serving.edits import Edit, Kind
+from sae_lens_multilayer.serving.jobs import Progress
+from sae_lens_multilayer.text.prompts import Text
+
+MAX_CHARS = 10_000
+MAX_TOKENS = 256
+"""Of a text with its continuation."""
+
+
+class ActsRequest(BaseModel):
+    """Which latents are active at each token of a text, at each layer?"""
+
+    kind: Literal["activations"]
+    text: str = Field(min_length=1, max_length=MAX_CHARS)
+
+
+class ContinueRequest(BaseModel):
+    """How does the model continue a text, by itself and with an edit?"""
+
+    kind: Literal["continue"]
+    text: str = Field(min_length=1, max_length=MAX_CHARS)
+    edit: Kind
+    layers: list[int] = Field(min_length=1, max_length=1000)
+    latent: int = 0
+    value: float = Field(default=0.0, ge=-1e6, le=1e6, allow_inf_nan=False)
+    n_new: int = Field(default=20, ge=1, le=64)
+
+
+@dataclass
+class Explorer:
+    """An SAE and its model, which process one text at a time."""
+
+    sae: SAE[Any]
+    model: Any
+    text: Text
+    """How the SAE's training text was tokenised."""
+    text_of: Callable[[int], str]
+
+    def __post_init__(self) -> None:
+        self._model, self._encoder = as_model(self.model), LayerEncoder(self.sae)
+
+    def check(self, request: ActsRequest | ContinueRequest) -> None:
+        """Raise ValueError if a request does not fit the model or the SAE."""
+        n_new = request.n_new if isinstance(request, ContinueRequest) else 0
+        n_tokens = self.token_ids(request.text).shape[1] + n_new
+        most = min(MAX_TOKENS, self._model.shape.n_ctx or MAX_TOKENS)
+        if n_tokens > most:
+            raise ValueError(f"The text may have {most} tokens; it has {n_tokens}.")
+        if not isinstance(request, ContinueRequest):
+            return
+        n_layers, d_sae = len(hook_names_of(self.sae)), self.sae.cfg.d_sae
+        if not all(0 <= layer < n_layers for layer in request.layers):
+            raise ValueError(f"Layers must be in [0, {n_layers}).")
+        if not 0 <= request.latent < d_sae:
+            raise ValueError(f"The latent must be in [0, {d_sae}).")
+
+    def run(self, request: ActsRequest | ContinueRequest, progress: Progress) -> Any:
+        """The answer to a request, as JSON values."""
+        if isinstance(request, ActsRequest):
+            return self.activations(request)
+        return self.continuations(request, progress)
+
+    def token_ids(self, text: str) -> Int[Tensor, "1 pos"]:
+        """The tokens of a text, after the first one of training prompts if any."""
+        tokenizer = self._model.tokenizer
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        first = tokenizer.bos_token_id
+        if self.text.prepend_bos and first is not None:
+            ids = [first, *ids]
+        if not ids:
+            raise ValueError("The text has no tokens.")
+        return torch.tensor([ids])
+
+    def activations(self, request: ActsRequest) -> dict[str, Any]:
+        """Texts of the tokens, and columns of all activations."""
+        acts = prompt_acts(self.sae, self.model, self.token_ids(request.text))
+        return {
+            "tokens": self._texts(acts.token_ids),
+            "positions": acts.positions.tolist(),
+            "layers": acts.layers.tolist(),
+            "latents": acts.latents.tolist(),
+            "acts": shorten(acts.acts.numpy()),
+        }
+
+    @torch.no_grad()
+    def continuations(
+        self, request: ContinueRequest, progress: Progress
+    ) -> dict[str, Any]:
+        """Greedy continuations of the clean and the edited model, and two numbers.
+
+        `ce_loss` is the mean over the predicted tokens of the text, NaN (None) if there
+        are none; `kl_div` that of edited from clean predictions after its last token;
+        both in nats.
+        """
+        ids = self.token_ids(request.text)
+        edit = Edit(request.edit, request.layers, request.latent, request.value)
+        n_new, n_text = request.n_new, ids.shape[1]
+        clean_logits, clean = continue_text(
+            self._model, ids, {}, n_new, lambda done: progress(done, 2 * n_new)
+        )
+        logits, edited = continue_text(
+            self._model,
+            ids,
+            edit.replacements(self._encoder),
+            n_new,
+            lambda done: progress(n_new + done, 2 * n_new),
+        )
+        p, q = (some[-1].log_softmax(-1) for some in (clean_logits, logits))
+        return {
+            "tokens": self._texts(ids[0]),
+            "clean": self._texts(clean[n_text:]),
+            "edited": self._texts(edited[n_text:]),
+            "ce_loss_clean": _ce_loss(clean_logits, ids[0]),
+            "ce_loss_edited": _ce_loss(logits, ids[0]),
+            "kl_div": float((p.exp() * (p - q)).sum()),
+        }
+
+    def _texts(self, ids: Int[Tensor, " pos"]) -> list[str]:
+        return [self.text_of(i) for i in ids.tolist()]
+
+
+@torch.no_grad()
+def continue_text(
+    model: Model,
+    ids: Int[Tensor, "1 pos"],
+    replacements: Mapping[str, Replace],
+    n_new: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Float[Tensor, "pos d_vocab"], Int[Tensor, " longer"]]:
+    """Continue a text greedily, up to an end-of-text token, with activations replaced.
+
+    Returns:
+        The logits of the text itself, and the text with its continuation.
+    """
+    end = getattr(model.tokenizer, "eos_token_id", None)
+    of_text: Tensor | None = None
+    for done in range(n_new):
+        progress(done)
+        logits = (
+            model.logits_with_hooks(ids, replacements)
+            if replacements
+            else model.logits(ids)
+        )[0].float()
+        of_text = logits if of_text is None else of_text
+        token = int(logits[-1].argmax())
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        if token == end:
+            break
+    assert of_text is not None  # `n_new` is at least 1
+    return of_text.cpu(), ids[0]
+
+
+def _ce_loss(
+    logits: Float[Tensor, "pos d_vocab"], ids: Int[Tensor, " pos"]
+) -> float | None:
+    if len(ids) < 2:
+        return None
+    log_probs = logits[:-1].log_softmax(-1)
+    return -float(log_probs.gather(1, ids[1:, None]).mean())
