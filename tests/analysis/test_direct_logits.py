@@ -61,7 +61,7 @@ def test_a_lens_gives_each_layer_its_own(model):
     with torch.no_grad():
         check_ends(found, 0, expected_logits(model, sae.W_dec[None])[0])
         for layer in range(2):
-            weight = sae.lens.get_submodule(f"{layer}").weight
+            weight: Any = sae.lens.get_submodule(f"{layer}").weight
             matrix = torch.eye(D_MODEL) + weight
             raw = torch.linalg.solve(matrix, sae.W_dec.T).T
             check_ends(found, 1 + layer, expected_logits(model, raw[None])[0])
