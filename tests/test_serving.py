@@ -217,7 +217,9 @@ def test_one_job_at_a_time_which_can_be_cancelled():
 def wait_for(jobs, job):
     while job.state == "running":
         time.sleep(0.005)
-    return jobs.find(job.id)
+    found = jobs.find(job.id)
+    assert found is job
+    return job
 
 
 @contextmanager

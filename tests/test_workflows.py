@@ -6,6 +6,7 @@ one of ours with a tuned lens, and a published one.
 
 import functools
 import importlib.util
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from examples import (
     attach_views,
     dashboard,
     host_evals,
+    neuronpedia,
     sae_bench_core,
     share,
     steer,
@@ -261,6 +263,38 @@ def test_saedashboard_draws_latents_of_a_view(case, tmp_path):
     assert "<div class='grid-container'>" in html
     for latent in latents:
         assert f'"{latent}"' in html
+    assert_unchanged(before, case.sae, view, sibling)
+
+
+@needs("sae_dashboard")
+def test_neuronpedia_files_of_a_view(case, tmp_path):
+    from sae_dashboard.neuronpedia.neuronpedia_dashboard import (
+        NeuronpediaDashboardBatch,
+    )
+
+    view, sibling = case.sae.views()[:2]
+    before = memory_of(case.sae, view, sibling)
+    latents = dashboard.most_active_latents(case.model, view, case.tokens, 3)
+
+    bundle = neuronpedia.write_bundle(
+        view, case.model, case.tokens, latents, tmp_path, "res-mlsae", "tiny"
+    )
+
+    assert bundle.name == "0-res-mlsae"
+    settings = json.loads((bundle / "run_settings.json").read_text())
+    assert settings["n_tokens_in_prompt"] == 16
+    batch = NeuronpediaDashboardBatch(
+        **json.loads((bundle / "batch-0.json").read_text())
+    )
+    assert (batch.model_id, batch.layer, batch.sae_set) == ("tiny", 0, "res-mlsae")
+    acts = view.encode(case.model.run_with_cache(case.tokens)[1][view.cfg.metadata.hook_name])
+    assert [f.feature_index for f in batch.features] == latents
+    for feature in batch.features:
+        own = acts[..., feature.feature_index]
+        values = [value for act in feature.activations for value in act.values]
+        assert max(values) == pytest.approx(own.max().item(), abs=2e-3)
+        share = (own > 0).double().mean().item()
+        assert feature.frac_nonzero == pytest.approx(share, abs=1e-3)
     assert_unchanged(before, case.sae, view, sibling)
 
 
