@@ -287,7 +287,9 @@ def test_neuronpedia_files_of_a_view(case, tmp_path):
         **json.loads((bundle / "batch-0.json").read_text())
     )
     assert (batch.model_id, batch.layer, batch.sae_set) == ("tiny", 0, "res-mlsae")
-    acts = view.encode(case.model.run_with_cache(case.tokens)[1][view.cfg.metadata.hook_name])
+    acts = view.encode(
+        case.model.run_with_cache(case.tokens)[1][view.cfg.metadata.hook_name]
+    )
     assert [f.feature_index for f in batch.features] == latents
     for feature in batch.features:
         own = acts[..., feature.feature_index]
