@@ -1,12 +1,12 @@
 """Write the files of some latents that Neuronpedia takes, one folder for each view.
 
-Neuronpedia imports SAEDashboard's output: a folder for each SAE with `batch-0.json`, ...
-and `run_settings.json`, which neuronpedia-utils'
-`convert-saedashboard-to-neuronpedia-export.py --saedashboard-output-dir FOLDER` converts
-for the upload. All folders have the same latents and set name, so that a latent has the
-same number at every layer. SAEDashboard pins older libraries, so `make neighbours`
-installs it separately. Run `python -m examples.neuronpedia FOLDER` with the demo's SAE;
-the folders are FOLDER/neuronpedia/LAYER-SET.
+Neuronpedia imports SAEDashboard's output: for each SAE a folder with `batch-0.json`,
+..., and `run_settings.json`, which a script of neuronpedia-utils converts for the
+upload (`convert-saedashboard-to-neuronpedia-export.py`, option
+`--saedashboard-output-dir`). All folders have the same latents and set name, so that a
+latent has the same number at every layer. SAEDashboard pins older libraries, so `make
+neighbours` installs it separately. Run `python -m examples.neuronpedia FOLDER` with the
+demo's SAE; the folders are FOLDER/neuronpedia/LAYER-SET.
 """
 
 import json
