@@ -124,10 +124,10 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """Explicit hook names instead of `hook_name` and `layers`."""
     micro_batch_size_tokens: int | None = None
     """Tokens processed at a time; must divide `train_batch_size_tokens`. The update
-    does not depend on it. A multi-layer SAE processes one layer at a time and holds
-    `micro_batch_size_tokens` x `d_sae` pre-activations; a stock SAE takes all layers at
-    once (BatchTopK selects its k over them). None: as many as fit the CPU's cache, at
-    least 512; the whole batch for a stock SAE."""
+    does not depend on it. A multi-layer SAE encodes this many vectors at a time, of one
+    layer or of several, and holds `micro_batch_size_tokens` x `d_sae` pre-activations;
+    a stock SAE takes all layers at once (BatchTopK selects its k over them). None: as
+    many as fit the CPU's cache, at least 512; the whole batch for a stock SAE."""
     tuned_lens: TunedLens | LayerLens | str | Path | dict[str, Any] | None = None
     """The lens in whose space the multi-layer SAE is trained: a lens of tuned-lens, its
     folder, its name in tuned-lens' hub space, or a `LayerLens` of this run's hooks. It

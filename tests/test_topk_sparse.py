@@ -228,7 +228,7 @@ def test_parity_for_any_sizes(n_tokens, n_layers, d_in, d_sae, data):
         z,
         weights,
         1e-8,
-        micro_batch_size=data.draw(st.integers(1, n_tokens + 3)),
+        micro_batch_size=data.draw(st.integers(1, n_layers * n_tokens + 3)),
         k=data.draw(st.integers(1, d_sae)),
         k_aux=data.draw(st.integers(0, d_sae)),
         dead_latents=some_dead(d_sae, data.draw(st.sampled_from([0.0, 0.5, 1.0]))),
@@ -243,7 +243,8 @@ def test_results_do_not_depend_on_the_micro_batch_size(certified):
     dtype = torch.float32 if certified else torch.float64
     z, weights = make_case(dtype=dtype, d_sae=997)
     results = []
-    for size in (1, 10, 37, 100):
+    # 37 vectors are one layer, 100 are two layers, 200 all three.
+    for size in (1, 10, 37, 100, 200):
         leaves = copies(weights)
         step = training_step(
             z,
@@ -289,7 +290,8 @@ def test_bfloat16_parameters_are_the_float32_numbers_they_stand_for():
         torch.testing.assert_close(actual, expected.bfloat16())
 
 
-def test_a_transform_maps_the_vectors_of_each_layer_first():
+@pytest.mark.parametrize("micro_batch_size", [9, 80])
+def test_a_transform_maps_the_vectors_of_each_layer_first(micro_batch_size):
     z, weights = make_case()
     scale = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     options = {"k": 3, "dead_latents": some_dead(101), "k_aux": 4}
@@ -298,14 +300,14 @@ def test_a_transform_maps_the_vectors_of_each_layer_first():
         z * scale[:, None] + 1,
         *before,
         aux_coefficient=1.0,
-        micro_batch_size=9,
+        micro_batch_size=micro_batch_size,
         **options,
     )
     training_step(
         z,
         *inside,
         aux_coefficient=1.0,
-        micro_batch_size=9,
+        micro_batch_size=micro_batch_size,
         transform=lambda tile, layer: tile * scale[layer] + 1,
         **options,
     )

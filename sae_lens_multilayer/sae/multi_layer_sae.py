@@ -177,7 +177,7 @@ class MultiLayerTrainingSAE(
         Args:
             x: Vectors in raw space; losses and sums are in the space of the lens.
             dead_latents: Latents that the auxiliary loss trains.
-            micro_batch_size: Tokens of one layer that are encoded at a time.
+            micro_batch_size: Vectors that are encoded at a time.
             ranks: Each holds an equal share of the tokens of the batch.
 
         References:

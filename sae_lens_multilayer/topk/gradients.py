@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_lens_multilayer.ranks import Ranks
 from sae_lens_multilayer.topk.products import DenseActs, SparseActs, make_acts
 from sae_lens_multilayer.topk.select import DeadLatents, Selection
-from sae_lens_multilayer.topk.tile import Tile, sum_dtype, sum_of_squares
+from sae_lens_multilayer.topk.tile import Tile, squared_norms
 
 _ENTRIES_PER_LATENT = 4
 """Activations per latent from which a product costs more than writing its rows."""
@@ -78,6 +78,7 @@ class LatentGradients:
     def add_scaled(self, other: "LatentGradients", scale: Tensor, at: Tensor) -> None:
         """Add `scale` times the gradients of `other` to the latents of indices `at`."""
         other.flush()
+        scale = scale.to(self.h.dtype)
         self.W_enc_rows.index_add_(0, at, other.W_enc_rows * scale)
         self.W_dec.index_add_(0, at, other.W_dec * scale)
         self.h.index_add_(0, at, other.h * scale)
@@ -86,45 +87,76 @@ class LatentGradients:
 class AuxK:
     """Gao's auxiliary loss: dead latents reconstruct the residual `e = z - z_hat`.
 
-    The variance of `e` at a layer is complete only after the layer's last tile; until
-    then the gradients of the dead latents are kept apart, not yet divided by it.
+    Its gradient is divided by the variance of `e` at a layer, which is complete after
+    the layer's last tile. If a tile has all tokens, its vectors are scaled; otherwise
+    the gradients of the layer are kept apart and scaled at its end.
     """
 
-    def __init__(self, dead: DeadLatents, coefficient: float, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        dead: DeadLatents,
+        coefficient: float,
+        ranks: Ranks,
+        n_tokens: int,
+        n_layers: int,
+    ) -> None:
+        """`n_tokens` of this rank, `n_layers` of the batch."""
         self.dead = dead
         self.coefficient = coefficient
         self.ranks = ranks
-        self.losses: list[Tensor] = []
-        self._start_layer()
-
-    def _start_layer(self) -> None:
-        self.gradients = LatentGradients.zeros_like(self.dead.W_dec)
-        self.n_entries = 0
-        device = self.dead.W_dec.device
-        self.sums = torch.zeros(3, dtype=sum_dtype(device), device=device)
+        self.n_tokens = n_tokens
+        self.n_layers = n_layers
+        self.losses: list[Float[Tensor, " layer"]] = []
+        self._gradients: LatentGradients | None = None
+        self._sums: Float[Tensor, "3 layer"] | None = None
 
     def add_tile(
-        self, tile: Tile, selection: Selection, residual: Float[Tensor, "act d_in"]
+        self,
+        tile: Tile,
+        selection: Selection,
+        residual: Float[Tensor, "act d_in"],
+        n_layers: int,
     ) -> None:
-        """Add a tile of a layer, given its residual `z_hat - z = -e`."""
+        """Add a tile of `n_layers`, given its residual `z_hat - z = -e`."""
         assert selection.dead is not None
         values, indices = selection.dead.values.relu(), selection.dead.indices
         acts = make_acts(values, indices, len(self.dead.indices))
         difference = (acts.matmul(self.dead.W_dec) * tile.std).add_(residual)
-        self.n_entries += residual.numel()
-        sum_e = -residual.sum(dtype=self.sums.dtype)
-        self.sums += torch.stack(
-            [sum_e, sum_of_squares(residual), sum_of_squares(difference)]
-        )
-        self.gradients.add(acts, difference.mul_(tile.std), tile.v, self.dead.W_dec)
+        squares = squared_norms(residual)
+        sum_e = -residual.sum(dim=1, dtype=squares.dtype)
+        per_act = torch.stack([sum_e, squares, squared_norms(difference)])
+        sums = per_act.unflatten(1, (-1, n_layers)).sum(1)
+        self._sums = sums if self._sums is None else self._sums + sums
+        weight = tile.std
+        if len(residual) == self.n_tokens * n_layers:
+            scale = self._finish_layers().to(weight.dtype)
+            weight = weight * scale.repeat(self.n_tokens).unsqueeze(1)
+        if self._gradients is None:
+            self._gradients = LatentGradients.zeros_like(self.dead.W_dec)
+        self._gradients.add(acts, difference.mul_(weight), tile.v, self.dead.W_dec)
 
-    def finish_layer(self, total: LatentGradients, n_layers: int) -> None:
-        """Add the layer's gradients to the total, and its loss to the losses."""
-        self.ranks.sum_(self.sums)
-        sum_e, squares, squared_error = self.sums
-        n = self.n_entries * self.ranks.count
+    def finish_group(self, total: LatentGradients) -> None:
+        """End a group of layers; adds the gradients that were kept apart."""
+        if self._sums is not None:
+            self._add_to(total, self._finish_layers())
+
+    def finish(self, total: LatentGradients) -> None:
+        """Add the gradients of all tiles whose vectors were scaled."""
+        if self._gradients is not None:
+            self._add_to(total, torch.ones(1, device=total.h.device))
+
+    def _finish_layers(self) -> Float[Tensor, " layer"]:
+        """Store the losses of complete layers; returns the scales of gradients."""
+        assert self._sums is not None
+        self.ranks.sum_(self._sums)
+        sum_e, squares, squared_error = self._sums
+        self._sums = None
+        n = self.n_tokens * self.dead.W_dec.shape[1] * self.ranks.count
         variance = (squares - sum_e.square() / n) / (n - 1)
         self.losses.append(squared_error / n / variance)
-        scale = 2 * self.coefficient / (n_layers * n * variance)
-        total.add_scaled(self.gradients, scale, self.dead.indices)
-        self._start_layer()
+        return 2 * self.coefficient / (self.n_layers * n * variance)
+
+    def _add_to(self, total: LatentGradients, scale: Float[Tensor, " 1"]) -> None:
+        assert self._gradients is not None
+        total.add_scaled(self._gradients, scale, self.dead.indices)
+        self._gradients = None

@@ -1,8 +1,8 @@
 """One training step: losses, gradients and statistics from the k active latents."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 
 import torch
@@ -23,8 +23,7 @@ from sae_lens_multilayer.topk.tile import (
     Tile,
     compute_dtype,
     make_tile,
-    sum_dtype,
-    sum_of_squares,
+    squared_norms,
 )
 
 Transform = Callable[[Tensor, int], Tensor]
@@ -74,14 +73,15 @@ def training_step(
 ) -> TopKStep:
     """Add the gradients of `reference.training_loss` to `.grad` of the parameters.
 
-    In closed form, layer by layer and tile by tile. Variances are those of the whole
-    batch, so the result does not depend on `micro_batch_size`. Memory does not grow
-    with the batch. Losses are NaN if an input is not finite. Parameters of less than 32
-    bits are converted to float32, and their gradients are rounded once.
+    In closed form, tile by tile. A tile has vectors of one layer, or all tokens of
+    several layers. Variances are those of the whole batch, so the result does not
+    depend on `micro_batch_size`. Memory does not grow with the batch. Losses are NaN if
+    an input is not finite. Parameters of less than 32 bits are converted to float32,
+    and their gradients are rounded once.
 
     Args:
-        micro_batch_size: Tokens of one layer computed at a time; at most
-            [micro_batch_size, d_sae] pre-activations are held.
+        micro_batch_size: Vectors computed at a time; at most [micro_batch_size, d_sae]
+            pre-activations are held.
         certified: True chooses candidates from a bfloat16 encoder product, computes
             their values in float32 and proves for each vector that the k largest are
             among them, or computes the vector in float32. False computes all in the
@@ -92,11 +92,12 @@ def training_step(
     """
     dtype = compute_dtype(W_enc)
     dead = _gather_dead(W_enc, W_dec, dead_latents, k_aux)
+    n_acts = z.shape[0] * z.shape[1]
     encoder = make_encoder(
         W_enc.T.to(dtype).contiguous(),
         k,
-        n_acts=z.shape[0] * z.shape[1],
-        max_rows=micro_batch_size,
+        n_acts=n_acts,
+        max_rows=min(micro_batch_size, n_acts),
         certified=certified,
         dead=dead,
     )
@@ -105,16 +106,11 @@ def training_step(
         W_dec.to(dtype).contiguous(),
         b_dec.to(dtype),
         _start_gradients(W_enc, W_dec),
-        None if dead is None else AuxK(dead, aux_coefficient, ranks),
+        None if dead is None else AuxK(dead, aux_coefficient, ranks, *z.shape[:2]),
         standardize_inputs,
         ranks,
     )
-    batch.add_layers(
-        [
-            partial(_tiles, z[:, layer], layer, micro_batch_size, dtype, transform)
-            for layer in range(z.shape[1])
-        ]
-    )
+    batch.add(_layer_groups(z, micro_batch_size, dtype, transform))
     batch.write_gradients(W_enc, W_dec, b_dec)
     return batch.result(aux_coefficient)
 
@@ -137,51 +133,50 @@ class _Batch:
         self.fire_counts = torch.zeros_like(self.max_acts, dtype=torch.int64)
         self.sums: list[Tensor] = []
 
-    def add_layers(self, layers: list[Callable[[], Iterable[Tensor]]]) -> None:
-        """Add all layers, each given as a function that iterates over its tiles."""
-        own = [reduce(add, map(LayerMoments.of, tiles())) for tiles in layers]
-        self.moments = LayerMoments.stack(own).over_ranks(self.ranks)
-        weights = 2 / (len(layers) * self.moments.n_entries * self.moments.variance)
-        for tiles, weight in zip(layers, weights, strict=True):
-            self._add_layer(tiles, weight, len(layers))
-
-    def _add_layer(
-        self,
-        tiles: Callable[[], Iterable[Tensor]],
-        weight: Float[Tensor, ""],
-        n_layers: int,
-    ) -> None:
-        sums = torch.zeros_like(weight).expand(3).clone()
-        for z in tiles():
-            tile = make_tile(z, self.b_dec, self.standardize_inputs)
-            selection = self.encoder(tile.v)
-            sums += self._add_tile(tile, selection, weight)
+    def add(self, groups: list["_LayerGroup"]) -> None:
+        """Add groups of layers, which together are all layers of the batch."""
+        own = [reduce(add, map(LayerMoments.of, group.tiles())) for group in groups]
+        self.moments = LayerMoments.cat(own).over_ranks(self.ranks)
+        variances = self.moments.variance
+        weights = 2 / (len(variances) * self.moments.n_entries * variances)
+        sizes = [group.n_layers for group in groups]
+        for group, weight in zip(groups, weights.split(sizes), strict=True):
+            self._add_group(group, weight.to(self.W_dec.dtype))
         if self.aux is not None:
-            self.aux.finish_layer(self.gradients, n_layers)
+            self.aux.finish(self.gradients)
+
+    def _add_group(self, group: "_LayerGroup", weight: Float[Tensor, " layer"]) -> None:
+        sums = 0
+        for z in group.tiles():
+            tile = make_tile(z.flatten(0, 1), self.b_dec, self.standardize_inputs)
+            selection = self.encoder(tile.v)
+            sums = sums + self._add_tile(tile, selection, weight)
+        if self.aux is not None:
+            self.aux.finish_group(self.gradients)
+        assert isinstance(sums, Tensor)
         self.sums.append(sums)
 
     def _add_tile(
-        self, tile: Tile, selection: Selection, weight: Float[Tensor, ""]
-    ) -> Float[Tensor, " 3"]:
+        self, tile: Tile, selection: Selection, weight: Float[Tensor, " layer"]
+    ) -> Float[Tensor, "3 layer"]:
         """Add one tile; returns its sums of squared error, active latents and acts."""
-        values = selection.values.relu()
+        values, n_layers = selection.values.relu(), len(weight)
         acts = SparseActs(values, selection.indices, len(self.W_dec))
         # z_hat - z; both contain the mean, which is left out here.
         residual = (acts.matmul(self.W_dec).add_(self.b_dec)).mul_(tile.std)
         residual.sub_(tile.centred)
-        gradient = residual * (tile.std * weight)
+        weights = weight.repeat(len(values) // n_layers).unsqueeze(1)
+        gradient = residual * (tile.std * weights)
         self.gradients.add(acts, gradient, tile.v, self.W_dec)
         self.b_dec_gradient += gradient.sum(dim=0)
         if self.aux is not None:
-            self.aux.add_tile(tile, selection, residual)
+            self.aux.add_tile(tile, selection, residual, n_layers)
         active = values > 0
         flat = selection.indices.flatten()
         self.fire_counts.index_add_(0, flat, active.flatten().to(torch.int64))
         self.max_acts.scatter_reduce_(0, flat, values.flatten(), "amax")
-        wide = sum_dtype(values.device)
-        return torch.stack(
-            [sum_of_squares(residual), active.sum(dtype=wide), values.sum(dtype=wide)]
-        )
+        per_act = torch.stack([squared_norms(residual), active.sum(1), values.sum(1)])
+        return per_act.unflatten(1, (-1, n_layers)).sum(1)
 
     def write_gradients(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         """Sum over ranks, and add to `.grad` unless accumulated there already."""
@@ -196,14 +191,14 @@ class _Batch:
             _grad(W_dec).add_(self.gradients.W_dec)
 
     def result(self, aux_coefficient: float) -> TopKStep:
-        sums = torch.stack(self.sums, dim=1)
+        sums = torch.cat(self.sums, dim=1)
         self.ranks.sum_(sums, self.fire_counts)
         self.ranks.max_(self.max_acts)
         mse = sums[0] / self.moments.n_entries
         mse_loss = (mse / self.moments.variance).mean()
         aux_loss = torch.zeros_like(mse_loss)
         if self.aux is not None:
-            aux_loss = torch.stack(self.aux.losses).mean()
+            aux_loss = torch.cat(self.aux.losses).mean()
         return TopKStep(
             loss=mse_loss + aux_coefficient * aux_loss,
             mse_loss=mse_loss,
@@ -217,16 +212,49 @@ class _Batch:
         )
 
 
-def _tiles(
-    z: Float[Tensor, "token d_in"],
-    layer: int,
+@dataclass
+class _LayerGroup:
+    """Some layers of the batch, in tiles of tokens."""
+
+    z: Float[Tensor, "token layer d_in"]
+    first_layer: int
+    tokens_per_tile: int
+    dtype: torch.dtype
+    transform: Transform | None
+
+    @property
+    def n_layers(self) -> int:
+        return self.z.shape[1]
+
+    def tiles(self) -> Iterator[Float[Tensor, "token layer d_in"]]:
+        for tile in self.z.split(self.tokens_per_tile):
+            wide = tile.to(self.dtype)
+            if self.transform is not None:
+                layers = enumerate(wide.unbind(1), self.first_layer)
+                wide = torch.stack([self.transform(x, i) for i, x in layers], dim=1)
+            yield wide
+
+
+def _layer_groups(
+    z: Float[Tensor, "token layer d_in"],
     micro_batch_size: int,
     dtype: torch.dtype,
     transform: Transform | None,
-) -> Iterator[Float[Tensor, "act d_in"]]:
-    for tile in z.split(micro_batch_size):
-        wide = tile.to(dtype)
-        yield wide if transform is None else transform(wide, layer)
+) -> list[_LayerGroup]:
+    """Groups of as many layers as fit one tile; single layers if none does.
+
+    Few vectors are slow to multiply, and a token activates similar latents at
+    neighbouring layers, so rows of weights are read from the cache.
+    """
+    n_tokens, n_layers = z.shape[:2]
+    per_group = max(1, micro_batch_size // n_tokens)
+    n_groups = -(-n_layers // per_group)
+    groups, first_layer = [], 0
+    for part in z.chunk(n_groups, dim=1):
+        group = _LayerGroup(part, first_layer, micro_batch_size, dtype, transform)
+        groups.append(group)
+        first_layer += part.shape[1]
+    return groups
 
 
 def _gather_dead(

@@ -18,7 +18,7 @@ _CHUNK_ELEMENTS = 2**17
 
 @dataclass
 class Tile:
-    """Some vectors of one layer, centred and standardised."""
+    """Some vectors, centred and standardised."""
 
     centred: Float[Tensor, "act d_in"]
     mean: Float[Tensor, "act 1"]
@@ -55,10 +55,9 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def sum_of_squares(x: Float[Tensor, "act d_in"]) -> Float[Tensor, ""]:
-    """Sum of squares of all entries, by the norm of each row and a sum in float64."""
-    norms = torch.linalg.vector_norm(x, dim=1)
-    return norms.to(sum_dtype(x.device)).square().sum()
+def squared_norms(x: Float[Tensor, "*act d_in"]) -> Float[Tensor, "*act"]:
+    """Squared norm of each vector, in `sum_dtype` so that sums are exact enough."""
+    return torch.linalg.vector_norm(x, dim=-1).to(sum_dtype(x.device)).square()
 
 
 def row_chunks(rows: Float[Tensor, "row d_in"]) -> tuple[Tensor, ...]:
@@ -81,17 +80,18 @@ class LayerMoments:
     """Sum of squares about the mean vector."""
 
     @classmethod
-    def of(cls, z: Float[Tensor, "token d_in"]) -> "LayerMoments":
+    def of(cls, z: Float[Tensor, "token *layer d_in"]) -> "LayerMoments":
         mean = z.mean(dim=0)
-        squares = sum_of_squares(z - mean)
+        squares = squared_norms(z - mean).sum(dim=0)
         return cls(len(z), mean.to(squares.dtype), squares)
 
     @classmethod
-    def stack(cls, layers: Sequence["LayerMoments"]) -> "LayerMoments":
+    def cat(cls, groups: Sequence["LayerMoments"]) -> "LayerMoments":
+        """Moments of all layers from those of groups of layers."""
         return cls(
-            layers[0].n_tokens,
-            torch.stack([layer.mean for layer in layers]),
-            torch.stack([layer.sum_sq_deviation for layer in layers]),
+            groups[0].n_tokens,
+            torch.cat([group.mean for group in groups]),
+            torch.cat([group.sum_sq_deviation for group in groups]),
         )
 
     def __add__(self, other: "LayerMoments") -> "LayerMoments":

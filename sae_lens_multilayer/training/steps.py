@@ -90,7 +90,7 @@ def topk_gradients(
         ranks: Each holds an equal share of the batch's tokens.
     """
     micro = micro_batch_size_tokens or block_rows(sae.cfg.d_sae, x.device.type)
-    step = sae.accumulate_gradients(x, dead_latents, min(micro, len(x)), ranks)
+    step = sae.accumulate_gradients(x, dead_latents, micro, ranks)
     return StepStats(
         LayerSums(step.moments, step.sum_sq_error, step.n_active, step.sum_acts),
         losses={
@@ -212,7 +212,7 @@ def _stats_of_part(
     losses = {"overall_loss": output.loss, **output.losses}
     return StepStats(
         LayerSums(
-            LayerMoments.stack([LayerMoments.of(of_layer) for of_layer in x.unbind(1)]),
+            LayerMoments.of(x),
             sum_sq_error=(x_hat.to(dtype) - x).square().sum((0, 2)),
             n_active=(by_layer != 0).sum((0, 2)),
             sum_acts=by_layer.abs().sum((0, 2)),
