@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 PARTIAL_PREFIX = ".partial-"
 """Prefix of the names of incomplete files and folders."""
 LOCK_FILENAME = ".lock"
-_SAMPLE_BYTES = 2**16
+_SAMPLE_BYTES, _N_SAMPLES = 2**16, 64
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
     try:
         os.replace(partial, path)
     except OSError as error:
-        kept = _beside(path)
+        kept = beside(path)
         os.replace(partial, kept)
         raise FileExistsError(
             f"Something has appeared at {path}; the new folder is saved at {kept}"
@@ -57,13 +57,20 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
     _flush(path.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is the old one, or none, until all of it is on the disk."""
+def write_whole(path: Path, text: str, replace: bool = True) -> None:
+    """Write a file that is the old one, or none, until all of it is on the disk.
+
+    Args:
+        replace: False: FileExistsError if there is a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_of(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        # Paths that are not UTF-8 have characters that cannot be encoded.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         _flush(partial)
+        if not replace:
+            path.touch(exist_ok=False)  # hard links fail on some file systems
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -125,9 +132,40 @@ def free_path(path: str | Path) -> Path:
     try:
         check_free(path)
     except FileExistsError:
-        taken, path = path, _beside(path)
+        taken, path = path, beside(path)
         logger.warning("Something has appeared at %s; saving to %s", taken, path)
     return path
+
+
+def beside(path: Path) -> Path:
+    """A new name like that of `path`, in the same folder."""
+    return path.with_name(f"{path.stem}-{uuid4().hex[:8]}{path.suffix}")
+
+
+def save_somewhere(
+    path: Path, save: Callable[[Path], None], fallback: str | Path | None = None
+) -> Path:
+    """Call `save` with `path`, or a free path beside it, and return that path.
+
+    If it fails, such as on a full disk, it is called with a path in the folder
+    `fallback`, the folder of temporary files or the working folder, and an OSError
+    has that path.
+    """
+    try:
+        free = free_path(path)
+        save(free)
+        return free
+    except (OSError, SafetensorError) as error:
+        message = f"Nothing could be saved at {path}: {error}."
+        for folder in filter(None, (fallback, tempfile.gettempdir(), Path.cwd())):
+            try:
+                kept = free_path(Path(folder, path.resolve().name))
+                save(kept)
+            except (OSError, SafetensorError) as another:
+                logger.error("Nor in %s: %s", folder, another)
+            else:
+                raise OSError(f"{message} It is saved at {kept}.") from error
+        raise OSError(f"{message} It is lost.") from error
 
 
 def check_writable(path: str | Path, what: str) -> None:
@@ -148,7 +186,7 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def files_hash(path: str | Path | None) -> str | None:
-    """Hash of names, sizes, and first and last 64 KiB of a file or a folder's files.
+    """Hash of names, sizes and 64 KiB at 64 evenly spaced places of each file.
 
     None if nothing is at `path`, such as for a dataset of the hub.
     """
@@ -160,11 +198,12 @@ def files_hash(path: str | Path | None) -> str | None:
         if file.name.startswith("cache-"):
             continue  # `datasets` writes these beside the data
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(root)} {size}".encode())
+        digest.update(os.fsencode(f"{file.relative_to(root)} {size}"))
+        last = max(0, size - _SAMPLE_BYTES)
         with file.open("rb") as data:
-            digest.update(data.read(_SAMPLE_BYTES))
-            data.seek(max(0, size - _SAMPLE_BYTES))
-            digest.update(data.read(_SAMPLE_BYTES))
+            for start in {last * i // (_N_SAMPLES - 1) for i in range(_N_SAMPLES)}:
+                data.seek(start)
+                digest.update(data.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -193,10 +232,6 @@ def _damaged(path: Path, kind: str, problem: object) -> str:
 
 def _partial_of(path: Path) -> Path:
     return path.with_name(f"{PARTIAL_PREFIX}{uuid4().hex[:8]}")
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.stem}-{uuid4().hex[:8]}{path.suffix}")
 
 
 def _flush(path: Path) -> None:

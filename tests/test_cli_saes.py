@@ -28,6 +28,7 @@ from sae_lens_multilayer.cli.options import TextOptions
 from sae_lens_multilayer.cli.saved_sae import load_sae
 from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
+from sae_lens_multilayer.lens import fit
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.loading import load_by_name, shape_by_name
@@ -181,6 +182,34 @@ def test_nothing_in_the_home_folder_is_overwritten(
     with pytest.raises(SystemExit, match=r"overwritten"):
         cli.main([command, *(["sae"] * (command != "lens")), *options])
     assert there.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "analyze", "lens"])
+def test_what_appears_while_a_command_runs_is_kept_and_so_is_the_result(
+    offline, command, monkeypatch, caplog
+):
+    Path("out").mkdir()
+    target = Path("out/x.y")
+    at_work = (fit, "_batches") if command == "lens" else (loading, "load_by_name")
+    original = getattr(*at_work)
+
+    def work(*args):
+        target.write_text("mine")
+        return original(*args)
+
+    monkeypatch.setattr(*at_work, work)
+    few = {
+        "analyze": ["--analyses", "decoder_similarity"],
+        "lens": ["--n_steps", "1", "--context_size", str(N_CTX)],
+    }
+    options = [*offline, "--output_path", str(target), "--model_name", "tiny"]
+    if command != "lens":
+        options = ["sae", *options]
+    cli.main([command, *options, *few.get(command, [])])
+    assert target.read_text() == "mine"
+    (other,) = set(Path("out").iterdir()) - {target}
+    assert other.suffix == target.suffix
+    assert str(other) in caplog.text
 
 
 def random_sae_on_disk():
@@ -417,6 +446,14 @@ def test_a_config_that_is_not_an_object_is_one_line(offline, content):
     Path("sae/cfg.json").write_text(content)
     with pytest.raises(SystemExit, match=r"cfg\.json must be a JSON object"):
         cli.main(["evaluate", "sae", *offline])
+
+
+def test_an_old_config_without_dtype_is_of_float32(offline):
+    values = json.loads(Path("sae/cfg.json").read_text())
+    del values["dtype"]
+    Path("sae/cfg.json").write_text(json.dumps(values))
+    assert MultiLayerSAE.load_from_disk("sae").dtype == torch.float32
+    assert load_sae("sae", None, "cpu").dtype == torch.float32
 
 
 def test_a_context_that_is_too_long_is_found_before_text_is_read(offline):

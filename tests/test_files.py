@@ -1,7 +1,9 @@
 """Files and folders. Reference: the file system."""
 
 import os
+import re
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,8 @@ from sae_lens_multilayer.files import (
     locked,
     read_json,
     read_tensors,
+    save_somewhere,
+    write_whole,
 )
 
 
@@ -156,6 +160,57 @@ def test_a_path_that_is_taken_is_replaced_by_a_logged_one(tmp_path, caplog):
     assert path.name.startswith("report-")
     assert path.suffix == ".html"
     assert f"saving to {path}" in caplog.text
+
+
+def test_a_file_that_appears_while_one_is_written_is_kept(tmp_path, monkeypatch):
+    flush = files._flush
+    monkeypatch.setattr(
+        files, "_flush", lambda path: (make_file(tmp_path / "a"), flush(path))
+    )
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "a", "new", replace=False)
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == {
+        "a": "old"
+    }
+
+
+@pytest.mark.parametrize("save", [write, lambda p: write_whole(p, "whole", False)])
+@pytest.mark.parametrize("make", [make_full_folder, make_file, None])
+@pytest.mark.parametrize("n_failures", [0, 1, 2, 4])
+def test_what_is_saved_replaces_nothing_and_is_not_lost(
+    tmp_path, monkeypatch, save, make, n_failures
+):
+    for name in ("there", "fallback", "temporary", "working"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path / "working")
+    path, calls = tmp_path / "there/result", []
+    if make:
+        make(path)
+    before = sorted(tmp_path.rglob("*"))
+
+    def save_later(path):
+        calls.append(path)
+        if len(calls) <= n_failures:
+            raise OSError("disk is full")
+        save(path)
+
+    def new():
+        found = [p for p in tmp_path.rglob("*") if p.is_file() and p not in before]
+        return [p.read_text() for p in found]
+
+    if n_failures == 0:
+        kept = save_somewhere(path, save_later, tmp_path / "fallback")
+        assert kept.parent == path.parent
+        assert (kept == path) == (make is None)
+    else:
+        with pytest.raises(OSError, match="disk is full") as info:
+            save_somewhere(path, save_later, tmp_path / "fallback")
+        kept = re.search(r"is saved at (.*)\.$", str(info.value))
+        assert bool(kept) == (n_failures < 4)
+        assert kept is None or Path(kept[1]).exists()
+    assert new() == ["whole"] * (n_failures < 4)
+    assert set(before) <= set(tmp_path.rglob("*"))
 
 
 def test_a_folder_is_locked_for_one_process_at_a_time(tmp_path):

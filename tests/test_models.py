@@ -14,10 +14,10 @@ import torch
 from conftest import D_VOCAB, PAPER_DATA, tiny_model, tiny_sae_config
 from sae_lens import SAE, HookedSAETransformer, LanguageModelSAETrainingRunner
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from sae_lens.load_model import load_model
+from sae_lens.load_model import HookedProxyLM, load_model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from sae_lens_multilayer import (
     MultiLayerActivationsStore,
@@ -25,6 +25,7 @@ from sae_lens_multilayer import (
     views,
 )
 from sae_lens_multilayer.hooks import stop_at_layer
+from sae_lens_multilayer.lens.fit import fit_tuned_lens
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.loading import check_modules, shape_by_name
@@ -388,6 +389,20 @@ def test_a_hook_like_no_other_is_an_error_too(model):
 
 
 # Sizes
+
+
+@pytest.mark.parametrize("name", ["attn.hook_result", "hook_mlp_in"])
+def test_a_hook_that_is_switched_off_is_an_error_that_names_it(model, name):
+    with pytest.raises(ValueError, match=rf"blocks\.0\.{name}.*switched off"):
+        as_model(model).vectors(torch.ones(1, 2).long(), [f"blocks.0.{name}"])
+
+
+def test_a_model_whose_embedding_is_projected_has_no_lens():
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 16}
+    config = OPTConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    model = HookedProxyLM(OPTForCausalLM(config), None)
+    with pytest.raises(ValueError, match=r"the width 32 .* have 16"):
+        fit_tuned_lens(model, torch.ones(1, 4).long(), n_steps=1)
 
 
 def test_shape_of_a_loaded_model_of_every_kind(model, hf_model, bridges):

@@ -356,6 +356,21 @@ class TestSweep:
         assert (tmp_path / "sweep" / name).read_text() == "mine"
         assert trainings == []
 
+    def test_a_picture_of_the_user_is_not_replaced_by_the_first_of_the_sweep(
+        self, run, tmp_path, monkeypatch
+    ):
+        picture = tmp_path / "sweep/sweep.png"
+        measure = run_module.measure
+
+        def measure_later(*args):
+            picture.write_text("mine")
+            return measure(*args)
+
+        monkeypatch.setattr(run_module, "measure", measure_later)
+        run(POINTS[:1])
+        assert picture.read_text() == "mine"
+        assert len(list(picture.parent.glob("sweep-*.png"))) == 1
+
     def test_text_settings_that_vary_do_not_change_the_measured_tokens(
         self, run, tmp_path
     ):

@@ -460,16 +460,19 @@ class TestCheckpoints:
         self, start, make_config, monkeypatch
     ):
         config = make_config()
-        runner = start(config)
-        Path(config.output_path).parent.mkdir(exist_ok=True)
-        save = runner.save_final_sae
-        monkeypatch.setattr(runner, "save_final_sae", fail)
+        runner, write = start(config), runner_module.complete_or_absent
+
+        def write_elsewhere(path):
+            return fail() if path == Path(config.output_path) else write(path)
+
+        monkeypatch.setattr(runner_module, "complete_or_absent", write_elsewhere)
         with pytest.raises(OSError, match=r"disk is full.*is saved at") as info:
             runner.run()
         folder = str(info.value).split("is saved at ")[1].rstrip(".")
         assert Path(folder).parent == Path(config.checkpoint_path)
-        save(runner.sae, config.output_path)
-        assert same(SAE.load_from_disk(folder), SAE.load_from_disk(config.output_path))
+        runner.save_final_sae(runner.sae, config.output_path + "-again")
+        again = SAE.load_from_disk(config.output_path + "-again")
+        assert same(SAE.load_from_disk(folder), again)
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_a_signal_waits_for_the_final_save(
@@ -650,6 +653,28 @@ class TestResuming:
         (message,) = [m for m in caplog.messages if "other settings" in m]
         names = [line.split(": ")[0] for line in message.splitlines()[1:]]
         assert names == ["  `lr`", "  `lr_end`"]
+
+    @pytest.mark.parametrize("is_file", [True, False])
+    def test_other_inputs_of_the_same_names_are_reported(
+        self, start, make_config, model, token_dataset, tmp_path, caplog, is_file
+    ):
+        def inputs(data):
+            if not is_file:
+                return {"override_dataset": data}
+            data.to_parquet(tmp_path / "text.parquet")
+            return {"override_dataset": None}
+
+        settings = {"dataset_path": str(tmp_path / "text.parquet"), "output_path": None}
+        first = make_config(**settings, n_checkpoints=1)
+        start(first, **inputs(token_dataset)).run()
+        (folder,) = Path(first.checkpoint_path).iterdir()
+        with torch.no_grad():
+            model.W_U[0, 0] += 1
+        again = make_config(**settings, resume_from_checkpoint=str(folder))
+        start(again, **inputs(token_dataset.select(range(1, 64)))).run()
+        (message,) = [m for m in caplog.messages if "other settings" in m]
+        names = [line.split(": ")[0] for line in message.splitlines()[1:]]
+        assert names == ["  `weights_hash`", "  `dataset_hash`"]
 
     def test_settings_that_may_change_take_effect(self, start, make_config):
         first = make_config(n_checkpoints=1, output_path=None)

@@ -5,6 +5,7 @@ A command's module has the dataclass `Options`, from which its parser is made, a
 """
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command that the arguments name; None: those of the process."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path that is not UTF-8 can be printed.
+        sys.stdout.reconfigure(errors="backslashreplace")
     is_first = os.environ.get("RANK", "0") == "0"  # set by torchrun
     level = logging.INFO if is_first else logging.WARNING
     logging.getLogger("sae_lens_multilayer").setLevel(level)

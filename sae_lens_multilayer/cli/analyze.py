@@ -13,7 +13,7 @@ from sae_lens_multilayer.cli.options import (
 )
 from sae_lens_multilayer.cli.outputs import new_folder
 from sae_lens_multilayer.cli.saved_sae import load_sae
-from sae_lens_multilayer.files import complete_or_absent, free_path
+from sae_lens_multilayer.files import complete_or_absent, save_somewhere
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
 from sae_lens_multilayer.record import Record, hash_of_json, hash_of_tensors
 
@@ -73,11 +73,11 @@ def run(options: Options) -> None:
     inputs.warn_of_first_position(options.analysis.exclude_positions)
     names = None if options.analyses == ["all"] else options.analyses
     results = suite_of(inputs, options).run(names)
-    output = free_path(output)
-    _write(results, output, inputs, options)
     for name, result in results.items():
         if table := ANALYSES[name].table:
             print(table(result).to_string(float_format="{:.4f}".format))
+    output = save_somewhere(output, lambda path: _write(results, path, inputs, options))
+    for name, result in results.items():
         print(f"Written: {output / name}, a {type(result).__name__}")
 
 

@@ -47,4 +47,4 @@ def run(options: Options) -> None:
         seed=options.seed,
         output_path=output,
     )
-    print(f"Written: {output}. Train with --tuned_lens.")
+    print("Train with --tuned_lens and this folder.")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sae_lens_multilayer.files import check_writable, free_path, write_whole
+from sae_lens_multilayer.files import check_writable, save_somewhere, write_whole
 
 
 def new_file(path: str) -> Path:
@@ -23,6 +23,5 @@ def new_folder(path: str) -> Path:
 
 def write_new(path: Path, text: str) -> None:
     """Write a complete file; beside `path` if something has appeared there."""
-    path = free_path(path)
-    write_whole(path, text)
+    path = save_somewhere(path, lambda path: write_whole(path, text, replace=False))
     print(f"Written: {path}")

@@ -56,7 +56,9 @@ def evaluate(
             `store_batch_size_prompts`.
         batch_size_prompts: Prompts of a clean forward pass.
         exclude_tokens: Token ids whose positions keep their own vectors and are left
-            out of all averages; None: those that a store excludes.
+            out of all averages; None: those that a store excludes. As in SAELens, the
+            prediction of an excluded token, such as the first pad token on the right,
+            is scored; cut such prompts to equal lengths if it must not be.
         exclude_positions: Positions in a prompt, treated likewise; negative ones count
             from its end.
         keep_tokens, keep_positions: As `exclude_...`, but left out of the metrics of

@@ -1,5 +1,6 @@
 """Fits a tuned lens to any model SAELens can load, in the format of tuned-lens."""
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,16 @@ from tqdm.auto import tqdm
 from tuned_lens import TunedLens
 from tuned_lens.nn.lenses import TunedLensConfig
 
-from sae_lens_multilayer.files import check_writable, complete_or_absent, free_path
+from sae_lens_multilayer.files import (
+    check_writable,
+    complete_or_absent,
+    save_somewhere,
+)
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.text.prompts import check_prompts
+
+logger = logging.getLogger(__name__)
 
 Optimizer = Literal["sgd", "adam"]
 
@@ -110,9 +117,14 @@ def fit_tuned_lens(
     for tensor in lens.layer_translators.state_dict().values():
         _check_finite("The fitted lens", tensor)
     if output_path is not None:
-        with complete_or_absent(free_path(output_path)) as folder:
-            lens.save(folder)
+        path = save_somewhere(output_path, lambda path: _save(lens, path))
+        logger.info("The lens is saved at %s.", path)
     return lens
+
+
+def _save(lens: TunedLens, path: Path) -> None:
+    with complete_or_absent(path) as folder:
+        lens.save(folder)
 
 
 def lens_kl(

@@ -213,7 +213,17 @@ class _HuggingFaceModel(Model):
     @property
     @override
     def token_embeddings(self) -> Tensor:
-        return self._hf_model.get_input_embeddings().weight.detach()
+        weight = self._hf_model.get_input_embeddings().weight.detach()
+        return self._of_stream_width(weight)
+
+    def _of_stream_width(self, weight: Tensor) -> Tensor:
+        if weight.shape[1] != self.shape.d_model:
+            raise ValueError(
+                f"The embeddings of tokens must have the width {self.shape.d_model} of "
+                f"the residual stream; those of {self.name!r} have {weight.shape[1]} "
+                "and are projected. It has no lens and no similarity to tokens."
+            )
+        return weight
 
     def _final_norm(self) -> nn.Module:
         decoder = self._hf_model.get_decoder()
@@ -228,7 +238,7 @@ class _HuggingFaceModel(Model):
     @override
     def _unembedding(self) -> tuple[Tensor, Tensor | None]:
         unembedding = self._hf_model.get_output_embeddings()
-        return unembedding.weight, unembedding.bias
+        return self._of_stream_width(unembedding.weight), unembedding.bias
 
     @override
     def unembed(self) -> ModelUnembed:

@@ -134,6 +134,12 @@ class Model(ABC):
         _, cache = self._run(
             tokens, own_names, stop_at_layer=stop_at_layer(own_names), **model_kwargs
         )
+        if off := [name for name in own_names if name not in cache]:
+            raise ValueError(
+                f"The model must run through the hooks {off}; they are switched off. "
+                "Switch them on, such as `hook_result` with "
+                "`model.set_use_attn_result(True)`."
+            )
         heads = head_indices or [None] * len(own_names)
         return [
             one_vector_per_position(cache[name], head)

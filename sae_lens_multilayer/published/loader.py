@@ -13,6 +13,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from torch import Tensor
 
+from sae_lens_multilayer.files import read_json
 from sae_lens_multilayer.published import format as mlsae
 
 LOADER_NAME = "mlsae"
@@ -122,9 +123,12 @@ def own_or_mlsae_disk_loader(
     path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """SAELens' loader for folders that it saved, else `mlsae_disk_loader`."""
-    is_saved = (Path(path) / SAE_CFG_FILENAME).is_file()
-    load = sae_lens_disk_loader if is_saved else mlsae_disk_loader
-    return load(path, device, cfg_overrides)
+    file = Path(path) / SAE_CFG_FILENAME
+    if not file.is_file():
+        return mlsae_disk_loader(path, device, cfg_overrides)
+    # SAELens' loader needs a dtype, which old configs lack.
+    dtype = read_json(file).get("dtype", "float32")
+    return sae_lens_disk_loader(path, device, {"dtype": dtype, **(cfg_overrides or {})})
 
 
 def _split(repo_id: str, folder_name: str) -> tuple[str, str | None]:

@@ -1,6 +1,6 @@
 """One SAE for all layers compared with one SAE for each: training, metrics and cost."""
 
-import shutil
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from sae_lens_multilayer.analysis.transfer import (
     transfer_matrix,
 )
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
-from sae_lens_multilayer.files import complete_or_absent
+from sae_lens_multilayer.files import beside, complete_or_absent, save_somewhere
 from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
@@ -23,6 +23,8 @@ from sae_lens_multilayer.pictures import describe_costs, draw, save_figure
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import Settings, make_points
 from sae_lens_multilayer.sweeps.sweep import Sweep
+
+logger = logging.getLogger(__name__)
 
 MULTI_LAYER, SINGLE_LAYERS = "multi_layer", "single_layers"
 _COSTS_FILE = "costs.csv"
@@ -105,9 +107,10 @@ def train_and_compare(
     newest = max(runs.analysis_of(point).stat().st_mtime for point in runs.points)
     if path.exists() and path.stat().st_mtime >= newest:
         return SingleLayerRuns.load(path)
-    shutil.rmtree(path, ignore_errors=True)  # older than the points
     found = _compare(runs, table)
-    found.save(path)
+    if path.exists():  # it is older than the points
+        logger.info("The earlier one is moved to %s.", path.rename(beside(path)))
+    save_somewhere(path, found.save)
     return found
 
 

@@ -18,6 +18,7 @@ from sae_lens_multilayer.config import LATEST
 from sae_lens_multilayer.files import (
     check_writable,
     complete_or_absent,
+    free_path,
     locked,
     write_whole,
 )
@@ -100,10 +101,12 @@ def sweep(
         override_dataset,
         override_evaluation_dataset,
     )
+    is_drawn, path = any(map(runs.is_done, runs.points)), runs.folder / _FIGURE_FILE
     table = runs.run()
     if (table.status == "done").any():
         picture = describe_sweep(table, varied_settings(runs.points))
-        save_figure(draw(picture), runs.folder / _FIGURE_FILE)
+        # A picture from before any point was done is not of this sweep.
+        save_figure(draw(picture), path if is_drawn else free_path(path))
     return table
 
 
@@ -158,7 +161,7 @@ class Sweep:
             Record.read_same(folder, _point_record(point), advice)
         elif any(folder.glob("[!.]*")):
             raise ValueError(f"{folder} must be the folder of a point of this sweep.")
-        if self._is_done(point):
+        if self.is_done(point):
             self._check_analysis(point, self._analysis_record())
 
     def _check_analysis(self, point: Point, wanted: Record) -> None:
@@ -195,7 +198,8 @@ class Sweep:
             return loading.shape_by_name(*point.cfg.named_model)
         return as_model(self._given_model).shape
 
-    def _is_done(self, point: Point) -> bool:
+    def is_done(self, point: Point) -> bool:
+        """Whether a point has been trained, evaluated and analysed."""
         return self.analysis_of(point).is_dir()
 
     def _analysis_record(self, prompts: Prompts | None = None) -> Record:
@@ -241,7 +245,7 @@ class Sweep:
             rows = {point.name: self._row(point) for point in self.points}
             self._write_table(rows)
             for point in tqdm(in_order, desc="Sweep", unit="point"):
-                if not self._is_done(point):
+                if not self.is_done(point):
                     self._run_point(point)
                     rows[point.name] = self._row(point)
                     self._write_table(rows)
@@ -288,11 +292,11 @@ class Sweep:
 
     def _check_tokens(self, point: Point, prompts: Prompts) -> None:
         for other in self.points:
-            if self._is_done(other) and other.model_key == point.model_key:
+            if self.is_done(other) and other.model_key == point.model_key:
                 self._check_analysis(other, self._analysis_record(prompts))
 
     def _row(self, point: Point) -> dict[str, Any]:
-        folder, is_done = self.folder / point.name, self._is_done(point)
+        folder, is_done = self.folder / point.name, self.is_done(point)
         file, error = folder / _ERROR_FILE, None
         if file.exists() and not is_done:
             error = file.read_text().split("\n\n")[0]

@@ -16,6 +16,8 @@ from datasets import (
 )
 from sae_lens.config import HfDataset
 
+from sae_lens_multilayer.record import hash_of_json
+
 _BUILDER_OF_SUFFIX = {
     ".jsonl": "json",
     ".json": "json",
@@ -27,6 +29,7 @@ _BUILDER_OF_SUFFIX = {
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _TOKEN_COLUMNS = ("tokens", "input_ids")
+_HASHED_ROWS = 64
 
 
 def resolve_dataset(
@@ -175,22 +178,42 @@ def _contexts(
                 waiting = waiting[context_size:]
 
 
+def rows_hash(dataset: HfDataset) -> str:
+    """Hash of 64 evenly spaced rows; of the first row of a stream."""
+    data: Any = dataset
+    if isinstance(data, Dataset):
+        last, n = len(data) - 1, _HASHED_ROWS - 1
+        data = data.select([last * i // n for i in range(n + 1)])
+    else:
+        data = data.take(1)
+    return hash_of_json([str(row) for row in data.with_format(None)])
+
+
 def read_rows(dataset: HfDataset, start: int) -> Iterator[dict[str, Any]]:
     """The rows of a dataset from row `start` on; RuntimeError names an unreadable row.
 
     A stream is read from its beginning, which is the only exact way for every stream,
     such as a shuffled one.
+
+    Raises:
+        ValueError: If the dataset has fewer than `start` rows.
     """
     data: Any = dataset
-    if isinstance(data, Dataset) and start >= len(data):
-        return
-    rows: Any = data.skip(start) if start else data
+    has_fewer = isinstance(data, Dataset) and len(data) < start
     row = start
     try:
-        for values in rows:
+        rows: Any = iter(data.skip(start - 1) if start and not has_fewer else data)
+        # A stream has no length; its row before `start` must be there.
+        has_fewer = has_fewer or (start > 0 and next(rows, None) is None)
+        for values in () if has_fewer else rows:
             yield values
             row += 1
     except Exception as error:
         raise RuntimeError(
             f"Row {row} of the dataset must be readable; {error!r}."
         ) from error
+    if has_fewer:
+        raise ValueError(
+            f"The dataset must have the {start} rows that the run had read; it has "
+            "fewer. Resume with the same dataset, or start a new run."
+        )

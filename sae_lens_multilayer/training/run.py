@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import TrainingSAE
-from sae_lens.config import HfDataset
 from sae_lens.util import temporary_seed
 
 from sae_lens_multilayer.config import LATEST, MultiLayerConfig
 from sae_lens_multilayer.files import (
     check_writable,
-    files_hash,
     remove_leftovers,
 )
 from sae_lens_multilayer.lens.carrier import LensCarrier
@@ -51,12 +49,11 @@ class Run:
     """Whether the weights are newly initialised."""
     record: Record
     """What its checkpoints are made of: the settings that decide the weights, hashes of
-    the model, its tokenizer and local text files."""
+    the model and its tokenizer, to which the store adds that of the dataset."""
 
 
 def prepare(
     cfg: MultiLayerConfig[Any],
-    override_dataset: HfDataset | None = None,
     override_model: Any | None = None,
     override_sae: TrainingSAE[Any] | None = None,
 ) -> Run:
@@ -92,8 +89,6 @@ def prepare(
     fingerprints = {} if model is None else model_fingerprints(model)
     if cache is not None:
         cache.check(vectors, hook_names, fingerprints)
-    elif override_dataset is None:
-        fingerprints["dataset_hash"] = files_hash(cfg.dataset_path)
     if lens is not None and model is not None:
         lens.check_model(model, stacklevel=5)
     return Run(

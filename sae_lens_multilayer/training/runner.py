@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,15 +20,20 @@ from sae_lens.constants import (
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typing_extensions import override
 
 from sae_lens_multilayer.config import MultiLayerConfig, fields_of
-from sae_lens_multilayer.files import complete_or_absent, free_path, read_tensors
+from sae_lens_multilayer.files import (
+    complete_or_absent,
+    files_hash,
+    read_tensors,
+    save_somewhere,
+)
 from sae_lens_multilayer.ranks import AgreedError
 from sae_lens_multilayer.store.source import CacheSource, ModelSource
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
+from sae_lens_multilayer.text.dataset import rows_hash
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.batches import RunBatches
 from sae_lens_multilayer.training.evaluator import (
@@ -80,7 +84,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             override_model: Used instead of loading `cfg.model_name`.
             override_sae: Trained on instead of a new SAE.
         """
-        run = prepare(cfg, override_dataset, override_model, override_sae)
+        run = prepare(cfg, override_model, override_sae)
         self.prepared, self.ranks = run, run.ranks
         # The attributes are those of the host, with narrower types.
         self.cfg = run.cfg  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -124,7 +128,9 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             sae = self.run_trainer_with_interruption_handling(trainer)
             with self.ranks.together():
                 if self.ranks.is_first and self.cfg.output_path is not None:
-                    self._save_somewhere(sae, trainer.log_feature_sparsity)
+                    self.save_final_sae(
+                        sae, self.cfg.output_path, trainer.log_feature_sparsity
+                    )
         if trainer.stop_requested:
             raise InterruptedException()
         return sae
@@ -245,31 +251,6 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         (checkpoint_path / RUNNER_CFG_FILENAME).write_text(cfg)
         self.prepared.record.write(checkpoint_path)
 
-    def _save_somewhere(self, sae: TrainingSAE[Any], sparsity: torch.Tensor) -> None:
-        """Save at `output_path`; if that fails, elsewhere, and raise an error."""
-        assert self.cfg.output_path is not None
-        try:
-            self.save_final_sae(sae, self.cfg.output_path, sparsity)
-        except (OSError, SafetensorError) as error:
-            if Path(self.cfg.output_path, SAE_WEIGHTS_FILENAME).is_file():
-                raise  # it is saved, but not uploaded
-            kept = self._save_elsewhere(sae, sparsity) or "no other place either"
-            raise OSError(
-                f"The trained SAE could not be saved at {self.cfg.output_path}: "
-                f"{error}. It is saved at {kept}."
-            ) from error
-
-    def _save_elsewhere(
-        self, sae: TrainingSAE[Any], sparsity: torch.Tensor
-    ) -> Path | None:
-        parents = [self.cfg.checkpoint_path, tempfile.gettempdir(), Path.cwd()]
-        for parent in filter(None, parents):
-            try:
-                return self._write_sae(sae, Path(parent, "trained_sae"), sparsity)
-            except (OSError, SafetensorError) as error:
-                logger.error("Nor could it be saved in %s: %s", parent, error)
-        return None
-
     @override
     def save_final_sae(
         self,
@@ -280,21 +261,24 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         """Save the SAE for inference with its run's config; all of it or nothing.
 
         If something has appeared at `output_path` since the run began, it is saved in a
-        new folder beside it, which is logged.
+        new folder beside it, which is logged; if it cannot be written, elsewhere, and
+        an OSError has that path.
         """
-        path = self._write_sae(sae, Path(output_path), log_feature_sparsity)
+        path = save_somewhere(
+            Path(output_path),
+            lambda path: self._write_sae(sae, path, log_feature_sparsity),
+            self.cfg.checkpoint_path,
+        )
         checkpoints.upload(self, path, ["final_model"])
 
     def _write_sae(
         self, sae: TrainingSAE[Any], path: Path, sparsity: torch.Tensor | None
-    ) -> Path:
-        path = free_path(path)
+    ) -> None:
         with held_signals(), complete_or_absent(path) as partial:
             sae.save_inference_model(partial)
             if sparsity is not None:
                 save_file({"sparsity": sparsity}, partial / SPARSITY_FILENAME)
             (partial / RUNNER_CFG_FILENAME).write_text(json.dumps(self.cfg.to_dict()))
-        return path
 
     @override
     def _set_sae_metadata(self) -> None:
@@ -318,4 +302,7 @@ def _make_store(
         source = ModelSource.from_config(
             run.model, run.hook_names, cfg, override_dataset, ranks
         )
+        files = None if override_dataset else files_hash(cfg.dataset_path)
+        found = files or rows_hash(source.reader.dataset)
+        run.record.fingerprints["dataset_hash"] = found
     return MultiLayerActivationsStore.from_source(source, cfg, ranks)
