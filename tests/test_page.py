@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import D_VOCAB, N_CTX, count_calls
+from hostile import HOSTILE
 from sae_lens.saes.sae import SAEMetadata
 from saes import HOOK_NAMES, random_sae
 
@@ -29,6 +30,7 @@ from sae_lens_multilayer.analysis import (
     TransferMatrix,
     layer_distributions,
 )
+from sae_lens_multilayer.files import write_whole
 from sae_lens_multilayer.pictures import latents as latents_module
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
 
@@ -297,6 +299,32 @@ def test_the_page_needs_nothing_from_outside(content):
     )
     assert "@@" not in head
     assert len(latents_of(page)) == 5
+
+
+def test_hostile_texts_are_shown_and_nothing_runs(content, tmp_path):
+    n, everything, names = len(HOSTILE), " ".join(HOSTILE), HOSTILE[:-1]
+    fvu = torch.rand(n - 1, n - 1).double()
+    content.results["transfer_matrix"] = TransferMatrix(names, names, 9, fvu)
+    content.title, content.notes = everything, HOSTILE
+    content.facts = dict.fromkeys(HOSTILE, everything)
+    content.text_of = lambda i: HOSTILE[i % n]
+    content.evaluation.index = pd.Index(HOSTILE[: len(content.evaluation)])
+    write_whole(tmp_path / "page.html", report_html(content))
+    script = """
+        await drawAll(document.querySelectorAll(".figure"));
+        return {
+            hacked: typeof hacked,
+            handlers: document.querySelectorAll("[onerror], [onload]").length,
+            text: document.body.textContent,
+        };
+    """
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    found = in_browser(page, script, tmp_path)
+    assert found["hacked"] == "undefined"
+    assert found["handlers"] == 0
+    for text in names:
+        # As a fact, as a note and on both axes of a picture.
+        assert found["text"].replace("\n", "").count(text.replace("\n", "")) >= 4, text
 
 
 def test_missing_analyses_are_left_out_of_the_page(content):

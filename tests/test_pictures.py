@@ -1,6 +1,7 @@
 """Descriptions hold the numbers of the results; both renderers show all of them."""
 
 import html
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import D_VOCAB, N_CTX
+from hostile import HOSTILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.cbook import is_math_text
 from matplotlib.colors import to_hex
 from saes import HOOK_NAMES, random_sae
 
@@ -59,12 +62,14 @@ def tokens():
 
 def check_both_show(picture: Picture) -> None:
     figure = draw(picture)
-    assert unwrapped(figure.get_suptitle()) == unwrapped(in_matplotlib(picture.title))
+    assert unwrapped(in_matplotlib(figure.get_suptitle())) == unwrapped(
+        literal(picture.title)
+    )
     bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
     plain = [axes for axes in figure.axes if axes not in bars]
     heatmaps = [panel.heatmap for panel in picture.panels if panel.heatmap]
-    assert [axes.get_ylabel() for axes in bars] == [
-        in_matplotlib(heatmap.label) for heatmap in heatmaps
+    assert [in_matplotlib(axes.get_ylabel()) for axes in bars] == [
+        literal(heatmap.label) for heatmap in heatmaps
     ]
     legends = [entry for axes in plain for entry in legend_of(axes)]
     interactive = draw_interactive(picture)
@@ -75,54 +80,66 @@ def check_both_show(picture: Picture) -> None:
         if panel.heatmap is not None:
             check_heatmap(axes, traces.pop(0), panel.heatmap)
         for series, trace in zip(panel.series, traces, strict=True):
-            assert series.label == "" or in_matplotlib(series.label) in legends
-            assert trace.name == in_plotly(series.label)
+            assert series.label == "" or literal(series.label) in legends
+            assert in_plotly(trace.name) == literal(series.label)
             y = np.asarray(series.y, float)
             if series.kind != "band":
                 assert trace.y == pytest.approx(y, nan_ok=True)
             if series.kind == "intervals":
                 assert trace.error_y.array + y == pytest.approx(np.asarray(series.top))
         if panel.vertical_line is not None:
-            assert in_matplotlib(panel.vertical_line[1]) in legends
+            assert literal(panel.vertical_line[1]) in legends
             (line,) = plotly.layout.shapes
-            assert line.name == in_plotly(panel.vertical_line[1])
+            assert in_plotly(line.name) == literal(panel.vertical_line[1])
 
 
 def check_heatmap(axes, plotly, heatmap: Heatmap) -> None:
     image = axes.get_images()[0].get_array().filled(np.nan)
     assert image == pytest.approx(heatmap.values, nan_ok=True)
     assert plotly.z == pytest.approx(heatmap.values, nan_ok=True)
-    assert plotly.colorbar.title.text == in_plotly(heatmap.label)
+    assert in_plotly(plotly.colorbar.title.text) == literal(heatmap.label)
+    assert plotly.hovertemplate.count("%{") == 3
 
 
 def check_axis(label: str, plotly, axis: Axis) -> None:
-    assert label == in_matplotlib(axis.label)
-    assert plotly.title.text == in_plotly(axis.label)
+    assert in_matplotlib(label) == literal(axis.label)
+    assert in_plotly(plotly.title.text) == literal(axis.label)
     if axis.names is not None:
-        names = [name.rstrip("\u200b") for name in plotly.categoryarray]
-        assert names == [in_plotly(name) for name in axis.names]
+        names = [in_plotly(name) for name in plotly.categoryarray]
+        assert names == [literal(name) for name in axis.names]
         assert len(set(plotly.categoryarray)) == len(names)
 
 
 def legend_of(axes) -> list[str]:
     legend = axes.get_legend()
-    return [] if legend is None else [text.get_text() for text in legend.get_texts()]
+    texts = [] if legend is None else legend.get_texts()
+    return [in_matplotlib(text.get_text()) for text in texts]
 
 
 def in_matplotlib(text: str) -> str:
-    return text.replace("$", r"\$")
+    """What a reader sees of a text of matplotlib."""
+    assert not is_math_text(text)
+    return text.replace(r"\$", "$").removeprefix("\u200b")
 
 
 def in_plotly(text: str) -> str:
-    return html.escape(text, quote=False).replace("\n", "<br>")
+    """What a reader sees of a text of plotly, by its list of tags and entities."""
+    assert set(re.findall(r"<[^>]*>", text)) <= {"<br>"}
+    assert "$" not in text
+    assert "%{" not in text
+    return html.unescape(text.replace("<br>", "\n")).rstrip("\u200b")
+
+
+def literal(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def unwrapped(text: str) -> str:
     return "".join(text.split())
 
 
-texts = st.text(st.sampled_from("ab<>&$ "), min_size=1, max_size=9).map(
-    lambda text: f"x{text}x"
+texts = st.sampled_from(HOSTILE) | st.text(
+    st.sampled_from("ab<>&$_%{\\\n"), min_size=1, max_size=9
 )
 numbers = st.floats(-9, 9)
 
@@ -147,6 +164,14 @@ def plain_panels(draw_value) -> Panel:
 @given(st.lists(plain_panels(), min_size=1, max_size=3), texts)
 def test_both_renderers_show_all_of_any_description(panels, title):
     check_both_show(Picture(title, panels, title))
+
+
+def test_hostile_texts_are_shown_as_they_are(tmp_path):
+    n, text = len(HOSTILE), "".join(HOSTILE)
+    series = [Series(text, range(n), range(n)) for text in HOSTILE]
+    check_both_show(Picture(text, [Panel(Axis(text, HOSTILE), Axis(text), series)]))
+    small = Picture(text, [Panel(Axis("x"), Axis("y"), [Series(text, [0], [0])])])
+    save_figure(draw(small), tmp_path / "picture.png")
 
 
 @settings(max_examples=5)

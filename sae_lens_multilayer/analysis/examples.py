@@ -83,7 +83,11 @@ class Examples(Result):
         text_of = _text_of(tokenizer)
         schema = self._rows(slice(0))._to_arrow(text_of).schema
         with complete_or_absent(path) as folder:
-            with pq.ParquetWriter(folder / EXAMPLES_FILE, schema) as writer:
+            # Arrow takes no path that is not UTF-8.
+            with (
+                (folder / EXAMPLES_FILE).open("wb") as file,
+                pq.ParquetWriter(file, schema) as writer,
+            ):
                 for start in range(0, len(self.latents), _ROWS_PER_GROUP):
                     rows = self._rows(slice(start, start + _ROWS_PER_GROUP))
                     writer.write_table(rows._to_arrow(text_of))
@@ -97,7 +101,8 @@ class Examples(Result):
         file = Path(path) / EXAMPLES_FILE
         filters = None if latents is None else [("latent", "in", list(latents))]
         try:
-            table = pq.read_table(file, filters=filters)
+            with file.open("rb") as source:
+                table = pq.read_table(source, filters=filters)
             width = settings.pop("width")
             tensors: dict[str, Any] = _from_arrow(table, settings["n_before"], width)
             return cls(**settings, **tensors)

@@ -185,5 +185,10 @@ def _wrapped(text: str, width: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in which "$" does not start a formula."""
-    return text.replace("$", r"\$")
+    """Text that is shown as it is.
+
+    A "$" would start a formula, a label with "_" at its start would not be in a legend,
+    and half a surrogate pair, as in a path that is not UTF-8, cannot be drawn.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text

@@ -152,5 +152,7 @@ def _names(axis: Axis) -> list[str] | None:
 
 
 def _text(text: str) -> str:
-    """Text without markup: plotly reads HTML tags."""
-    return html.escape(text, quote=False).replace("\n", "<br>")
+    """Text without markup: plotly reads HTML tags, formulas and templates."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    text = html.escape(text, quote=False).replace("\n", "<br>")
+    return text.replace("$", "&#36;").replace("%{", "%&#123;")
