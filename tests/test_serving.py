@@ -29,7 +29,6 @@ from sae_lens_multilayer.pictures.page import ReportContent, report_html
 from sae_lens_multilayer.serving.app import make_app
 from sae_lens_multilayer.serving.edits import Edit
 from sae_lens_multilayer.serving.explorer import Explorer, continue_text
-from sae_lens_multilayer.serving.jobs import BusyError, Jobs
 from sae_lens_multilayer.text.prompts import Text
 
 TEXT = "w7 w300 w12 w8 w45"
@@ -191,35 +190,30 @@ def test_a_long_body_is_refused(client):
     assert answer.status_code == 413
 
 
-def test_one_job_at_a_time_which_can_be_cancelled():
-    jobs, go_on = Jobs(), threading.Event()
+def test_one_job_at_a_time_which_can_be_cancelled(client, explorer):
+    go_on = threading.Event()
 
-    def work(progress):
+    def work(request, progress):
         go_on.wait(10)
         progress(1, 2)
 
-    job = jobs.start(work)
-    with pytest.raises(BusyError):
-        jobs.start(work)
-    job.cancel.set()
+    explorer.run = work
+    request = {"kind": "activations", "text": TEXT}
+    job = client.post("/jobs", json=request).json()
+    assert client.post("/jobs", json=request).status_code == 409
+    client.delete(f"/jobs/{job['id']}")
     go_on.set()
-    failing = wait_for(jobs, job)
-    assert failing.state == "cancelled"
+    while job["state"] == "running":
+        job = client.get(f"/jobs/{job['id']}").json()
+    assert job["state"] == "cancelled"
+    assert client.get("/jobs/99").status_code == 404
 
-    def fail(progress):
+    def fail(request, progress):
         raise RuntimeError("broken")
 
-    failed = wait_for(jobs, jobs.start(fail))
-    assert (failed.state, failed.error) == ("failed", "RuntimeError: broken")
-    assert jobs.find(99) is None
-
-
-def wait_for(jobs, job):
-    while job.state == "running":
-        time.sleep(0.005)
-    found = jobs.find(job.id)
-    assert found is job
-    return job
+    explorer.run = fail
+    failed = finished(client, request)
+    assert (failed["state"], failed["error"]) == ("failed", "RuntimeError: broken")
 
 
 @contextmanager

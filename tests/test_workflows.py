@@ -268,7 +268,7 @@ def test_saedashboard_draws_latents_of_a_view(case, tmp_path):
 
 @needs("sae_dashboard")
 def test_neuronpedia_files_of_a_view(case, tmp_path):
-    from sae_dashboard.neuronpedia.neuronpedia_dashboard import (
+    from sae_dashboard.neuronpedia.neuronpedia_dashboard import (  # pyright: ignore[reportMissingImports]
         NeuronpediaDashboardBatch,
     )
 

@@ -95,7 +95,7 @@ class _KnownHosts:
         if scope["type"] == "http":
             headers = Request(scope).headers
             host, origin = headers.get("host", ""), headers.get("origin")
-            is_own = origin is None or origin == f"http://{host}"
+            is_own = origin in (None, f"http://{host}", f"https://{host}")
             if _name_of(host) not in self._hosts or not is_own:
                 refused = PlainTextResponse("Unknown host or origin.\n", 403)
                 await refused(scope, receive, send)
