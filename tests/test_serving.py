@@ -22,12 +22,12 @@ from test_page import driven_page, result_of_browser
 
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.analysis import Suite, prompt_acts
+from sae_lens_multilayer.evaluation.edits import LatentEdit
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures.latents import USED
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
 from sae_lens_multilayer.serving.app import make_app
-from sae_lens_multilayer.serving.edits import Edit
 from sae_lens_multilayer.serving.explorer import Explorer, continue_text
 from sae_lens_multilayer.text.prompts import Text
 
@@ -58,23 +58,26 @@ def lens_sae() -> Any:
 
 @pytest.mark.parametrize("make_sae", [random_sae, lens_sae, stock_sae])
 @pytest.mark.parametrize(
-    ("kind", "value"), [("add", 3.0), ("set", 2.0), ("set", 0.0), ("reconstruct", 0.0)]
+    ("kind", "value"),
+    [("add", 3.0), ("set", 2.0), ("set", 0.0), ("scale", 3.0), ("reconstruct", 0.0)],
 )
 def test_an_edit_changes_one_activation_of_the_reconstruction(make_sae, kind, value):
     sae, x = make_sae(), random_acts(2, 6)
     own: Any = {} if make_sae is stock_sae else {"hook": 1}
     latent = int(sae.encode(x, **own)[:, 1:].sum((0, 1)).argmax())
-    edit = Edit(kind, [1], latent, value)
-    ((name, replace),) = edit.replacements(LayerEncoder(sae)).items()
+    edit = LatentEdit(kind, [1], [latent], value, slice(1, None))
+    ((hook, replace),) = edit.replacements(LayerEncoder(sae)).items()
 
-    assert name == HOOK_NAMES[1]
+    assert hook == 1
     found = replace(x)
     with torch.no_grad():
         acts = sae.encode(x, **own)
         assert (acts[..., latent] > 0).any()
         same = sae.decode(acts, **own)
         acts = sae.encode(x, **own)
-        acts[..., latent] = value + (acts[..., latent] if kind == "add" else 0)
+        before = acts[..., latent]
+        after = {"add": before + value, "scale": value * before}
+        acts[..., latent] = after.get(kind, torch.full_like(before, value))
         expected = x + sae.decode(acts, **own) - same
         expected = same if kind == "reconstruct" else expected
     assert found[:, 0].equal(x[:, 0])

@@ -30,6 +30,8 @@ from examples import (
 )
 from examples.local_hub import local_hub, put
 from sae_lens_multilayer import MultiLayerSAE
+from sae_lens_multilayer.studies import interventions
+from sae_lens_multilayer.studies.interventions import LatentEdit
 
 PUBLISHED = "mlsae-pythia-70m-deduped", "x64-k32"
 CONTEXT_SIZE = 8
@@ -150,26 +152,31 @@ def test_saelens_store_and_evaluations_take_views(case, prompts):
 
 @torch.no_grad()
 def test_steering_adds_the_direction_at_one_layer_only(case):
-    view = case.sae.views()[1]
-    latent, activation = steer.strongest_latent(case.model, view, case.tokens[:1])
-    direction = activation * steer.input_scale(view) * view.W_dec[latent]
-    hook_name = view.cfg.metadata.hook_name
-    _, clean = case.model.run_with_cache(case.tokens)
+    hook_name = case.sae.cfg.metadata.hook_names[1]
+    latent, activation = steer.strongest_latent(
+        case.sae, case.model, case.tokens[:1], hook_name
+    )
 
-    add = functools.partial(steer.add, direction=direction)
-    with case.model.hooks(fwd_hooks=[(hook_name, add)]):
-        _, steered = case.model.run_with_cache(case.tokens)
+    run = interventions.steer(
+        case.sae, case.model, case.tokens, activation, [latent], [1]
+    )
 
+    direction = case.sae.W_dec[latent]
+    if case.sae.lens is not None:
+        direction = case.sae.lens.invert_difference(direction, hook_name)
+    before = run.clean_vectors[hook_name]
+    z = before if case.sae.lens is None else case.sae.lens.transform(before, hook_name)
     assert activation > 0
     torch.testing.assert_close(
-        steered[hook_name] - clean[hook_name],
-        direction.expand_as(clean[hook_name]),
-        rtol=1e-4,
+        run.vectors[hook_name] - before,
+        activation * z.std(-1, keepdim=True) * direction,
+        rtol=1e-3,
         atol=1e-4,
     )
-    assert torch.equal(
-        steered["blocks.0.hook_resid_post"], clean["blocks.0.hook_resid_post"]
-    )
+    assert case.sae.cfg.metadata.hook_names[0] not in run.vectors
+    edit = LatentEdit("add", [hook_name], [latent], 1e3 * activation)
+    steered = steer.steered_continuation(case.model, case.sae, edit)
+    assert steered != steer.continuation(case.model)
 
 
 def remove_part_of(view: Any, latent: int, x: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -184,20 +191,20 @@ def remove_part_of(view: Any, latent: int, x: torch.Tensor, hook: Any) -> torch.
 @torch.no_grad()
 @pytest.mark.parametrize("n_layers", [1, 2])
 def test_ablating_a_latent_removes_only_its_contribution(case, n_layers):
-    views = case.sae.views()[:n_layers]
-    latent, _ = steer.strongest_latent(case.model, views[0], case.tokens[:1])
+    names = case.sae.cfg.metadata.hook_names[:n_layers]
+    latent, _ = steer.strongest_latent(case.sae, case.model, case.tokens[:1], names[0])
     hooks = [
         (v.cfg.metadata.hook_name, functools.partial(remove_part_of, v, latent))
         for v in case.sae.views()[:n_layers]
     ]
 
-    logits = steer.ablate(case.model, views, latent, case.tokens)
+    run = interventions.ablate(case.sae, case.model, case.tokens, [latent], names)
 
     expected = case.model.run_with_hooks(case.tokens, fwd_hooks=hooks)
     clean = case.model(case.tokens)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert (logits - clean).abs().max() > 1e-3
-    assert steer.last_token_kl(clean, logits) > 0
+    torch.testing.assert_close(run.logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run.clean_logits, clean, rtol=1e-4, atol=1e-4)
+    assert (run.logits - clean).abs().max() > 1e-3
     assert not case.model.acts_to_saes
 
 

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from sae_lens_multilayer.analysis.tables import make_table
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.lens.carrier import lens_of
-from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
@@ -80,17 +79,11 @@ def output_tokens(sae: SAE[Any], model: Any, n_top: int = 10) -> OutputTokens:
     rows, directions = ["decoder"], [W_dec]
     if lens is not None:
         rows += layer_labels(hook_names_of(sae))
-        directions += [_out_of_lens(lens, W_dec, i) for i in range(len(rows) - 1)]
+        layers = range(len(rows) - 1)
+        directions += [lens.invert_difference(W_dec, i) for i in layers]
     unembed = as_model(model).unembed().to(W_dec.device)
     parts = [_ends(unembed, direction, n_top) for direction in directions]
     return OutputTokens(rows, *(torch.stack(p) for p in zip(*parts, strict=True)))
-
-
-def _out_of_lens(
-    lens: LayerLens, W_dec: Float[Tensor, "d_sae d_in"], hook: int
-) -> Float[Tensor, "d_sae d_in"]:
-    """Directions of the residual stream that the lens maps to the decoder's."""
-    return lens.invert(W_dec, hook) - lens.invert(torch.zeros_like(W_dec[:1]), hook)
 
 
 def _ends(

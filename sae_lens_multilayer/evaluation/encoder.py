@@ -67,6 +67,10 @@ class LayerEncoder:
                 )
         self.hook_names = list(names)
 
+    def own_hook(self, layer: int) -> int:
+        """Index of a hook among those of its SAE: an SAE in a list has one only."""
+        return layer if self.is_shared else 0
+
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "token layer d_in"]) -> NonzeroActs:
         """Encode all hooks with their SAE; rows are `token * n_layers + layer`."""
@@ -90,8 +94,7 @@ class LayerEncoder:
         """Encode and reconstruct raw vectors of the hook at this index."""
         sae = self.saes[layer]
         if is_multi_layer(sae):
-            # An SAE in a list has one layer only.
-            own_layer = layer if self.is_shared else 0
+            own_layer = self.own_hook(layer)
             acts = sae.encode_topk(x, own_layer)
             x_hat = sae.decode_topk(acts, own_layer)
             return _nonzero_topk(acts.values, acts.indices), x_hat

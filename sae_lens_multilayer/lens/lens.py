@@ -139,6 +139,19 @@ class LayerLens(nn.Module):
         """Undo `transform`: `(I + W) x = z - b`, solved in float64."""
         return self._map_vectors(AffineMap.invert, z, hook)
 
+    def transform_difference(
+        self, dx: Float[Tensor, "*batch d_in"], hook: int | str | None = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """The difference of transformed vectors from theirs: `dx + dx W^T`."""
+        return self.transform(dx, hook) - self.transform(torch.zeros_like(dx), hook)
+
+    def invert_difference(
+        self, dz: Float[Tensor, "*batch d_in"], hook: int | str | None = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """The difference of raw vectors from that of transformed ones: `T^-1` without
+        bias."""
+        return self.invert(dz, hook) - self.invert(torch.zeros_like(dz), hook)
+
     def hook(self, hook: int | str, inverse: bool = False) -> tuple[str, HookFunction]:
         """A hook name and function for `run_with_hooks`.
 

@@ -11,12 +11,12 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_multilayer.analysis.distributions import prompt_acts
+from sae_lens_multilayer.evaluation.edits import LatentEdit
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model, Replace
 from sae_lens_multilayer.pictures.example_data import shorten
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.serving.edits import Edit, Kind
 from sae_lens_multilayer.serving.jobs import Progress
 from sae_lens_multilayer.text.prompts import Text
 
@@ -37,7 +37,7 @@ class ContinueRequest(BaseModel):
 
     kind: Literal["continue"]
     text: str = Field(min_length=1, max_length=MAX_CHARS)
-    edit: Kind
+    edit: Literal["add", "set", "reconstruct"]
     layers: list[int] = Field(min_length=1, max_length=1000)
     latent: int = 0
     value: float = Field(default=0.0, ge=-1e6, le=1e6, allow_inf_nan=False)
@@ -111,7 +111,16 @@ class Explorer:
         both in nats.
         """
         ids = self.token_ids(request.text)
-        edit = Edit(request.edit, request.layers, request.latent, request.value)
+        names = self._encoder.hook_names
+        # The first position is the attention sink of most models.
+        edit = LatentEdit(
+            request.edit,
+            [names[layer] for layer in request.layers],
+            [request.latent],
+            request.value,
+            slice(1, None),
+        )
+        replacements = edit.replacements(self._encoder)
         n_new, n_text = request.n_new, ids.shape[1]
         clean_logits, clean = continue_text(
             self._model, ids, {}, n_new, lambda done: progress(done, 2 * n_new)
@@ -119,7 +128,7 @@ class Explorer:
         logits, edited = continue_text(
             self._model,
             ids,
-            edit.replacements(self._encoder),
+            {names[hook]: replace for hook, replace in replacements.items()},
             n_new,
             lambda done: progress(n_new + done, 2 * n_new),
         )
