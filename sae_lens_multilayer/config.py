@@ -19,6 +19,7 @@ from typing_extensions import override
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.lens.config import Alignment, LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.models.loading import usable_class
 from sae_lens_multilayer.sae.config import (
     MultiLayerTrainingSAEConfig,
     check_sizes,
@@ -172,6 +173,10 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         self.hook_names = None if self.hook_names is None else list(self.hook_names)
         if isinstance(self.tuned_lens, (str, Path)):
             self.tuned_lens = os.path.expanduser(self.tuned_lens)
+        hook_names = self.hook_names or [self.hook_name]
+        self.model_class_name = usable_class(
+            self.model_class_name, self.model_name, hook_names
+        )
         self._check_run()
         self._check_sae()
         super().__post_init__()

@@ -15,6 +15,7 @@ from conftest import D_VOCAB, PAPER_DATA, tiny_model, tiny_sae_config
 from sae_lens import SAE, HookedSAETransformer, LanguageModelSAETrainingRunner
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.load_model import HookedProxyLM, load_model
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
@@ -24,6 +25,7 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
     views,
 )
+from sae_lens_multilayer.cli.options import ModelOptions
 from sae_lens_multilayer.hooks import stop_at_layer
 from sae_lens_multilayer.lens.fit import fit_tuned_lens
 from sae_lens_multilayer.models import loading
@@ -318,6 +320,37 @@ class TestErrors:
     def test_unknown_kind_of_model(self, make_config, token_dataset):
         config = folder_config(make_config, model_class_name="Oracle")
         self.check(config, token_dataset, "Oracle")
+
+
+# Folders
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "model_class_name"),
+    [
+        ("blocks.{layer}.hook_resid_post", "TransformerBridge"),
+        ("gpt_neox.layers.{layer}", "AutoModelForCausalLM"),
+    ],
+)
+def test_a_folder_needs_no_class_name(
+    make_config, token_dataset, hook_name, model_class_name
+):
+    config = make_config(
+        sae=tiny_sae_config(d_in=D_IN), model_name=FOLDER, hook_name=hook_name
+    )
+    assert config.model_class_name == model_class_name
+    runner = LanguageModelSAETrainingRunner(config, override_dataset=token_dataset)
+    metadata: Any = runner.run().cfg.metadata
+    assert metadata.model_class_name == model_class_name
+    # A command on an SAE that was trained on a model of a name, or without one.
+    for saved in (SAEMetadata(), SAEMetadata(model_class_name="HookedTransformer")):
+        hook_names: list[str] = metadata.hook_names
+        model = ModelOptions(model_name=FOLDER).load(saved, hook_names)
+        assert as_model(model).own_hook_names(hook_names) == hook_names
+
+
+def test_a_name_keeps_its_class(make_config):
+    assert make_config(model_name="gpt2").model_class_name == "HookedTransformer"
 
 
 # How far the model must run

@@ -47,8 +47,9 @@ class ModelOptions:
     model_name: str | None = None
     """Name of the model, or a folder."""
     model_class_name: str | None = None
-    """HookedTransformer, TransformerBridge (a Hugging Face folder, with the hook names
-    of HookedTransformer) or AutoModelForCausalLM."""
+    """HookedTransformer, TransformerBridge (with the same hook names) or
+    AutoModelForCausalLM. Not needed for a folder: a TransformerBridge is loaded, or
+    AutoModelForCausalLM if the SAE's hooks are module paths."""
     device: str = "cpu"
     """Device of the SAE and the model."""
     trust_remote_code: bool = False
@@ -75,7 +76,9 @@ class ModelOptions:
         if name is None:
             raise ValueError("The metadata has no `model_name`: give --model_name.")
         saved_class = metadata.model_class_name or "HookedTransformer"
-        class_name = self.model_class_name or saved_class
+        class_name = self.model_class_name or loading.usable_class(
+            saved_class, name, hook_names
+        )
         # A model of another class or name has other arguments.
         is_same = (class_name, name) == (saved_class, metadata.model_name)
         saved = metadata.model_from_pretrained_kwargs if is_same else None

@@ -5,6 +5,7 @@ copy of the model whose blocks are passed over: it gives the arguments that each
 is called with (masks, positions, ...) and, with another stream passed on, the logits.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -123,7 +124,10 @@ class Decoder:
         if self._root is None:
             return model(tokens, **kwargs).logits
         bridge = _shallow_copy(self._root)
-        bridge.__dict__["original_model"] = model
+        if "_driver" in bridge.__dict__:  # In TransformerLens 4, it holds the model.
+            bridge.__dict__["_driver"] = copy.copy(bridge.__dict__["_driver"])
+        # The bridge's property; a module would be registered as a submodule otherwise.
+        object.__setattr__(bridge, "original_model", model)
         return bridge(tokens, return_type="logits", **kwargs)
 
 
@@ -215,17 +219,17 @@ def _find_blocks(model: Any, n_layers: int) -> str:
 
 
 def _shallow_copy(module: Any) -> Any:
-    copy = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__["_modules"] = dict(module._modules)
-    return copy
+    shallow = object.__new__(type(module))
+    shallow.__dict__.update(module.__dict__)
+    shallow.__dict__["_modules"] = dict(module._modules)
+    return shallow
 
 
 def _with_submodule(module: Any, path: list[str], replacement: nn.Module) -> Any:
     """A copy of a module with another submodule, which shares all the rest."""
     if not path:
         return replacement
-    copy = _shallow_copy(module)
-    child = copy._modules[path[0]]
-    copy._modules[path[0]] = _with_submodule(child, path[1:], replacement)
-    return copy
+    shallow = _shallow_copy(module)
+    child = shallow._modules[path[0]]
+    shallow._modules[path[0]] = _with_submodule(child, path[1:], replacement)
+    return shallow

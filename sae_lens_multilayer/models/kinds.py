@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformer_lens
 from jaxtyping import Float
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
@@ -247,6 +246,14 @@ class _HuggingFaceModel(Model):
         return ModelUnembed(self._final_norm(), *self._unembedding(), soft_cap)
 
 
+def _hooked_transformers() -> tuple[type, ...]:
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:  # TransformerLens 4 removed it.
+        return ()
+    return (HookedTransformer,)
+
+
 def as_model(raw: Any) -> Model:
     """Wrap a loaded model of any kind; a `Model` is returned as it is."""
     if isinstance(raw, Model):
@@ -259,8 +266,7 @@ def as_model(raw: Any) -> Model:
             "Face model in sae_lens.load_model.HookedProxyLM(model, tokenizer); got "
             f"{type(raw).__name__}."
         )
-    # TransformerLens 4 has no HookedTransformer.
-    if isinstance(raw, getattr(transformer_lens, "HookedTransformer", ())):
+    if isinstance(raw, _hooked_transformers()):
         return _HookedTransformer(raw)
     if hasattr(raw, "original_model"):
         return _Bridge(raw)

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import sae_lens.load_model
@@ -13,6 +14,22 @@ from sae_lens_multilayer.hooks import unknown_name
 from sae_lens_multilayer.models.model import ModelShape, missing_hook
 
 _HUB_KWARGS = ("revision", "trust_remote_code", "token", "cache_dir")
+
+
+def usable_class(
+    model_class_name: str, model_name: str, hook_names: Sequence[str] | None
+) -> str:
+    """The class by which a model can be loaded.
+
+    A HookedTransformer, the default, cannot be loaded from a folder. Instead of it, a
+    TransformerBridge is loaded, which has the same hook names, or a Hugging Face model
+    if the hooks are named by its modules.
+    """
+    is_folder = (Path(model_name) / "config.json").is_file()
+    if model_class_name != "HookedTransformer" or not is_folder:
+        return model_class_name
+    is_bridge = all("hook_" in name for name in hook_names or ())
+    return "TransformerBridge" if is_bridge else "AutoModelForCausalLM"
 
 
 def load_by_name(
@@ -71,8 +88,13 @@ def shape_by_name(
 
 
 def _shape_of_hooked_transformer(name: str, kwargs: dict[str, Any]) -> ModelShape:
-    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
-
+    try:
+        from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+    except ImportError as error:
+        raise ValueError(
+            f"`model_class_name` must be 'TransformerBridge' or 'AutoModelForCausalLM' "
+            f"for {name!r}: this version of TransformerLens has no HookedTransformer."
+        ) from error
     with _short_unknown_model_error(name):
         return ModelShape.of_config(get_pretrained_model_config(name, **kwargs))
 
@@ -84,15 +106,13 @@ def _only(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
 @contextmanager
 def _short_unknown_model_error(model_name: str) -> Generator[None]:
     """Shorten TransformerLens' list of hundreds of names to the nearest ones."""
-    from transformer_lens.loading_from_pretrained import (
-        OFFICIAL_MODEL_NAMES,  # pyright: ignore[reportPrivateImportUsage]  (of 2.x, too)
-    )
-
     try:
         yield
     except ValueError as error:
         if "Valid official model names" not in str(error):
             raise
+        from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+
         problem = "For a folder, use a TransformerBridge; TransformerLens has no model"
         raise unknown_name(problem, model_name, OFFICIAL_MODEL_NAMES) from error
 
