@@ -1,7 +1,8 @@
 """Writes SmolLM2 and its text to a folder, for commands that take paths.
 
-`python -m examples.smollm2_files outputs/smollm2` makes `model` (a Hugging Face folder),
-`train.jsonl` and `test.jsonl` (column `text`), which the files in `examples/studies` name.
+`python -m examples.smollm2_files outputs/smollm2` makes `model` (a Hugging Face
+folder), `train.jsonl` and `test.jsonl` (column `text`), which the files in
+`examples/studies` name.
 """
 
 import sys
