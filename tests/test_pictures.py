@@ -265,9 +265,9 @@ def test_latents_are_sorted_by_mean_layer():
 
 def test_latents_with_two_modes_are_at_the_end():
     # By mean layer, latent 1 (at both ends) would be between latents 0 and 2.
-    counts = torch.tensor([[4, 3, 0], [0, 0, 0], [0, 3, 4]])
+    counts = torch.tensor([[40, 30, 0], [0, 0, 0], [0, 30, 40]])
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
-    dists = LayerDistributions(names, 9, counts, counts.double())
+    dists = LayerDistributions(names, 90, counts, counts.double())
     picture = described(dists)
     assert picture.panels[0].x.names == ["0", "2", "1 (two modes)"]
     assert picture.panels[1].vertical_line == (1.5, "right of it: two modes")

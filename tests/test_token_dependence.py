@@ -14,14 +14,17 @@ from sae_lens.saes.sae import SAEMetadata
 from saes import HOOK_NAMES, random_sae
 from scipy.stats import wasserstein_distance
 
-from sae_lens_multilayer import Prompts
+from sae_lens_multilayer import Prompts, cli
 from sae_lens_multilayer.analysis import VarianceSums, layer_distributions
 from sae_lens_multilayer.pictures import draw, draw_interactive
 from sae_lens_multilayer.studies.token_dependence import (
     TokenDependence,
+    TokenDependenceSettings,
     TokenSwaps,
     layer_dependence,
+    run_settings,
     swaps,
+    token_dependence_study,
     token_swaps,
 )
 from sae_lens_multilayer.studies.token_dependence.predictors import (
@@ -260,6 +263,29 @@ def test_bad_input(model, tokens):
         dependence(model, tokens, exclude_positions=range(N_CTX))
     with pytest.raises(ValueError, match="follow another one"):
         dependence(model, tokens[:, :1])
+
+
+def test_the_command_runs_and_resumes_the_study(offline, tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text(
+        "sae: sae\ndataset_path: text.parquet\nn_tokens: 96\n"
+        "nulls: [shuffled_layers]\nswaps: {n_items: 2, n_context: 4, shift: 2}\n"
+    )
+    command = ["study", "token_dependence", "study.yaml", "--output", "out"]
+    cli.main(command)
+    printed = capsys.readouterr().out
+    assert "r2_cross_validated" in printed
+    assert "trained  shuffled_layers" in printed
+    png = tmp_path / "out/shuffled_layers/token_swaps.png"
+    assert png.read_bytes().startswith(b"\x89PNG")
+    written = png.stat().st_mtime_ns
+    cli.main(command)
+    assert capsys.readouterr().out == printed
+    assert png.stat().st_mtime_ns == written
+    settings = TokenDependenceSettings("sae", "other.parquet")
+    with pytest.raises(ValueError, match=r"other settings:\n.*`dataset_path`"):
+        token_dependence_study(settings, "out")
+    with pytest.raises(ValueError, match=r"\['dataset_path'\] is missing"):
+        run_settings({"sae": "sae"}, tmp_path / "new")
 
 
 # Swaps.

@@ -37,8 +37,8 @@ from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Tokens
 
-_MODE_SHARE = 0.1
-"""Least part of a distribution on each side of the layer between two modes."""
+_MODE_SHARE, _MODE_ERRORS = 0.1, 3
+"""See `LayerDistributions.has_two_modes`."""
 _MOST_LATENTS = 4_096
 """Latents in one heatmap; a screen has no more pixels."""
 
@@ -90,16 +90,18 @@ class LayerDistributions(Result):
     def has_two_modes(self) -> Bool[Tensor, " d_sae"]:
         """Whether `P(l | j)` has two modes, so that its mean may be at neither.
 
-        True if at some layer it is below half of its peaks before and after, and at
-        least 10% of it is before and after. Rare latents may have two by chance.
+        True if at some layer it is below half of its peaks before and after, with at
+        least 10% of it before and after, and the tokens at which the latent is active
+        are fewer than at both peaks by three standard errors of single counts. Each
+        layer is averaged with `n_layers // 12` neighbours on either side.
         """
-        probs = self.probs
-        done = probs.cumsum(0)
-        before, after = done - probs, 1 - done
-        peak_before = probs.cummax(0).values
-        peak_after = probs.flip(0).cummax(0).values.flip(0)
-        is_valley = probs < torch.minimum(peak_before, peak_after) / 2
-        return (is_valley & (torch.minimum(before, after) >= _MODE_SHARE)).any(0)
+        done = self.probs.cumsum(0)
+        smaller_side = torch.minimum(done - self.probs, 1 - done)
+        probs, counts = _smooth(self.probs), _smooth(self.counts.double())
+        peaks = _smaller_peak(counts)
+        is_valley = probs < _smaller_peak(probs) / 2
+        is_valley &= peaks - counts > _MODE_ERRORS * (peaks + counts).sqrt()
+        return (is_valley & (smaller_side >= _MODE_SHARE)).any(0)
 
     @property
     def mean_act(self) -> Float[Tensor, " d_sae"]:
@@ -174,6 +176,20 @@ class LayerDistributions(Result):
         probs = Heatmap(self.probs[:, chosen].numpy(), "P(layer | latent)", power=0.5)
         frequency = self.frequency[:, chosen].numpy()
         return [probs, Heatmap(frequency, "share of tokens", top=None, power=0.25)]
+
+
+def _smooth(values: Float[Tensor, "layer d_sae"]) -> Float[Tensor, "layer d_sae"]:
+    """Averages of neighbouring layers, with weights that fall with the distance."""
+    n = len(values) // 12
+    padded = torch.cat([values[:1]] * n + [values] + [values[-1:]] * n)
+    weights = (n + 1 - torch.arange(-n, n + 1).abs()).to(values)
+    return (padded.unfold(0, 2 * n + 1, 1) * weights).sum(-1) / weights.sum()
+
+
+def _smaller_peak(values: Float[Tensor, "layer d_sae"]) -> Float[Tensor, "layer d_sae"]:
+    """The smaller one of the largest values up to each layer and from it on."""
+    after = values.flip(0).cummax(0).values.flip(0)
+    return torch.minimum(values.cummax(0).values, after)
 
 
 class DistributionSums:

@@ -7,5 +7,6 @@ resumes what an earlier call began in the folder, and returns tables to print.
 
 STUDIES = {
     "paper": "The paper's tables, figures and claims for a chosen model and sizes.",
+    "token_dependence": "What the layers of latents depend on, with nulls.",
 }
 """Modules and what they answer."""

@@ -119,14 +119,22 @@ def test_table_and_disk(tmp_path):
         ([0.6, 0.31, 0.0, 0.09], False),  # less than 10% after
         ([0.0, 0.0, 0.0, 0.0], False),  # never active
         ([1.0], False),
+        # Of many layers, one alone is no mode.
+        ([*[0.05] * 10, 0.01, *[0.05] * 9, 0.04], False),
+        ([*[0.05] * 8, *[0.01] * 5, *[0.05] * 8], True),
+        ([*[0.0] * 11, 0.5, 0.0, 0.5, *[0.0] * 11], False),
     ],
 )
 def test_two_modes(probs, expected):
     totals = torch.tensor(probs).double().unsqueeze(1)
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(len(probs))]
-    dists = LayerDistributions(names, 10, (totals > 0).long(), totals)
+    counts = (10_000 * totals).round().long()
+    dists = LayerDistributions(names, 10_000, counts, totals)
     assert dists.has_two_modes.tolist() == [expected]
-    assert dists.frequency[:, 0].tolist() == [0.1 * (p > 0) for p in probs]
+    assert dists.frequency[:, 0].tolist() == pytest.approx(probs)
+    # Too few tokens to see a valley between peaks of at most 4.
+    few = LayerDistributions(names, 10, (8 * totals).round().long(), totals)
+    assert not few.has_two_modes.any()
 
 
 def test_every_token_of_a_prompt(model, tmp_path):

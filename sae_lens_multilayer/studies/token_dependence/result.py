@@ -22,6 +22,7 @@ from sae_lens_multilayer.studies.token_dependence.shares import (
 )
 
 _N_RESAMPLES = 1000
+_LEAST_TOKENS = 10
 NULL_TITLES = {
     "": "",
     "random_weights": ", random weights",
@@ -83,6 +84,7 @@ class TokenDependence(Result):
 
         `between_tokens` is `E_J[Var_T(E[L | J, T])]` in layers squared, which a shift
         can explain; `shift` is the variance of tau, `token_mean` that of `E[L | T]`.
+        `composition` is the correlation of tau with the mean mu of the token's latents.
         `r2` is the share of `between_tokens` that tau explains, `r2_cross_validated`
         that of the tau of the other half of the latents, and `r2_without_noise` the
         covariance of both halves' tau over `between_tokens`, with errors that are
@@ -105,15 +107,18 @@ class TokenDependence(Result):
         """The numbers of the `summary` if each token is counted some times."""
         squares = self.squares.numpy() @ times
         weight = self.weights.numpy() * times
-        covariance = np.cov(self.half_shifts.numpy(), aweights=weight, ddof=0)
+        shift, mean = self.shifts.numpy(), self.token_means.numpy()
+        halves = _covariance(*self.half_shifts.numpy(), weight)
+        own = _covariance(shift, mean - shift, weight)
         return {
             "between_tokens": squares[0] / weight.sum(),
-            "shift": _variance(self.shifts.numpy(), weight),
-            "token_mean": _variance(self.token_means.numpy(), weight),
+            "shift": own[0, 0],
+            "token_mean": own.sum(),
+            "composition": own[0, 1] / np.sqrt(own[0, 0] * own[1, 1]),
             "r2": 1 - squares[1] / squares[0],
             "r2_cross_validated": 1 - squares[2] / squares[0],
-            "r2_without_noise": covariance[0, 1] * weight.sum() / squares[0],
-            "reliability": covariance[0, 1] / np.sqrt(covariance.diagonal().prod()),
+            "r2_without_noise": halves[0, 1] * weight.sum() / squares[0],
+            "reliability": halves[0, 1] / np.sqrt(halves[0, 0] * halves[1, 1]),
         }
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -183,44 +188,35 @@ class TokenDependence(Result):
         )
 
     def _position_panel(self) -> Panel:
-        edges = np.unique(
-            np.geomspace(1, int(self.positions.max()) + 2, 13).astype(int)
-        )
-        bins = np.digitize(self.positions.numpy() + 1, edges)
-        x = [
-            np.exp(np.log1p(self.positions.numpy()[bins == b]).mean()) - 1
-            for b in np.unique(bins)
-        ]
+        last = int(self.positions.max())
+        edges = np.unique(np.geomspace(1, last + 2, 13).astype(int))
+        position = self.positions.numpy()
+        bins = np.digitize(position + 1, edges)
+        means = {b: position[bins == b].mean() for b in np.unique(bins)}
+        middle = np.array([means[b] for b in bins])
         return Panel(
-            Axis("position in the prompt"),
-            Axis("shift (layers)"),
-            self._means(bins, np.array(x)),
+            Axis("position in the prompt"), Axis("shift (layers)"), self._means(middle)
         )
 
     def _settle_panel(self) -> Panel:
-        settled = self.predictors[self.predictor_names.index("settle_layer")].numpy()
+        settled = self.predictors[self.predictor_names.index("settle_layer")]
         label = "layer from which the most likely next token stays"
-        layers = np.unique(settled[np.isfinite(settled)])
-        return Panel(
-            layer_axis(self.hook_names, label),
-            Axis("shift (layers)"),
-            self._means(settled, layers),
-        )
+        layers = layer_axis(self.hook_names, label)
+        return Panel(layers, Axis("shift (layers)"), self._means(settled.numpy()))
 
-    def _means(self, groups: np.ndarray, x: np.ndarray) -> list[Series]:
-        """Mean shift of each group, and a band of two standard errors."""
-        shift, mean, error = self.shifts.numpy(), [], []
-        for group in np.unique(groups[np.isfinite(groups)]):
-            own = shift[groups == group]
-            mean.append(own.mean())
-            error.append(2 * own.std() / max(1, len(own)) ** 0.5)
-        low, high = np.array(mean) - error, np.array(mean) + error
-        return [
-            Series("± 2 standard errors", x, low, "band", high, colour=0),
-            Series("mean", x, np.array(mean), colour=0),
-        ]
+    def _means(self, x: Float[np.ndarray, " token"]) -> list[Series]:
+        """Mean shift at each x with at least `_LEAST_TOKENS`, with an error band."""
+        values, counts = np.unique(x[np.isfinite(x)], return_counts=True)
+        enough = values[counts >= min(_LEAST_TOKENS, counts.max())]
+        shifts = [self.shifts.numpy()[x == value] for value in enough]
+        mean = np.array([s.mean() for s in shifts])
+        error = np.array([2 * s.std() / len(s) ** 0.5 for s in shifts])
+        band = Series("± 2 standard errors", enough, mean - error, "band", mean + error)
+        band.colour = 0
+        return [band, Series("mean", enough, mean, colour=0)]
 
 
-def _variance(values: np.ndarray, weight: np.ndarray) -> float:
-    mean = np.average(values, weights=weight)
-    return float(np.average((values - mean) ** 2, weights=weight))
+def _covariance(
+    a: np.ndarray, b: np.ndarray, weight: np.ndarray
+) -> Float[np.ndarray, "2 2"]:
+    return np.cov(a, b, aweights=weight, ddof=0)
