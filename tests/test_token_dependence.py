@@ -268,7 +268,8 @@ def test_bad_input(model, tokens):
 def test_the_command_runs_and_resumes_the_study(offline, tmp_path, capsys):
     (tmp_path / "study.yaml").write_text(
         "sae: sae\ndataset_path: text.parquet\nn_tokens: 96\n"
-        "nulls: [shuffled_layers]\nswaps: {n_items: 2, n_context: 4, shift: 2}\n"
+        "nulls: [shuffled_layers]\nn_resamples: 5\n"
+        "swaps: {n_items: 2, n_context: 4, shift: 2}\n"
     )
     command = ["study", "token_dependence", "study.yaml", "--output", "out"]
     cli.main(command)

@@ -16,10 +16,7 @@ from sae_lens_multilayer.pictures.description import (
     layer_axis,
 )
 from sae_lens_multilayer.results import Result
-from sae_lens_multilayer.studies.token_dependence.shares import (
-    interval,
-    resampled_prompts,
-)
+from sae_lens_multilayer.studies.token_dependence.shares import interval
 
 _N_RESAMPLES = 1000
 _LEAST_TOKENS = 10
@@ -76,7 +73,7 @@ class TokenDependence(Result):
     def r2_cross_validated(self) -> float:
         """Share of `E_J[Var_T(E[L | J, T])]` that the shift from the other half of the
         latents explains; below 0 if the shift predicts worse than no shift."""
-        return self._metrics(np.ones(len(self.weights)))["r2_cross_validated"]
+        return float(_metrics(self._prompt_sums().sum(0))["r2_cross_validated"])
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -92,34 +89,28 @@ class TokenDependence(Result):
         share of `Var(tau)` that the predictors explain together. Intervals do not
         include the uncertainty of the means of latents.
         """
+        sums = self._prompt_sums()
         rng = np.random.default_rng(0)
-        prompts = self.prompts.numpy()
-        metrics = self._metrics(np.ones(len(prompts)))
-        resampled = pd.DataFrame(
-            [self._metrics(t) for t in resampled_prompts(prompts, _N_RESAMPLES, rng)]
-        )
-        rows = {n: (v, *interval(resampled[n].to_numpy())) for n, v in metrics.items()}
+        drawn = rng.integers(0, len(sums), (_N_RESAMPLES, len(sums)))
+        resampled = _metrics(sums[drawn].sum(1))
+        rows = {
+            name: (float(value), *interval(resampled[name]))
+            for name, value in _metrics(sums.sum(0)).items()
+        }
         low, high = interval(self.resampled_shares.sum(1).numpy())
         rows["r2_predictors"] = self.shares.sum().item(), low, high
         return pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high"])
 
-    def _metrics(self, times: Float[np.ndarray, " token"]) -> dict[str, float]:
-        """The numbers of the `summary` if each token is counted some times."""
-        squares = self.squares.numpy() @ times
-        weight = self.weights.numpy() * times
-        shift, mean = self.shifts.numpy(), self.token_means.numpy()
-        halves = _covariance(*self.half_shifts.numpy(), weight)
-        own = _covariance(shift, mean - shift, weight)
-        return {
-            "between_tokens": squares[0] / weight.sum(),
-            "shift": own[0, 0],
-            "token_mean": own.sum(),
-            "composition": own[0, 1] / np.sqrt(own[0, 0] * own[1, 1]),
-            "r2": 1 - squares[1] / squares[0],
-            "r2_cross_validated": 1 - squares[2] / squares[0],
-            "r2_without_noise": halves[0, 1] * weight.sum() / squares[0],
-            "reliability": halves[0, 1] / np.sqrt(halves[0, 0] * halves[1, 1]),
-        }
+    def _prompt_sums(self) -> Float[np.ndarray, "prompt 14"]:
+        """Sums over the tokens of each prompt, for `_metrics`."""
+        weight, shift = self.weights.numpy(), self.shifts.numpy()
+        first, second = self.half_shifts.numpy()
+        mean = self.token_means.numpy() - shift
+        columns = [*self.squares.numpy(), weight]
+        for a, b in ((first, second), (shift, mean)):
+            columns += [weight * v for v in (a, b, a * a, b * b, a * b)]
+        _, prompt = np.unique(self.prompts.numpy(), return_inverse=True)
+        return np.stack([np.bincount(prompt, c) for c in columns], axis=1)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each predictor, the largest share first.
@@ -216,7 +207,26 @@ class TokenDependence(Result):
         return [band, Series("mean", enough, mean, colour=0)]
 
 
-def _covariance(
-    a: np.ndarray, b: np.ndarray, weight: np.ndarray
-) -> Float[np.ndarray, "2 2"]:
-    return np.cov(a, b, aweights=weight, ddof=0)
+def _metrics(sums: Float[np.ndarray, "*resample 14"]) -> dict[str, np.ndarray]:
+    """The numbers of the `summary`, from sums over prompts."""
+    between, left, left_of_halves, weight = np.moveaxis(sums[..., :4], -1, 0)
+    halves, own = sums[..., 4:9], sums[..., 9:]
+    (first, second, both), (shift, mean, product) = (
+        _covariance(np.moveaxis(part, -1, 0) / weight) for part in (halves, own)
+    )
+    return {
+        "between_tokens": between / weight,
+        "shift": shift,
+        "token_mean": shift + mean + 2 * product,
+        "composition": product / np.sqrt(shift * mean),
+        "r2": 1 - left / between,
+        "r2_cross_validated": 1 - left_of_halves / between,
+        "r2_without_noise": both * weight / between,
+        "reliability": both / np.sqrt(first * second),
+    }
+
+
+def _covariance(means: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Variances of a and b and their covariance, from means of a, b, a^2, b^2, a b."""
+    a, b, aa, bb, ab = means
+    return aa - a * a, bb - b * b, ab - a * b

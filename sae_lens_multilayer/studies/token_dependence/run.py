@@ -46,6 +46,8 @@ class TokenDependenceSettings:
     """Nulls to compare with."""
     latents: Sequence[int] | None = None
     """Latents of `layer_dependence`; None: all."""
+    n_resamples: int = 200
+    """Resamples and permutations of `layer_dependence`."""
     swaps: Mapping[str, int] = field(default_factory=dict[str, int])
     """`n_items`, `n_context` and `shift` of `token_swaps`."""
     model_name: str | None = None
@@ -113,7 +115,12 @@ def token_dependence_study(
             "batch_size_prompts": settings.batch_size_prompts,
             "null": null or None,
         }
-        dependence = partial(layer_dependence, latents=settings.latents, **options)
+        dependence = partial(
+            layer_dependence,
+            latents=settings.latents,
+            n_resamples=settings.n_resamples,
+            **options,
+        )
         swaps: Any = partial(token_swaps, **settings.swaps, **options)
         own = folder / (null or "trained")
         study.dependence[null] = _saved(
