@@ -207,7 +207,7 @@ class TokenDependence(Result):
         return [band, Series("mean", enough, mean, colour=0)]
 
 
-def _metrics(sums: Float[np.ndarray, "*resample 14"]) -> dict[str, np.ndarray]:
+def _metrics(sums: Float[np.ndarray, "*resample 14"]) -> dict[str, Any]:
     """The numbers of the `summary`, from sums over prompts."""
     between, left, left_of_halves, weight = np.moveaxis(sums[..., :4], -1, 0)
     halves, own = sums[..., 4:9], sums[..., 9:]
@@ -226,7 +226,7 @@ def _metrics(sums: Float[np.ndarray, "*resample 14"]) -> dict[str, np.ndarray]:
     }
 
 
-def _covariance(means: np.ndarray) -> tuple[np.ndarray, ...]:
+def _covariance(means: np.ndarray) -> tuple[Any, ...]:
     """Variances of a and b and their covariance, from means of a, b, a^2, b^2, a b."""
     a, b, aa, bb, ab = means
     return aa - a * a, bb - b * b, ab - a * b
