@@ -34,7 +34,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup neighbours test tl4 demo bench lint clean
+.PHONY: help setup neighbours test tl4 demo bench lint docs tutorials clean
 
 help:
 	@echo 'make test    run the tests               (TEST_ARGS: for pytest)'
@@ -42,6 +42,8 @@ help:
 	@echo 'make demo    train and use an MLSAE      (DEMO_ARGS: for examples/demo.py)'
 	@echo 'make bench   run the benchmarks          (BENCH_ARGS: default --small)'
 	@echo 'make lint    run ruff and pyright'
+	@echo 'make docs    build the site in site/'
+	@echo 'make tutorials  run the tutorials and write their pages'
 	@echo 'make setup   create $(VENV)                (PYTHON: an interpreter, 3.10 to 3.12)'
 	@echo 'make neighbours  install SAEDashboard and sae-bench into $(VENV)'
 	@echo 'make clean   remove $(VENV) and caches'
@@ -79,6 +81,14 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 
+docs: $(STAMP)
+	$(PIP_INSTALL) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+tutorials: $(STAMP)
+	$(PIP_INSTALL) -e '.[tutorials]'
+	$(RUN) docs/tutorials/run.py
+
 # The stamp is written last, so an interrupted setup is repeated.
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@rm -f $(STAMP)
@@ -100,5 +110,5 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -100,6 +100,10 @@ class MultiLayerTrainerConfig(SAETrainerConfig):
         return math.ceil(self.total_training_samples / self.train_batch_size_samples)
 
 
+def _default_sae() -> Any:  # of the type of a config's SAE, which is generic
+    return MultiLayerTrainingSAEConfig(d_in=512, d_sae=64 * 512)
+
+
 @dataclass
 class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     """Configuration for training one SAE on many layers of a language model.
@@ -114,9 +118,8 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     training config, trained on the same activations.
     """
 
-    sae: T_TRAINING_SAE_CONFIG = field(  # type: ignore[assignment]
-        default_factory=lambda: MultiLayerTrainingSAEConfig(d_in=512, d_sae=64 * 512)
-    )
+    sae: T_TRAINING_SAE_CONFIG = field(default_factory=_default_sae)
+    """The SAE: sizes, sparsity and what else its architecture has."""
     hook_name: str = hooks.DEFAULT_HOOK_NAME
     """Template of the hook names; `{layer}` stands for the block number."""
     layers: list[int] | None = None

@@ -61,7 +61,8 @@ class ExampleCollector:
 
     Args:
         n_examples: Examples to keep for each latent and layer.
-        n_before, n_after: Tokens of the context before and after the example.
+        n_before: Tokens of the context before the example.
+        n_after: Tokens of the context after it.
         latents: Keep examples of these latents only; None: of all.
     """
 

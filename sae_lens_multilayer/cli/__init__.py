@@ -1,7 +1,8 @@
 """The command line: a module for each command, and one handling of errors.
 
-A command's module has the dataclass `Options`, from which its parser is made, and
-`run(options)`; without `Options`, `run` parses the arguments itself.
+A command's module has the dataclass `Options`, from which its parser is made,
+`run(options)`, and `EXAMPLES` for the help. Without `Options`, `run` parses the
+arguments itself.
 """
 
 import argparse
@@ -15,8 +16,9 @@ from importlib import import_module
 from typing import Any
 
 from sae_lens.training._interruption import InterruptedException
-from simple_parsing import ArgumentParser
 
+import sae_lens_multilayer
+from sae_lens_multilayer.cli.parser import Parser
 from sae_lens_multilayer.ranks import AgreedError, RankError, check_one_process
 
 PROG = "sae-lens-multilayer"
@@ -39,6 +41,15 @@ COMMANDS = {
 
 _STOPPED_BY_PIPE, _STOPPED_BY_USER = 128 + signal.SIGPIPE, 128 + signal.SIGINT
 """Exit statuses that shells give programs that end by these signals."""
+
+EXIT_STATUSES = {
+    0: "done",
+    1: "an error, such as wrong input; or stopped by a signal after a checkpoint",
+    2: "a wrong option",
+    _STOPPED_BY_USER: "stopped by Ctrl-C",
+    _STOPPED_BY_PIPE: "the reader of the output has ended",
+}
+"""What the exit statuses mean."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -77,12 +88,15 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{line}" for name, line in COMMANDS.items()]
+    statuses = [f"  {status:<{width}}{text}" for status, text in EXIT_STATUSES.items()]
     parser = argparse.ArgumentParser(
         prog=PROG,
         description="Multi-layer sparse autoencoders for SAELens.",
-        epilog="\n".join(["commands:", *lines]),
+        epilog="\n".join(["commands:", *lines, "\nexit status:", *statuses]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"{PROG} {sae_lens_multilayer.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     parser.add_argument(
         "--traceback", action="store_true", help="show the traceback of an error"
     )
@@ -97,15 +111,17 @@ def _run(command: str, arguments: list[str]) -> None:
     if command != "train":
         check_one_process(f"`{command}`")
     module = import_module(f"{__name__}.{command}")
-    options: Any = getattr(module, "Options", None)
-    if options is None:
+    if hasattr(module, "Options"):
+        parsed: Any = parser_of(command).parse_args(arguments)
+        module.run(parsed.options)
+    else:
         module.run(arguments)
-        return
-    parser = ArgumentParser(
-        prog=f"{PROG} {command}",
-        description=COMMANDS[command],
-        epilog=getattr(module, "help_epilog", str)(),
-    )
-    parser.add_arguments(options, dest="options")
-    parsed: Any = parser.parse_args(arguments)
-    module.run(parsed.options)
+
+
+def parser_of(command: str) -> Parser:
+    """The parser of a command whose module has `Options`."""
+    module = import_module(f"{__name__}.{command}")
+    epilog = getattr(module, "help_epilog", str)() + getattr(module, "EXAMPLES", "")
+    parser = Parser(f"{PROG} {command}", COMMANDS[command], epilog)
+    parser.add_arguments(module.Options, dest="options")
+    return parser

@@ -1,5 +1,6 @@
 """Runs analyses of an SAE; a report can be made from the folder they are saved in."""
 
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from sae_lens_multilayer.cli.options import (
 )
 from sae_lens_multilayer.cli.outputs import new_folder
 from sae_lens_multilayer.cli.saved_sae import load_sae
+from sae_lens_multilayer.cli.tables import print_table
 from sae_lens_multilayer.files import complete_or_absent, save_somewhere
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
 from sae_lens_multilayer.record import Record, hash_of_json, hash_of_tensors
@@ -22,6 +24,10 @@ KIND = "analyses"
 _WITHOUT_EFFECT = ("device", "batch_size_prompts", "trust_remote_code")
 _RECORDED = ("model", "text", "analysis")
 T = TypeVar("T")
+
+EXAMPLES = """example:
+  sae-lens-multilayer analyze output --dataset_path held-out.jsonl \\
+      --analyses variances redundancy --exclude_positions 0"""
 
 
 @dataclass
@@ -59,11 +65,8 @@ class Options:
 
 def help_epilog() -> str:
     """The list of analyses, for the help."""
-    lines = ["analyses:"]
-    for name, row in ANALYSES.items():
-        needs = ", ".join(need.description for need in row.needs)
-        lines.append(f"  {name:28}needs {needs}" if needs else f"  {name}")
-    return "\n".join(lines)
+    names = textwrap.fill(", ".join(ANALYSES), 76)
+    return f"analyses:\n{textwrap.indent(names, '  ')}\n\n"
 
 
 def run(options: Options) -> None:
@@ -75,10 +78,11 @@ def run(options: Options) -> None:
     results = suite_of(inputs, options).run(names)
     for name, result in results.items():
         if table := ANALYSES[name].table:
-            print(table(result).to_string(float_format="{:.4f}".format))
+            print_table(table(result))
     output = save_somewhere(output, lambda path: _write(results, path, inputs, options))
     for name, result in results.items():
-        print(f"Written: {output / name}, a {type(result).__name__}")
+        print(f"{name}: a {type(result).__name__}")
+    print(f"Written: {output}, a folder and pictures for each result.")
 
 
 def suite_of(inputs: Inputs, options: Any) -> Suite:

@@ -7,6 +7,9 @@ from simple_parsing import field as option
 from sae_lens_multilayer.config_files import config_from_settings, read_settings_file
 from sae_lens_multilayer.store.harvest import MultiLayerCacheActivationsRunner
 
+EXAMPLES = """example:
+  sae-lens-multilayer cache run.yaml --output vectors"""
+
 
 @dataclass
 class Options:

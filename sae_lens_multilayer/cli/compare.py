@@ -4,10 +4,14 @@ import sys
 from pathlib import Path
 
 from sae_lens_multilayer.cli import PROG
-from sae_lens_multilayer.cli.sweep import Options, print_table, read_sections
+from sae_lens_multilayer.cli.sweep import Options, read_sections
+from sae_lens_multilayer.cli.tables import print_table
 from sae_lens_multilayer.sweeps.compare import PointsFailedError, train_and_compare
 
 __all__ = ["Options", "run"]
+
+EXAMPLES = """example:
+  sae-lens-multilayer compare compare.yaml --output compare"""
 
 
 def run(options: Options) -> None:

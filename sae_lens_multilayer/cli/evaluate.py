@@ -9,7 +9,16 @@ from sae_lens_multilayer.cli.options import (
     TextOptions,
 )
 from sae_lens_multilayer.cli.outputs import new_file, write_new
+from sae_lens_multilayer.cli.tables import print_numbers, print_table
 from sae_lens_multilayer.evaluation.evaluation import Ablation, evaluate
+from sae_lens_multilayer.hooks import layer_labels
+
+_SHOWN = ["fvu", "mse", "l0", "silent_fraction", "delta_ce", "kl_div", "ce_loss_score"]
+
+EXAMPLES = """examples:
+  sae-lens-multilayer evaluate output --dataset_path held-out.jsonl
+  sae-lens-multilayer evaluate mlsae-pythia-70m-deduped --sae_id x64-k32 \\
+      --dataset_path held-out.jsonl --output_path evaluation.csv"""
 
 
 @dataclass
@@ -50,12 +59,14 @@ def run(options: Options) -> None:
         together="all" if options.together else None,
     )
     table = metrics.to_dataframe()
-    print(table.to_string(float_format="{:.4f}".format))
+    by_layer = table[_SHOWN].set_axis(layer_labels(metrics.hook_names))
+    print_table(by_layer)
     print(f"\nMean over layers, {inputs.prompts.ids.numel():,} tokens of text:")
-    print(metrics.mean().round(4).to_string())
+    print_numbers(metrics.mean())
     if metrics.together is not None:
         print("\nAll layers replaced at once:")
-        for name, value in metrics.together.items():
-            print(f"{name}  {value:.4f}")
-    if file is not None:
+        print_numbers(metrics.together)
+    if file is None:
+        print("\nNot saved: --output_path writes the table with all columns.")
+    else:
         write_new(file, table.to_csv())

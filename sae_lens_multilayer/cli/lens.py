@@ -9,6 +9,10 @@ from sae_lens_multilayer.cli.options import ModelOptions, TextOptions
 from sae_lens_multilayer.cli.outputs import new_folder
 from sae_lens_multilayer.lens.fit import fit_tuned_lens
 
+EXAMPLES = """example:
+  sae-lens-multilayer lens --model_name pythia-70m-deduped \\
+      --dataset_path text.jsonl --context_size 2048"""
+
 
 @dataclass
 class Options:

@@ -7,6 +7,10 @@ from simple_parsing import field as option
 
 from sae_lens_multilayer.published.releases import releases
 
+EXAMPLES = """examples:
+  sae-lens-multilayer releases gpt2
+  sae-lens-multilayer releases --csv"""
+
 
 @dataclass
 class Options:

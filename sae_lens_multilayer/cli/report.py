@@ -25,6 +25,10 @@ from sae_lens_multilayer.pictures.page import ReportContent, report_html
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
 
+EXAMPLES = """examples:
+  sae-lens-multilayer report output --dataset_path held-out.jsonl
+  sae-lens-multilayer report output --analysis_path analyses"""
+
 
 @dataclass
 class Options:

@@ -19,6 +19,9 @@ from sae_lens_multilayer.cli.report import content_of
 from sae_lens_multilayer.pictures.latents import USED
 from sae_lens_multilayer.pictures.page import report_html
 
+EXAMPLES = """example:
+  sae-lens-multilayer serve output --dataset_path held-out.jsonl"""
+
 
 @dataclass
 class ServedText(TextOptions):

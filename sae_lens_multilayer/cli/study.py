@@ -7,9 +7,13 @@ from typing import Any
 
 from simple_parsing import field as option
 
-from sae_lens_multilayer.cli.sweep import print_table
+from sae_lens_multilayer.cli.tables import print_table
 from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.studies import STUDIES
+
+EXAMPLES = """example:
+  sae-lens-multilayer study paper examples/studies/paper_pythia_70m.yaml \\
+      --output paper"""
 
 
 @dataclass
@@ -26,7 +30,8 @@ class Options:
 
 def help_epilog() -> str:
     """The studies, for `--help`."""
-    return "studies: " + " ".join(f"{name}: {text}" for name, text in STUDIES.items())
+    lines = [f"  {name:24}{text}" for name, text in STUDIES.items()]
+    return "\n".join(["studies:", *lines, "\n"])
 
 
 def run(options: Options) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 from simple_parsing import field as option
 
 from sae_lens_multilayer.cli import PROG
+from sae_lens_multilayer.cli.tables import print_table
 from sae_lens_multilayer.config_files import check_known, mapping, read_settings_file
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import combine, grid
 from sae_lens_multilayer.sweeps.sweep import TABLE_FILE, sweep
 
 _SHOWN = ("status", "fvu", "delta_ce", "kl_div", "token_ratio", "training_seconds")
+
+EXAMPLES = """example:
+  sae-lens-multilayer sweep sweep.yaml --output sweep"""
 
 
 @dataclass
@@ -36,7 +40,7 @@ def run(options: Options) -> None:
     chosen = combine(points, grid(**mapping(sections, "grid")))
     table = sweep(base, chosen, options.output, evaluation=evaluation)
     print_table(table[[name for name in _SHOWN if name in table]])
-    print(f"\nWritten: {Path(options.output) / TABLE_FILE}")
+    print(f"\nWritten: {Path(options.output) / TABLE_FILE}, and a folder for each row.")
     failed = table[table.status == "failed"]
     if len(failed):
         reasons = [f"  {name}: {row.error}" for name, row in failed.iterrows()]
@@ -51,8 +55,3 @@ def read_sections(
     check_known(sections, ["base", "evaluation", *more])
     evaluation = SweepEvaluation.from_settings(mapping(sections, "evaluation"))
     return mapping(sections, "base"), evaluation, sections
-
-
-def print_table(table: Any) -> None:
-    """Print a table with four decimals."""
-    print(table.to_string(float_format="{:.4f}".format))

@@ -61,8 +61,9 @@ def evaluate(
             is scored; cut such prompts to equal lengths if it must not be.
         exclude_positions: Positions in a prompt, treated likewise; negative ones count
             from its end.
-        keep_tokens, keep_positions: As `exclude_...`, but left out of the metrics of
-            reconstruction only.
+        keep_tokens: As `exclude_tokens`, but left out of the metrics of reconstruction
+            only.
+        keep_positions: As `exclude_positions`, likewise.
         ablation: What the ablated runs replace a layer's vectors by: zeros (as SAELens)
             or their mean over these tokens.
         together: Hooks, by name or block number, that one more run replaces all at

@@ -43,7 +43,8 @@ def mlsae_huggingface_loader(
         repo_id: The repository, or its owner if `folder_name` begins with its name.
         folder_name: The name of a hook, or nothing for the whole SAE.
         cfg_overrides: Entries that replace those of the config.
-        model_name, tuned_lens: As in `mlsae_disk_loader`.
+        model_name: As in `mlsae_disk_loader`.
+        tuned_lens: As in `mlsae_disk_loader`.
     """
     repository, hook_name = _split(repo_id, folder_name)
     config = hf_hub_download(repository, _CONFIG, force_download=force_download)

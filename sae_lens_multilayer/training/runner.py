@@ -269,6 +269,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
             lambda path: self._write_sae(sae, path, log_feature_sparsity),
             self.cfg.checkpoint_path,
         )
+        logger.info("Written: %s, the trained SAE.", path)
         checkpoints.upload(self, path, ["final_model"])
 
     def _write_sae(
