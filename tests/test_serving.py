@@ -233,7 +233,9 @@ def running(app):
         thread.join(10)
 
 
-def test_a_reader_types_a_text_and_steers(explorer, model, tmp_path):
+def test_a_reader_types_a_text_and_steers(model, tmp_path):
+    text = Text(context_size=N_CTX, prepend_bos=False)
+    explorer = Explorer(lens_sae(), model, text, lambda i: f"<i>w{i} ")
     tokens = torch.randint(1, D_VOCAB, (5, N_CTX))
     suite = Suite(explorer.sae, model, tokens, n_examples=2)
     results = suite.run([name for name in suite.available() if name in USED])
@@ -251,6 +253,10 @@ def test_a_reader_types_a_text_and_steers(explorer, model, tmp_path):
         document.getElementById("show-acts").click();
         await done();
         const seen = {{}};
+        const rows = document.querySelector("#latent-outputs select");
+        seen.rows = Array.from(rows.options, (option) => option.textContent);
+        rows.value = "2"; rows.dispatchEvent(new Event("change"));
+        seen.output = document.querySelector("#latent-outputs .token").textContent;
         seen.tokens = Array.from(document.querySelectorAll("#grid .token"),
             (one) => one.textContent);
         document.querySelector('#grid td[data-token="3"][data-layer="1"]').click();
@@ -285,6 +291,11 @@ def test_a_reader_types_a_text_and_steers(explorer, model, tmp_path):
     with running(app) as address:
         seen = result_of_browser(address, posted, tmp_path, width=500)
 
+    first = int(results["layer_distributions"].most_active(1))
+    output = results["output_tokens"].top_ids[2, first, 0]
+    assert seen["rows"][0] == "through the lens"
+    assert seen["rows"][2] == "layer 1, without the lens"
+    assert seen["output"] == explorer.text_of(int(output))
     assert [text.strip() for text in seen["tokens"]] == [
         f"<i>{word}" for word in TEXT.split()
     ]

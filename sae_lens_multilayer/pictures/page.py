@@ -204,7 +204,9 @@ def _pieces(latents: LatentData) -> str:
 
 def _packed(name: str, value: Any) -> str:
     """A script element with compressed data, which `unpack` in page.js reads."""
-    packed = base64.b64encode(gzip.compress(_json(value).encode(), mtime=0)).decode()
+    # Level 9 takes 2.6 times as long, for 2 % less.
+    zipped = gzip.compress(_json(value).encode(), compresslevel=6, mtime=0)
+    packed = base64.b64encode(zipped).decode()
     return f'<script type="application/gzip" id="{name}">{packed}</script>'
 
 
