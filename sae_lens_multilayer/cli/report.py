@@ -50,29 +50,35 @@ class Options:
 def run(options: Options) -> None:
     """Run the command."""
     file = new_file(options.output_path)
+    write_new(file, report_html(inputs_and_content(options)[1]))
+
+
+def inputs_and_content(
+    options: Any, names: Iterable[str] | None = None
+) -> tuple[Inputs, ReportContent]:
+    """The SAE, model and text of some options, and the content of their report.
+
+    Args:
+        options: With `sae`, `model`, `text`, `analysis`, `analysis_path`, `n_latents`.
+        names: Analyses to show as far as they are available, besides those in
+            `analysis_path`; None: all.
+    """
+    known: dict[str, Result] = {}
     if options.analysis_path is not None:
         options = with_saved_settings(options.analysis_path, options)
     inputs = Inputs.load(options)
     if options.analysis_path is not None:
         check_same_inputs(options.analysis_path, inputs)
-    known = {} if options.analysis_path is None else load_results(options.analysis_path)
-    write_new(file, report_html(content_of(inputs, options, known)))
+        known = load_results(options.analysis_path)
+    return inputs, _content(inputs, options, known, names)
 
 
-def content_of(
+def _content(
     inputs: Inputs,
     options: Any,
     known: Mapping[str, Result],
-    names: Iterable[str] | None = None,
+    names: Iterable[str] | None,
 ) -> ReportContent:
-    """The content of a report.
-
-    Args:
-        options: With `sae`, `text`, `analysis`, `analysis_path` and `n_latents`.
-        known: Results that are not computed again.
-        names: Analyses to show as far as they are available, besides `known`; None:
-            all.
-    """
     positions, notes = _excluded(inputs, options)
     analysis = replace(options.analysis, exclude_positions=positions)
     suite = suite_of(inputs, replace(options, analysis=analysis))

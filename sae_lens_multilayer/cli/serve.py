@@ -3,19 +3,9 @@
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from sae_lens_multilayer.analysis import load_results
-from sae_lens_multilayer.cli.analyze import (
-    AnalysisOptions,
-    check_same_inputs,
-    with_saved_settings,
-)
-from sae_lens_multilayer.cli.options import (
-    Inputs,
-    ModelOptions,
-    SAEOptions,
-    TextOptions,
-)
-from sae_lens_multilayer.cli.report import content_of
+from sae_lens_multilayer.cli.analyze import AnalysisOptions
+from sae_lens_multilayer.cli.options import ModelOptions, SAEOptions, TextOptions
+from sae_lens_multilayer.cli.report import inputs_and_content
 from sae_lens_multilayer.pictures.latents import USED
 from sae_lens_multilayer.pictures.page import report_html
 
@@ -65,13 +55,8 @@ def run(options: Options) -> None:
         raise ModuleNotFoundError(
             f"{error}; `pip install 'sae-lens-multilayer[serve]'` installs it."
         ) from error
-    if options.analysis_path is not None:
-        options = with_saved_settings(options.analysis_path, options)
-    inputs = Inputs.load(options)
-    if options.analysis_path is not None:
-        check_same_inputs(options.analysis_path, inputs)
-    known = {} if options.analysis_path is None else load_results(options.analysis_path)
-    page = report_html(content_of(inputs, options, known, USED), served=True)
+    inputs, content = inputs_and_content(options, USED)
+    page = report_html(content, served=True)
     explorer = Explorer(inputs.sae, inputs.model, inputs.text, inputs.text_of)
     app = make_app(page, explorer, hosts)
     server = uvicorn.Server(

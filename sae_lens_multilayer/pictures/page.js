@@ -27,10 +27,10 @@ function tokenText(text, properties) {
   return made;
 }
 
-/* Plotly reads markup in its texts. */
+/* Plotly reads markup and formulas in its texts. */
 function plain(text) {
   return visible(text).replace(/&/g, "&amp;").replace(/</g, "&lt;")
-    .replace(/>/g, "&gt;");
+    .replace(/>/g, "&gt;").replace(/\$/g, "&#36;");
 }
 
 function marked(share) {
