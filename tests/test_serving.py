@@ -238,7 +238,7 @@ def test_a_reader_types_a_text_and_steers(model, tmp_path):
     explorer = Explorer(lens_sae(), model, text, lambda i: f"<i>w{i} ")
     tokens = torch.randint(1, D_VOCAB, (5, N_CTX))
     suite = Suite(explorer.sae, model, tokens, n_examples=2)
-    results = suite.run([name for name in suite.available() if name in USED])
+    results: Any = suite.run([name for name in suite.available() if name in USED])
     content = ReportContent("T", {}, [], None, results, explorer.text_of, n_latents=9)
     acts = prompt_acts(explorer.sae, model, explorer.token_ids(TEXT))
     script = f"""
