@@ -783,6 +783,23 @@ def test_rows_without_proof_are_computed_in_float32(is_native, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("certified", [False, True])
+def test_a_step_counts_the_rows_without_proof(certified):
+    z, (W_enc, W_dec, b_dec) = make_case(6, 2, 8, 200, torch.float32)
+    W_enc = W_enc[:, :1] + 1e-5 * W_enc
+    step = training_step(
+        z,
+        *copies((W_enc, W_dec, b_dec)),
+        k=3,
+        dead_latents=None,
+        k_aux=0,
+        aux_coefficient=0.0,
+        micro_batch_size=5,
+        certified=certified,
+    )
+    assert step.n_unproven.item() == (12 if certified else 0)
+
+
 @pytest.mark.parametrize("is_native", ENGINES)
 @pytest.mark.parametrize("kind", [Encoder, CertifiedEncoder])
 @pytest.mark.parametrize("nan", [torch.nan, -torch.nan])

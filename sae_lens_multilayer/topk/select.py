@@ -120,6 +120,9 @@ class Encoder:
         limit = max(1, max_rows * d_sae // n_columns)
         self.block_rows = min(limit, block_rows(n_columns, W_enc_rows.device.type))
 
+    n_unproven = 0
+    """Selections computed again in float32, since a bfloat16 product proved nothing."""
+
     def __call__(self, v: Float[Tensor, "act d_in"]) -> Selection:
         """Select from all latents and, if there are any, from the dead latents."""
         return _concatenate([self._select(block) for block in v.split(self.block_rows)])
@@ -150,8 +153,6 @@ class CertifiedEncoder(Encoder):
     A vector is proven if no other entry can be among its k largest; see `_certify` and
     `native.certified_topk`. Vectors without proof are multiplied in float32.
     """
-
-    n_unproven = 0
 
     @override
     def _select(self, v: Float[Tensor, "act d_in"]) -> Selection:

@@ -52,6 +52,8 @@ class TopKStep:
     """Largest activation of each latent over all layers and tokens, or 0."""
     fire_counts: Int[Tensor, " d_sae"]
     """Number of activations above 0 of each latent over all layers and tokens."""
+    n_unproven: Int[Tensor, ""]
+    """Selections, of all latents or of the dead ones, without a bfloat16 proof."""
 
 
 @torch.no_grad()
@@ -192,7 +194,8 @@ class _Batch:
 
     def result(self, aux_coefficient: float) -> TopKStep:
         sums = torch.cat(self.sums, dim=1)
-        self.ranks.sum_(sums, self.fire_counts)
+        n_unproven = torch.tensor(self.encoder.n_unproven, device=sums.device)
+        self.ranks.sum_(sums, self.fire_counts, n_unproven)
         self.ranks.max_(self.max_acts)
         mse = sums[0] / self.moments.n_entries
         mse_loss = (mse / self.moments.variance).mean()
@@ -209,6 +212,7 @@ class _Batch:
             moments=self.moments,
             max_acts=self.max_acts,
             fire_counts=self.fire_counts,
+            n_unproven=n_unproven,
         )
 
 

@@ -100,6 +100,7 @@ def topk_gradients(
         },
         fire_counts=step.fire_counts,
         max_acts=step.max_acts,
+        metrics={"unproven_rows": step.n_unproven},
         is_in_lens_space=sae.lens is not None,
     )
 
