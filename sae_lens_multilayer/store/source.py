@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.model import Model
+from sae_lens_multilayer.models.model import Model, ModelShape
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.cache import ActivationCache
 from sae_lens_multilayer.text.prompts import Text, mark_counted, next_rows
@@ -51,6 +51,11 @@ class Source(ABC):
     """Chunks taken so far."""
     epoch_ended: bool = False
     """Whether no chunk of this epoch follows the one taken last."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Shape of the model whose vectors they are; its hooks are all by default."""
+        return ModelShape(len(self.hook_names), self.d_in)
 
     @property
     def bytes_per_token(self) -> int:

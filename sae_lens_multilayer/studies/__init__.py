@@ -6,6 +6,7 @@ resumes what an earlier call began in the folder, and returns tables to print.
 """
 
 STUDIES = {
+    "synthetic": "Recovery of known features of synthetic residual streams.",
     "paper": "The paper's tables, figures and claims for a chosen model and sizes.",
     "token_dependence": "What the layers of latents depend on, with nulls.",
 }

@@ -22,16 +22,13 @@ from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures import describe_costs, draw, save_figure
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import Settings, make_points
+from sae_lens_multilayer.sweeps.resumable import PointsFailedError
 from sae_lens_multilayer.sweeps.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
 MULTI_LAYER, SINGLE_LAYERS = "multi_layer", "single_layers"
 _COSTS_FILE = "costs.csv"
-
-
-class PointsFailedError(RuntimeError):
-    """Some points of a sweep have failed, so the SAEs cannot be compared."""
 
 
 @dataclass

@@ -83,6 +83,16 @@ def read_cost(file: Path) -> Cost:
     return Cost(**read_json(file)) if file.exists() else Cost()
 
 
+def available_bytes() -> float:
+    """Memory that can be allocated without swapping; infinite where unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    found = (float(li.split()[1]) * 2**10 for li in lines if li.startswith("MemAvail"))
+    return next(found, math.inf)
+
+
 def _reset_peaks() -> bool:
     """Reset peak counters; returns whether the process's could be reset."""
     if torch.cuda.is_available():

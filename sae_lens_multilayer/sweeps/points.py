@@ -79,7 +79,9 @@ def combine(points: Sequence[Settings], others: Sequence[Settings]) -> list[Sett
     for point, other in itertools.product(points, others):
         if both := sorted(point.keys() & other.keys()):
             raise ValueError(f"`points` and `grid` must not both vary {both}.")
-        name = {"name": f"{point['name']}_{_name(other)}"} if "name" in point else {}
+        name = (
+            {"name": f"{point['name']}_{point_name(other)}"} if "name" in point else {}
+        )
         combined.append({**point, **other, **name})
     return combined
 
@@ -91,7 +93,7 @@ def make_points(
     made: list[Point] = []
     for point in points:
         varied = {name: value for name, value in point.items() if name != "name"}
-        settings, name = _merge(base, varied, shape), _name(point)
+        settings, name = _merge(base, varied, shape), point_name(point)
         log = {"run_name": name, **mapping(settings, "logger")}
         cfg = config_from_settings({**settings, "logger": log})
         made.append(Point(name, _flat(varied), cfg))
@@ -166,7 +168,7 @@ def _with_d_sae(of_sae: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "d_sae": int(d_sae)}
 
 
-def _name(point: Settings) -> str:
+def point_name(point: Settings) -> str:
     """A folder name that depends on the settings only."""
     if "name" in point:
         name = str(point["name"])

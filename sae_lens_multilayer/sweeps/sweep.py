@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,11 @@ from typing import Any
 import pandas as pd
 from sae_lens import SAE
 from sae_lens.config import HfDataset
-from sae_lens.training._interruption import InterruptedException
-from tqdm.auto import tqdm
+from typing_extensions import override
 
 from sae_lens_multilayer.analysis.suite import load_results, save_results
 from sae_lens_multilayer.config import LATEST
-from sae_lens_multilayer.files import (
-    check_writable,
-    complete_or_absent,
-    free_path,
-    locked,
-    write_whole,
-)
+from sae_lens_multilayer.files import check_writable, complete_or_absent, free_path
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import ModelShape
@@ -36,6 +28,7 @@ from sae_lens_multilayer.sweeps.points import (
     make_points,
     varied_settings,
 )
+from sae_lens_multilayer.sweeps.resumable import TABLE_FILE, ResumablePoints
 from sae_lens_multilayer.text.prompts import Prompts, Text, check_positions
 from sae_lens_multilayer.training.lens_of_run import lens_of_run
 from sae_lens_multilayer.training.run import hooks_of_run
@@ -43,12 +36,10 @@ from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 logger = logging.getLogger(__name__)
 
-TABLE_FILE = "table.csv"
 _FIGURE_FILE = "sweep.png"
 _COST_FILE = "cost.json"
-_ERROR_FILE = "error.txt"
 
-_KIND, _POINT_KIND, _ANALYSIS_KIND = "sweep", "sweep point", "sweep analysis"
+_ANALYSIS_KIND = "sweep analysis"
 
 
 def sweep(
@@ -110,8 +101,10 @@ def sweep(
     return table
 
 
-class Sweep:
+class Sweep(ResumablePoints[Point]):
     """The points of a sweep, their folders, and the model and prompts they share."""
+
+    kind, point_kind = "sweep", "sweep point"
 
     def __init__(
         self,
@@ -147,7 +140,7 @@ class Sweep:
     def _check_folder(self) -> None:
         outputs = {TABLE_FILE, _FIGURE_FILE, "comparison"}
         if (self.folder / RECORD_FILENAME).exists():
-            Record.read(self.folder, _KIND)
+            Record.read(self.folder, self.kind)
         elif taken := outputs & {path.name for path in self.folder.glob("*")}:
             raise FileExistsError(f"{self.folder}: {taken} would be overwritten.")
         check_writable(self.folder / "new", "folder")
@@ -155,12 +148,7 @@ class Sweep:
             self._check_point_folder(point)
 
     def _check_point_folder(self, point: Point) -> None:
-        folder = self.folder / point.name
-        if (folder / RECORD_FILENAME).exists():
-            advice = "Use those, or another folder for this sweep."
-            Record.read_same(folder, _point_record(point), advice)
-        elif any(folder.glob("[!.]*")):
-            raise ValueError(f"{folder} must be the folder of a point of this sweep.")
+        self.check_point_folder(point)
         if self.is_done(point):
             self._check_analysis(point, self._analysis_record())
 
@@ -198,8 +186,8 @@ class Sweep:
             return loading.shape_by_name(*point.cfg.named_model)
         return as_model(self._given_model).shape
 
+    @override
     def is_done(self, point: Point) -> bool:
-        """Whether a point has been trained, evaluated and analysed."""
         return self.analysis_of(point).is_dir()
 
     def _analysis_record(self, prompts: Prompts | None = None) -> Record:
@@ -239,38 +227,19 @@ class Sweep:
         """Run the points that are not done; returns the table, also written to disk."""
         keys = [point.model_key for point in self.points]
         in_order = sorted(self.points, key=lambda point: keys.index(point.model_key))
-        with locked(self.folder):
-            if not (self.folder / RECORD_FILENAME).exists():
-                Record(_KIND, {}).write(self.folder)
-            rows = {point.name: self._row(point) for point in self.points}
-            self._write_table(rows)
-            for point in tqdm(in_order, desc="Sweep", unit="point"):
-                if not self.is_done(point):
-                    self._run_point(point)
-                    rows[point.name] = self._row(point)
-                    self._write_table(rows)
-        return _table(rows)
+        return self.run_points(self.points, in_order)
 
-    def _run_point(self, point: Point) -> None:
-        folder = self.folder / point.name
-        logger.info("%s", folder)
-        if not (folder / RECORD_FILENAME).exists():
-            _point_record(point).write(folder)
-        try:
-            model, prompts = self.load(point)
-            self._check_tokens(point, prompts)
-            if not (folder / "sae").is_dir():
-                self._train(point, model)
-            self._analyse(point, model, prompts)
-            (folder / _ERROR_FILE).unlink(missing_ok=True)
-        except InterruptedException:
-            raise
-        except Exception as error:
-            # Record the failure and continue with the remaining points.
-            message = f"{type(error).__name__}: {error}"
-            lines = [f"{message}\n\n", *traceback.format_exception(error)]
-            write_whole(folder / _ERROR_FILE, "".join(lines))
-            logger.error("%s has failed: %s", folder, message)
+    @override
+    def point_settings(self, point: Point) -> dict[str, Any]:
+        return point.cfg.decisive_settings()
+
+    @override
+    def run_point(self, point: Point) -> None:
+        model, prompts = self.load(point)
+        self._check_tokens(point, prompts)
+        if not (self.folder / point.name / "sae").is_dir():
+            self._train(point, model)
+        self._analyse(point, model, prompts)
 
     def _train(self, point: Point, model: Any) -> None:
         folder = self.folder / point.name
@@ -295,28 +264,15 @@ class Sweep:
             if self.is_done(other) and other.model_key == point.model_key:
                 self._check_analysis(other, self._analysis_record(prompts))
 
-    def _row(self, point: Point) -> dict[str, Any]:
-        folder, is_done = self.folder / point.name, self.is_done(point)
-        file, error = folder / _ERROR_FILE, None
-        if file.exists() and not is_done:
-            error = file.read_text().split("\n\n")[0]
-        not_done = "waiting" if error is None else "failed"
+    @override
+    def values(self, point: Point) -> dict[str, Any]:
+        folder = self.folder / point.name
+        numbers: dict[str, Any] = {}
+        if self.is_done(point):
+            numbers = numbers_of(load_results(self.analysis_of(point)))
         cost = vars(read_cost(folder / _COST_FILE))
         return {
             **{n: point.setting(n) for n in (*varied_settings(self.points), *SIZES)},
-            "status": "done" if is_done else not_done,
-            **(numbers_of(load_results(self.analysis_of(point))) if is_done else {}),
+            **numbers,
             **{f"training_{name}": value for name, value in cost.items()},
-            "error": error,
         }
-
-    def _write_table(self, rows: dict[str, dict[str, Any]]) -> None:
-        write_whole(self.folder / TABLE_FILE, _table(rows).to_csv())
-
-
-def _table(rows: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame([*rows.values()], index=pd.Index([*rows], name="point"))
-
-
-def _point_record(point: Point) -> Record:
-    return Record(_POINT_KIND, point.cfg.decisive_settings())

@@ -18,10 +18,11 @@ from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.model import ModelShape
+from sae_lens_multilayer.models.model import ModelShape, check_widths
 from sae_lens_multilayer.ranks import Ranks, own_device, ranks_of_environment
 from sae_lens_multilayer.record import Record, model_fingerprints
 from sae_lens_multilayer.store.cache import ActivationCache, vector_settings
+from sae_lens_multilayer.store.source import Source
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.evaluator import steps_between_evaluations
 from sae_lens_multilayer.training.lens_of_run import lens_of_run
@@ -39,9 +40,11 @@ class Run:
     checkpoint: Path | None
     """Resumed from; None: a new run."""
     cache: ActivationCache | None
-    """Trained on; None: the vectors come from the model."""
+    """Trained on; None: the vectors come from the model or `source`."""
+    source: Source | None
+    """Trained on, as it was given."""
     model: Any | None
-    """None in a run from a cache that does not evaluate."""
+    """None in a run from a source, or from a cache without evaluation."""
     hook_names: list[str]
     sae: TrainingSAE[Any]
     """On its device."""
@@ -56,6 +59,7 @@ def prepare(
     cfg: MultiLayerConfig[Any],
     override_model: Any | None = None,
     override_sae: TrainingSAE[Any] | None = None,
+    override_source: Source | None = None,
 ) -> Run:
     """Check and load what a run needs, except its data.
 
@@ -69,10 +73,15 @@ def prepare(
         _check_given(override_sae, identity)
     vectors, settings = vector_settings(cfg), cfg.decisive_settings()
     ranks, cfg = _join_ranks(cfg, settings)
-    needs_model = not cfg.use_cached_activations or _evaluates(cfg)
-    cache = _open_cache(cfg, ranks)
-    model, shape = _model_and_shape(cfg, cache, override_model)
-    hook_names = hooks_of_run(cfg, shape)
+    if override_source is None:
+        needs_model = not cfg.use_cached_activations or _evaluates(cfg)
+        cache = _open_cache(cfg, ranks)
+        model, shape = _model_and_shape(cfg, cache, override_model)
+        hook_names = hooks_of_run(cfg, shape)
+    else:
+        needs_model, cache, model, shape = False, None, None, override_source.shape
+        hook_names = override_source.hook_names
+        check_widths(dict.fromkeys(hook_names, override_source.d_in), cfg.sae.d_in)
     start = cfg.resume_from_checkpoint and Path(cfg.resume_from_checkpoint)
     with ranks.together():
         if cfg.from_pretrained_path is not None:
@@ -86,9 +95,11 @@ def prepare(
         cache.check(vectors, hook_names)
     if model is None and needs_model:
         model = _load_model(cfg, hook_names)
-    fingerprints = {} if model is None else model_fingerprints(model)
+    fingerprints: dict[str, Any] = {} if model is None else model_fingerprints(model)
     if cache is not None:
         cache.check(vectors, hook_names, fingerprints)
+    if override_source is not None:
+        fingerprints["source"] = override_source.fingerprint
     if lens is not None and model is not None:
         lens.check_model(model, stacklevel=5)
     return Run(
@@ -96,6 +107,7 @@ def prepare(
         ranks=ranks,
         checkpoint=start or None,
         cache=cache,
+        source=override_source,
         model=model,
         hook_names=hook_names,
         sae=sae.to(cfg.device),

@@ -31,7 +31,7 @@ from sae_lens_multilayer.files import (
     save_somewhere,
 )
 from sae_lens_multilayer.ranks import AgreedError
-from sae_lens_multilayer.store.source import CacheSource, ModelSource
+from sae_lens_multilayer.store.source import CacheSource, ModelSource, Source
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
 from sae_lens_multilayer.text.dataset import rows_hash
 from sae_lens_multilayer.training import checkpoint as checkpoints
@@ -61,7 +61,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
 
     cfg: MultiLayerConfig[Any]
     model: Any
-    """None in a run from a cache that does not evaluate."""
+    """None in a run from a source, or from a cache without evaluation."""
     activations_store: MultiLayerActivationsStore
     evaluator: MultiLayerEvaluator  # type: ignore[assignment]
     prepared: Run
@@ -75,6 +75,7 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
         override_dataset: HfDataset | None = None,
         override_model: Any | None = None,
         override_sae: TrainingSAE[Any] | None = None,
+        override_source: Source | None = None,
     ) -> None:
         """Check and load what the run needs; see `prepare` for the order.
 
@@ -83,8 +84,10 @@ class MultiLayerSAETrainingRunner(LanguageModelSAETrainingRunner):
                 reads neither.
             override_model: Used instead of loading `cfg.model_name`.
             override_sae: Trained on instead of a new SAE.
+            override_source: Gives the vectors instead of a model or a cache; the run
+                has its hooks, and does not evaluate if the source has no prompts.
         """
-        run = prepare(cfg, override_model, override_sae)
+        run = prepare(cfg, override_model, override_sae, override_source)
         self.prepared, self.ranks = run, run.ranks
         # The attributes are those of the host, with narrower types.
         self.cfg = run.cfg  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -297,7 +300,9 @@ def _make_store(
     run: Run, override_dataset: HfDataset | None
 ) -> MultiLayerActivationsStore:
     cfg, ranks = run.cfg, run.ranks
-    if run.cache is not None:
+    if run.source is not None:
+        source = run.source
+    elif run.cache is not None:
         source = CacheSource.from_config(run.cache, run.hook_names, cfg, ranks)
     else:
         source = ModelSource.from_config(
