@@ -8,5 +8,16 @@ from sae_lens_multilayer.studies.interventions.edited_runs import (
     scale,
     steer,
 )
+from sae_lens_multilayer.studies.interventions.result import Interventions
+from sae_lens_multilayer.studies.interventions.study import interventions
 
-__all__ = ["EditedRun", "LatentEdit", "ablate", "run_edits", "scale", "steer"]
+__all__ = [
+    "EditedRun",
+    "Interventions",
+    "LatentEdit",
+    "ablate",
+    "interventions",
+    "run_edits",
+    "scale",
+    "steer",
+]
