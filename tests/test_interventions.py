@@ -1,5 +1,6 @@
 """Interventions. References: explicit hooks on whole passes, autograd, brute force."""
 
+import json
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -14,13 +15,16 @@ from saes import random_lens, random_sae
 from test_walk import block_names, bridge_of, random_model
 from torch import Tensor
 
+from sae_lens_multilayer import cli
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.studies.interventions import (
     Interventions,
+    InterventionSettings,
     LatentEdit,
     ablate,
     interventions,
+    interventions_study,
     run_edits,
     scale,
     steer,
@@ -418,6 +422,24 @@ def test_latents_of_every_stratum_are_chosen():
     quarter = np.searchsorted(np.quantile(mean[:100], [0.25, 0.5, 0.75]), mean[chosen])
     assert np.bincount(quarter).tolist() == [3, 3, 3, 3]
     assert len(stratified(mean, n_layers, 500, rng)) == 100
+
+
+def test_the_command_runs_and_resumes_the_study(offline, tmp_path, capsys):
+    settings = {"sae": "sae", "dataset_path": "text.parquet", "n_tokens": 64}
+    settings |= {"n_latents": 3, "n_tokens_of_latent": 1, "n_steps": 1}
+    (tmp_path / "study.json").write_text(json.dumps(settings))
+    command = ["study", "interventions", "study.json", "--output", "out"]
+    cli.main(command)
+    printed = capsys.readouterr().out
+    assert "integrated_gradients" in printed
+    png = tmp_path / "out/interventions.png"
+    assert png.read_bytes().startswith(b"\x89PNG")
+    written = png.stat().st_mtime_ns
+    cli.main(command)
+    assert capsys.readouterr().out == printed
+    assert png.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"other settings:\n.*`alpha`"):
+        interventions_study(InterventionSettings(**settings, alpha=2.0), "out")
 
 
 def test_bad_input_of_the_study(make_case, tokens):

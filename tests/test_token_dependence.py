@@ -275,7 +275,7 @@ def test_the_command_runs_and_resumes_the_study(offline, tmp_path, capsys):
     cli.main(command)
     printed = capsys.readouterr().out
     assert "r2_cross_validated" in printed
-    assert "trained  shuffled_layers" in printed
+    assert "trained shuffled_layers" in " ".join(printed.split())
     png = tmp_path / "out/shuffled_layers/token_swaps.png"
     assert png.read_bytes().startswith(b"\x89PNG")
     written = png.stat().st_mtime_ns

@@ -8,6 +8,7 @@ resumes what an earlier call began in the folder, and returns tables to print.
 STUDIES = {
     "synthetic": "Recovery of known features of synthetic residual streams.",
     "paper": "The paper's tables, figures and claims for a chosen model and sizes.",
+    "interventions": "Whether the layers of latents are those at which they matter.",
     "token_dependence": "What the layers of latents depend on, with nulls.",
 }
 """Modules and what they answer."""

@@ -9,15 +9,23 @@ from sae_lens_multilayer.studies.interventions.edited_runs import (
     steer,
 )
 from sae_lens_multilayer.studies.interventions.result import Interventions
+from sae_lens_multilayer.studies.interventions.run import (
+    InterventionSettings,
+    interventions_study,
+    run_settings,
+)
 from sae_lens_multilayer.studies.interventions.study import interventions
 
 __all__ = [
     "EditedRun",
+    "InterventionSettings",
     "Interventions",
     "LatentEdit",
     "ablate",
     "interventions",
+    "interventions_study",
     "run_edits",
+    "run_settings",
     "scale",
     "steer",
 ]
