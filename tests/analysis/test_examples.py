@@ -226,5 +226,5 @@ def test_a_damaged_file_is_an_error(tmp_path):
         with pytest.raises(ValueError, match="must hold examples"):
             Examples.load(tmp_path / "examples")
     (tmp_path / "examples" / "examples.parquet").unlink()
-    with pytest.raises(ValueError, match=r"NotFound.*examples\.parquet"):
+    with pytest.raises(ValueError, match=r"must hold examples.*FileNotFound"):
         Examples.load(tmp_path / "examples")
