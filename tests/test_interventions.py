@@ -323,6 +323,16 @@ def test_the_result_of_a_study(make_case, tokens, tmp_path):
     assert found.pictures()[""].panels[0].heatmap is not None
 
 
+def test_whole_passes_give_the_same_result(make_case, tokens):
+    """A model with hooks of its user cannot be run from the middle."""
+    sae, model = make_case("HookedTransformer")
+    call: Any = partial(interventions, sae, model, tokens, n_latents=1, n_steps=2)
+    expected = call(n_tokens=1).to_dataframe()
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    found = call(n_tokens=1).to_dataframe()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_controls_have_the_length_of_the_edit(make_case, tokens):
     sae, model = make_case("HookedTransformer", True)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Replace
 from sae_lens_multilayer.text.prompts import Tokens, check_positions, take_prompts
 
-_CALLS_FROM_USER = 4
+_CALLS_FROM_USER = 7
 """`stacklevel` of a warning about the lens, from the caller of `ablate`."""
 
 

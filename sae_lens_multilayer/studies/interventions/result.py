@@ -206,12 +206,12 @@ class Interventions(Result):
         w1 = {"effects": compared.w1, "layers permuted": compared.w1_null}
         bars = [histogram(n, v.dropna().to_numpy(), edges) for n, v in w1.items()]
         names = [n.replace("_", " ") for n in controls.index]
-        kl = Series("mean KL", range(len(names)), controls.kl.to_numpy(), "bars")
+        kl = Series("mean KL", range(len(names)), controls.kl.to_numpy(), "points")
         w1_axis = Axis("W1 of effects and activations (layers)")
         panels = [
             self._self_effect_panel(),
             Panel(w1_axis, Axis("latents"), bars),
-            Panel(Axis("", names), Axis("KL (nats)", include_zero=True), [kl]),
+            Panel(Axis("", names), Axis("KL (nats)", log=True), [kl]),
             self._prediction_panel(),
         ]
         caption = (

@@ -29,6 +29,7 @@ from sae_lens_multilayer.studies.interventions.effects import (
 from sae_lens_multilayer.studies.interventions.result import Interventions
 from sae_lens_multilayer.studies.interventions.sample import take_sample
 from sae_lens_multilayer.text.prompts import Prompts, Tokens, take_prompts
+from sae_lens_multilayer.topk.sparse import TopKActs
 from sae_lens_multilayer.topk.tile import make_tile
 
 
@@ -76,22 +77,15 @@ def interventions(
     prompts = take_prompts(
         lm, tokens, n_prompts, batch_size_prompts, None, exclude_positions
     )
+    sizes = n_latents, n_tokens, seed
     sample = take_sample(
-        sae,
-        model,
-        prompts,
-        latents,
-        n_latents,
-        n_tokens,
-        seed,
-        batch_size_prompts=batch_size_prompts,
+        sae, model, prompts, latents, *sizes, batch_size_prompts=batch_size_prompts
     )
     splicer = make_splicer(lm, encoder.hook_names, max_edits, None)
     edits = _Edits(sae, lm, alpha, n_steps, n_top, seed)
     for prompt in tqdm(sample.pairs[:, 1].unique().tolist(), desc="Editing"):
         one = prompts[prompt : prompt + 1]
-        ids = one.ids.to(lm.device)
-        runs = PromptRuns(lm, splicer, encoder.hook_names, ids, max_edits)
+        runs = PromptRuns(lm, splicer, encoder.hook_names, one.ids, max_edits)
         edits.add(runs, one, sample.pairs[sample.pairs[:, 1] == prompt])
     counts = sample.active_layers.n_active_tokens
     return Interventions(
@@ -103,6 +97,14 @@ def interventions(
         hit_rate=(counts / sample.distributions.n_tokens)[sample.latents],
         **edits.columns(),
     )
+
+
+def _acts_of_pairs(
+    acts: TopKActs, pairs: Int[Tensor, "pair 3"]
+) -> Float[Tensor, "pair layer"]:
+    """Activations of the latent of each pair at its position; 0 if it is silent."""
+    indices, values = acts.indices[pairs[:, 2]], acts.values[pairs[:, 2]]
+    return (values * (indices == pairs[:, 0].view(-1, 1, 1).to(indices))).sum(-1)
 
 
 def _check(sae: SAE[Any], alpha: float) -> None:
@@ -141,8 +143,7 @@ class _Edits:
         """Edit the latents of some pairs of latent, prompt and position."""
         x = runs.x.transpose(0, 1).to(self._sae.device, self._sae.dtype)
         acts = self._sae.encode_topk(x)
-        is_latent = acts.indices[pairs[:, 2]] == pairs[:, 0].view(-1, 1, 1).to(x.device)
-        own = (acts.values[pairs[:, 2]] * is_latent).sum(-1)  # [pair, layer]
+        own = _acts_of_pairs(acts, pairs)
         pair, layer = (axis.cpu() for axis in own.nonzero(as_tuple=True))
         latent, position = pairs[pair, 0], pairs[pair, 2]
         length = (self._alpha - 1) * own[pair, layer] * acts.std[position, layer, 0]
