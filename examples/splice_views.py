@@ -30,9 +30,9 @@ def main(folder: str) -> None:
         print(f"  with views:    {continuation(model)}")
 
 
-def continuation(model: Any) -> str:
-    """The model's greedy continuation of the prompt, on one line."""
-    tokens = model.to_tokens(PROMPT)
+def continuation(model: Any, prompt: str = PROMPT) -> str:
+    """The model's greedy continuation of a prompt, on one line."""
+    tokens = model.to_tokens(prompt)
     with torch.no_grad():
         output = model.generate(
             tokens, max_new_tokens=N_NEW_TOKENS, do_sample=False, verbose=False

@@ -50,7 +50,9 @@ def strongest_latent(
     return int(latent), float(activation)
 
 
-def steered_continuation(model: Any, sae: Any, edit: LatentEdit) -> str:
+def steered_continuation(
+    model: Any, sae: Any, edit: LatentEdit, prompt: str = PROMPT
+) -> str:
     """The model's continuation with an edit of all positions, also of new ones."""
     encoder = LayerEncoder(sae)
     hooks = [
@@ -58,7 +60,7 @@ def steered_continuation(model: Any, sae: Any, edit: LatentEdit) -> str:
         for i, replace in edit.replacements(encoder).items()
     ]
     with model.hooks(fwd_hooks=hooks):
-        return continuation(model)
+        return continuation(model, prompt)
 
 
 if __name__ == "__main__":

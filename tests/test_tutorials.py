@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from examples import smollm2
 
 FOLDER = Path(__file__).parents[1] / "docs" / "tutorials"
-NAMES = "published", "sweep"
+NAMES = "train_and_look", "steer", "published", "sweep"
 
 
 def test_the_tutorials_run(tmp_path, monkeypatch):
@@ -35,6 +35,9 @@ def test_the_tutorials_run(tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         ran = {name: runpy.run_path(str(FOLDER / f"{name}.py")) for name in NAMES}
 
+    assert (ran["train_and_look"]["metrics"].fvu > 0).all()
+    steered = ran["steer"]
+    assert all(run.kl_div()[0, -1] > 0 for run in steered["runs"].values())
     assert list(ran["sweep"]["table"].status) == ["done"] * 4
     assert ran["published"]["dists"].probs.shape == (5, 512)
 

@@ -11,8 +11,8 @@ from nbconvert import MarkdownExporter
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-TUTORIALS = ("published", "sweep")
-MADE = {"sweep": "sweep"}
+TUTORIALS = ("train_and_look", "steer", "published", "sweep")
+MADE = {"train_and_look": "sae", "sweep": "sweep"}
 """Folders that they write in outputs/tutorials."""
 
 
