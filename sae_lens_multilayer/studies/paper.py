@@ -167,10 +167,8 @@ def run_settings(settings: dict[str, Any], folder: Path) -> list[pd.DataFrame]:
     """Run the study of a settings file (see `PaperSettings`); tables to print."""
     study = paper_study(PaperSettings.from_settings(settings), folder)
     columns = [name for name in COLUMNS if name in study.table]
-    return [
-        study.table[columns],
-        study.claims().set_index("claim")[["holds", "measured"]],
-    ]
+    claims = study.claims().set_index("claim").drop(columns="source")
+    return [study.table.filter(columns), claims]
 
 
 def _name(size: Mapping[str, Any]) -> str:
