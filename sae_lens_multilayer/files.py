@@ -21,8 +21,22 @@ PARTIAL_PREFIX = ".partial-"
 """Prefix of the names of incomplete files and folders."""
 LOCK_FILENAME = ".lock"
 _SAMPLE_BYTES, _N_SAMPLES = 2**16, 64
+_MOST_SAMPLES = 4_096
+
+_SAVE_ERRORS = (OSError, SafetensorError, RuntimeError)
+"""What saving to a full disk raises; `torch.save` raises RuntimeError."""
 
 logger = logging.getLogger(__name__)
+
+
+class KeptBesideError(FileExistsError):
+    """Something has appeared at a path; the finished folder is beside it."""
+
+    def __init__(self, path: Path, kept: Path) -> None:
+        super().__init__(
+            f"Something has appeared at {path}; the new folder is saved at {kept}"
+        )
+        self.kept = kept
 
 
 @contextmanager
@@ -51,9 +65,7 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
     except OSError as error:
         kept = beside(path)
         os.replace(partial, kept)
-        raise FileExistsError(
-            f"Something has appeared at {path}; the new folder is saved at {kept}"
-        ) from error
+        raise KeptBesideError(path, kept) from error
     _flush(path.parent)
 
 
@@ -155,13 +167,16 @@ def save_somewhere(
         free = free_path(path)
         save(free)
         return free
-    except (OSError, SafetensorError) as error:
+    except KeptBesideError as error:
+        logger.warning("%s", error)
+        return error.kept
+    except _SAVE_ERRORS as error:
         message = f"Nothing could be saved at {path}: {error}."
         for folder in filter(None, (fallback, tempfile.gettempdir(), Path.cwd())):
             try:
                 kept = free_path(Path(folder, path.resolve().name))
                 save(kept)
-            except (OSError, SafetensorError) as another:
+            except _SAVE_ERRORS as another:
                 logger.error("Nor in %s: %s", folder, another)
             else:
                 raise OSError(f"{message} It is saved at {kept}.") from error
@@ -186,7 +201,9 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def files_hash(path: str | Path | None) -> str | None:
-    """Hash of names, sizes and 64 KiB at 64 evenly spaced places of each file.
+    """Hash of names, sizes and 64 KiB at evenly spaced places of each file.
+
+    These are 64 places in each of up to 64 files, and fewer in each of more.
 
     None if nothing is at `path`, such as for a dataset of the hub.
     """
@@ -194,14 +211,16 @@ def files_hash(path: str | Path | None) -> str | None:
     if root is None or not root.exists():
         return None
     digest = xxhash.xxh3_128()
-    for file in sorted(f for f in [root, *root.rglob("*")] if f.is_file()):
+    files = sorted(f for f in [root, *root.rglob("*")] if f.is_file())
+    n_samples = min(_N_SAMPLES, max(2, _MOST_SAMPLES // max(1, len(files))))
+    for file in files:
         if file.name.startswith("cache-"):
             continue  # `datasets` writes these beside the data
         size = file.stat().st_size
         digest.update(os.fsencode(f"{file.relative_to(root)} {size}"))
         last = max(0, size - _SAMPLE_BYTES)
         with file.open("rb") as data:
-            for start in {last * i // (_N_SAMPLES - 1) for i in range(_N_SAMPLES)}:
+            for start in {last * i // (n_samples - 1) for i in range(n_samples)}:
                 data.seek(start)
                 digest.update(data.read(_SAMPLE_BYTES))
     return digest.hexdigest()

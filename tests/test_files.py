@@ -174,6 +174,22 @@ def test_a_file_that_appears_while_one_is_written_is_kept(tmp_path, monkeypatch)
     }
 
 
+def test_a_folder_that_is_kept_beside_a_taken_path_is_saved_once(tmp_path, caplog):
+    path, calls = tmp_path / "result", []
+
+    def save(path):
+        calls.append(path)
+        with complete_or_absent(path) as folder:
+            (folder / "file").write_text("whole")
+            make_full_folder(path)
+
+    kept = save_somewhere(path, save, tmp_path / "fallback")
+    assert calls == [path] != [kept]
+    assert (kept / "file").read_text() == "whole"
+    assert str(kept) in caplog.text
+    assert not (tmp_path / "fallback").exists()
+
+
 @pytest.mark.parametrize("save", [write, lambda p: write_whole(p, "whole", False)])
 @pytest.mark.parametrize("make", [make_full_folder, make_file, None])
 @pytest.mark.parametrize("n_failures", [0, 1, 2, 4])
@@ -192,7 +208,8 @@ def test_what_is_saved_replaces_nothing_and_is_not_lost(
     def save_later(path):
         calls.append(path)
         if len(calls) <= n_failures:
-            raise OSError("disk is full")
+            # `torch.save` raises RuntimeError.
+            raise (OSError, RuntimeError)[len(calls) % 2]("disk is full")
         save(path)
 
     def new():

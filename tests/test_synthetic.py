@@ -96,6 +96,27 @@ def test_vectors_are_what_the_definition_says(changes):
         torch.testing.assert_close((before * after).sum(1), torch.full((12,), angle))
 
 
+def test_prompts_and_seeds_are_independent():
+    def firing(seed: int, prompt: int) -> torch.Tensor:
+        cfg = replace(SMALL, seed=seed, context_size=2_000)
+        acts = dense(SyntheticStream(cfg).prompt(prompt).truth).sum(1)
+        fires = (acts > 0).float()
+        return (fires - fires.mean(0)).flatten()
+
+    one = firing(0, prompt=0)
+    for other in (firing(1, prompt=0), firing(0, prompt=1)):
+        assert torch.stack([one, other]).corrcoef()[0, 1].abs() < 0.1
+
+
+def test_without_an_angle_both_kinds_of_rotation_give_one_stream():
+    straight = replace(SMALL, theta=0.0)
+    common, own = (
+        SyntheticStream(replace(straight, rotation=kind)).prompt(0).x
+        for kind in ("common", "feature")
+    )
+    torch.testing.assert_close(own, common)
+
+
 def test_truth_follows_the_normal_distribution_and_the_frequencies():
     """P(feature active at layer l) = P(m > 0) P(l - s < o <= l), o normal."""
     cfg = replace(
@@ -180,7 +201,8 @@ def test_analyses_take_a_stream_as_a_model(make_config):
     x = torch.cat([stream.prompt(8 + i).x for i in range(3)])
     acts = sparse(sae.encode(x).detach())
     dists = layer_distributions(sae, model, prompts)
-    torch.testing.assert_close(dists.totals, layer_totals(acts))
+    # Activations are float32, from batches of other sizes.
+    torch.testing.assert_close(dists.totals, layer_totals(acts), rtol=1e-6, atol=1e-6)
     summary = variances(sae, model, prompts).summary
     parts = variance_parts(acts)
     assert parts["total"] == pytest.approx(summary.var_l)

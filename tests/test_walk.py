@@ -14,10 +14,12 @@ import torch
 import transformers
 from conftest import D_VOCAB, tiny_model
 from sae_lens.load_model import HookedProxyLM
+from saes import random_sae
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
+from sae_lens_multilayer.evaluation.evaluation import evaluate
 from sae_lens_multilayer.evaluation.splicing import (
     HookSplicer,
     ResidualSplicer,
@@ -370,3 +372,38 @@ if __name__ == "__main__":
         prompts = torch.randint(1, D_VOCAB, (3, N_POS))
         difference = largest_difference(raw, block_names(raw.model), prompts)
         print(f"{name:12} {difference:.1e}")
+
+
+def test_ablated_runs_of_blocks_that_read_the_tokens_again_keep_their_prompts():
+    """Zamba 2's blocks take the embeddings; reference: whole passes."""
+    config = transformers.Zamba2Config(
+        vocab_size=D_VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=64,
+        mamba_d_state=8,
+        n_mamba_heads=2,
+        mamba_ngroups=1,
+        num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"],
+        hybrid_layer_ids=[1],
+        adapter_rank=4,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    hf_model = AutoModelForCausalLM.from_config(config).eval()
+    names = ["model.layers.0", "model.layers.1"]
+    model = as_model(HookedProxyLM(hf_model, None, names))
+    assert model.walk_obstacle is None
+    assert not model.reads_stream_only
+    assert as_model(random_model("Llama")).reads_stream_only
+    tokens = torch.randint(1, D_VOCAB, (3, N_POS))
+    sae = random_sae(d_in=32)
+    sae.cfg.metadata.hook_names = names
+    found, expected = (
+        evaluate(sae, model.module, tokens, from_middle=from_middle).ce_loss_ablated
+        for from_middle in (True, False)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)

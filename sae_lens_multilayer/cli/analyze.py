@@ -1,5 +1,6 @@
 """Runs analyses of an SAE; a report can be made from the folder they are saved in."""
 
+import logging
 import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from sae_lens_multilayer.cli.tables import print_table
 from sae_lens_multilayer.files import complete_or_absent, save_somewhere
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
 from sae_lens_multilayer.record import Record, hash_of_json, hash_of_tensors
+
+logger = logging.getLogger(__name__)
 
 KIND = "analyses"
 
@@ -109,8 +112,11 @@ def _write(
     with complete_or_absent(output) as folder:
         save_results(results, folder, inputs.model.tokenizer)
         Record(KIND, settings, _fingerprints(inputs)).write(folder)
-        for name, picture in pictures_of(results, text_of=inputs.text_of).items():
-            save_figure(draw(picture), folder / f"{name}.png")
+        try:
+            for name, picture in pictures_of(results, text_of=inputs.text_of).items():
+                save_figure(draw(picture), folder / f"{name}.png")
+        except (ValueError, RuntimeError, TypeError):
+            logger.exception("A picture failed; the results are saved without it.")
 
 
 def with_saved_settings(folder: str | Path, options: T) -> T:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,6 +41,10 @@ class LatentEdit:
     """Edited positions of each prompt, or a mask; None: all."""
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(EditKind):
+            raise ValueError(
+                f"`kind` must be in {get_args(EditKind)}; got {self.kind!r}."
+            )
         if not math.isfinite(self.value):
             raise ValueError(
                 f"The value of an edit (alpha, or what is added) must be finite; got "
@@ -64,7 +68,7 @@ class LatentEdit:
     def mask(self, shape: torch.Size) -> Bool[Tensor, "prompt pos"]:
         """Which positions of prompts of this shape are edited."""
         if isinstance(self.positions, Tensor):
-            return self.positions
+            return self.positions.cpu()
         mask = torch.zeros(shape, dtype=torch.bool)
         chosen = slice(None) if self.positions is None else self.positions
         mask[:, chosen if isinstance(chosen, slice) else list(chosen)] = True

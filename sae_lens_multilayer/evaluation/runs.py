@@ -44,6 +44,9 @@ class EvaluationRuns:
         """Start with no prompt; `together` has the indices of the hooks replaced."""
         n_hooks = len(encoder.hook_names)
         self._splicer = splicer
+        self._ablates_once = (
+            isinstance(splicer, ResidualSplicer) and splicer.forgets_prompts
+        )
         self._together = together
         self._use_error_term = use_error_term
         self.means: list[Tensor] | None = None
@@ -75,7 +78,7 @@ class EvaluationRuns:
             for hook in range(len(self._spliced))
         ]
         sums = [*self._spliced]
-        if not isinstance(self._splicer, ResidualSplicer):
+        if not self._ablates_once:
             edits += self._ablations
             sums += self._ablated
         if self._together:
@@ -93,11 +96,13 @@ class EvaluationRuns:
     ) -> None:
         """Add the ablated runs of all prompts from one run, where they are the same.
 
-        Ablating the whole residual stream leaves nothing of a prompt.
+        Ablating the whole residual stream leaves nothing of a prompt, unless blocks
+        read the tokens again.
         """
-        if not isinstance(self._splicer, ResidualSplicer):
+        if not self._ablates_once:
             return
         sums = dict(enumerate(self._ablated))
+        assert isinstance(self._splicer, ResidualSplicer)
         of_any = self._splicer.runs_of_any_prompt(tokens, self._ablations)
         for clean, runs in of_any:
             add_scores(sums, None, clean, runs, tokens, scored)

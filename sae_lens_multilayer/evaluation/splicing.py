@@ -85,6 +85,11 @@ class ResidualSplicer:
         runs = {i: partial(_head, logits, stream) for i, stream in streams.items()}
         yield partial(_head, logits, clean), runs
 
+    @property
+    def forgets_prompts(self) -> bool:
+        """Whether replacing the whole stream leaves nothing of a prompt."""
+        return self._model.reads_stream_only
+
     def runs_of_any_prompt(
         self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
     ) -> Iterator[tuple[Run, Mapping[int, Run]]]:

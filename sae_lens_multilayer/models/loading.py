@@ -1,5 +1,6 @@
 """Models by name: their shape before they are loaded, and loading them."""
 
+import logging
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_lens_multilayer.hooks import unknown_name
 from sae_lens_multilayer.models.model import ModelShape, missing_hook
+
+logger = logging.getLogger(__name__)
 
 _HUB_KWARGS = ("revision", "trust_remote_code", "token", "cache_dir")
 
@@ -29,7 +32,9 @@ def usable_class(
     if model_class_name != "HookedTransformer" or not is_folder:
         return model_class_name
     is_bridge = all("hook_" in name for name in hook_names or ())
-    return "TransformerBridge" if is_bridge else "AutoModelForCausalLM"
+    usable = "TransformerBridge" if is_bridge else "AutoModelForCausalLM"
+    logger.info("%s is a folder, so it is loaded as a %s.", model_name, usable)
+    return usable
 
 
 def load_by_name(

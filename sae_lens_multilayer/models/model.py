@@ -209,6 +209,21 @@ class Model(ABC):
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
+    @cached_property
+    def reads_stream_only(self) -> bool:
+        """Whether the blocks read nothing of a prompt beside the residual stream.
+
+        The blocks of Zamba and Gemma 4 read the tokens again. Two prompts with the same
+        stream must stay the same.
+        """
+        walk = self.walk(self._tokens_of_check())
+        stream = torch.linspace(-1, 1, self.shape.d_model).to(walk.residual)
+        stream = stream.expand_as(walk.residual)
+        tolerance = 100 * torch.finfo(stream.dtype).eps
+        with torch.no_grad():
+            ends = (walk.run_block(stream, b) for b in range(self.shape.n_layers))
+            return all(torch.allclose(*end, tolerance, tolerance) for end in ends)
+
     def _tokens_of_check(self) -> Int[Tensor, "prompt pos"]:
         n_pos = min(8, self.shape.n_ctx or 8)
         tokens = torch.arange(2 * n_pos, device=self.device).view(2, n_pos)

@@ -1,5 +1,6 @@
 """What the reader's own text does in the model: active latents, and continuations."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -139,7 +140,7 @@ class Explorer:
             "edited": self._texts(edited[n_text:]),
             "ce_loss_clean": _ce_loss(clean_logits, ids[0]),
             "ce_loss_edited": _ce_loss(logits, ids[0]),
-            "kl_div": float((p.exp() * (p - q)).sum()),
+            "kl_div": _finite(float((p.exp() * (p - q)).sum())),
         }
 
     def _texts(self, ids: Int[Tensor, " pos"]) -> list[str]:
@@ -183,4 +184,9 @@ def _ce_loss(
     if len(ids) < 2:
         return None
     log_probs = logits[:-1].log_softmax(-1)
-    return -float(log_probs.gather(1, ids[1:, None]).mean())
+    return _finite(-float(log_probs.gather(1, ids[1:, None]).mean()))
+
+
+def _finite(value: float) -> float | None:
+    """None for NaN and infinity, which JSON does not have."""
+    return value if math.isfinite(value) else None

@@ -92,12 +92,13 @@ def sweep(
         override_dataset,
         override_evaluation_dataset,
     )
-    is_drawn, path = any(map(runs.is_done, runs.points)), runs.folder / _FIGURE_FILE
+    path = runs.folder / _FIGURE_FILE
+    is_resumed = (runs.folder / RECORD_FILENAME).exists()
     table = runs.run()
     if (table.status == "done").any():
         picture = describe_sweep(table, varied_settings(runs.points))
-        # A picture from before any point was done is not of this sweep.
-        save_figure(draw(picture), path if is_drawn else free_path(path))
+        # A picture from before the sweep began is not of this sweep.
+        save_figure(draw(picture), path if is_resumed else free_path(path))
     return table
 
 

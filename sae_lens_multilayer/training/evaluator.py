@@ -56,6 +56,8 @@ class MultiLayerEvaluator:
                 "No evaluation: the SAE takes scaled activations until it is trained."
             )
             return {}
+        if self.model is None:
+            return {}
         if isinstance(data_provider, RunBatches) and data_provider.prompts is not None:
             with data_provider.paused():
                 metrics = self._evaluate(sae, data_provider.prompts)

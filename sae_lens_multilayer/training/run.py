@@ -79,7 +79,8 @@ def prepare(
         model, shape = _model_and_shape(cfg, cache, override_model)
         hook_names = hooks_of_run(cfg, shape)
     else:
-        needs_model, cache, model, shape = False, None, None, override_source.shape
+        needs_model, cache, shape = False, None, override_source.shape
+        model = override_model
         hook_names = override_source.hook_names
         check_widths(dict.fromkeys(hook_names, override_source.d_in), cfg.sae.d_in)
     start = cfg.resume_from_checkpoint and Path(cfg.resume_from_checkpoint)

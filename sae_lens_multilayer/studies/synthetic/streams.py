@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from sae_lens.synthetic import (
@@ -21,6 +22,8 @@ from sae_lens_multilayer.analysis.active import ActiveLatents
 from sae_lens_multilayer.studies.synthetic.config import StreamConfig
 
 _CORRELATION_RANK = 8
+_ROTATION, _PROMPTS = 1, 2
+"""Kinds of random draws with seeds of their own."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class SyntheticStream(nn.Module):
         """The tokens of one prompt; the same at each call."""
         cfg = self.cfg
         size = cfg.context_size, cfg.n_layers, cfg.n_features
-        with temporary_seed((cfg.seed << 32) + index + 1):
+        with temporary_seed(_mixed(cfg.seed, _PROMPTS, index)):
             magnitudes = self._generator.sample(cfg.context_size)
             covariate = (torch.rand(cfg.context_size) < 0.5).float()
             shift = cfg.shift_std * torch.randn(cfg.context_size)
@@ -195,13 +198,19 @@ def _rotated(
 ) -> Float[Tensor, "layer feature d_in"]:
     """The directions at all layers, from those at the first."""
     if cfg.rotation == "common":
-        with temporary_seed(cfg.seed + 1):
+        with temporary_seed(_mixed(cfg.seed, _ROTATION)):
             rotation = _common_rotation(cfg)
         layers = [first]
         for _ in range(cfg.n_layers - 1):
             layers.append(layers[-1] @ rotation)
         return torch.stack(layers)
-    other = torch.randn_like(first)
+    with temporary_seed(_mixed(cfg.seed, _ROTATION)):
+        other = torch.randn_like(first)
     other = _unit(other - (other * first).sum(1, keepdim=True) * first)
     angles = math.radians(cfg.theta) * torch.arange(cfg.n_layers).view(-1, 1, 1)
     return angles.cos() * first + angles.sin() * other
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed of 32 bits, all that torch's generator uses, of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
