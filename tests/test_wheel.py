@@ -27,7 +27,11 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, **environment},
+        # `make` names its constraints by a path relative to the repository.
+        env={
+            **{n: v for n, v in os.environ.items() if not n.startswith("PIP_")},
+            **environment,
+        },
         capture_output=True,
         text=True,
         check=False,

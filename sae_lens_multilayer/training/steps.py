@@ -73,7 +73,7 @@ class StepStats:
 
 def _number(value: Any) -> float:
     value = value() if callable(value) else value
-    return value.item() if isinstance(value, Tensor) else value
+    return float(value)
 
 
 def topk_gradients(
