@@ -239,9 +239,11 @@ class TestOneResult:
 
             monkeypatch.setattr(block, "forward", forward)
         evaluate(random_sae(), model, tokens, batch_size_prompts=3)
-        # The check that blocks can be called: a whole pass, then each block alone.
-        of_check, calls = calls[:8], calls[8:]
-        assert of_check == [(i, 2) for i in range(4)] + [(3 - i, 4) for i in range(4)]
+        # The check that blocks can be called: a whole pass, then each block alone; and
+        # that they read nothing of a prompt beside the stream.
+        of_check, calls = calls[:12], calls[12:]
+        whole = [(i, 2) for i in range(4)]
+        assert of_check == [*whole, *((3 - i, 4) for i in range(4)), *whole]
         # The clean prompts and for each hook below the spliced ones, of each batch; and
         # one prompt, ablated at each hook below, for both batches.
         assert calls == [(i, n + i * n) for n in (3, 2, 1) for i in range(4)]
