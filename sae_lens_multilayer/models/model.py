@@ -222,7 +222,7 @@ class Model(ABC):
         tolerance = 100 * torch.finfo(stream.dtype).eps
         with torch.no_grad():
             ends = (walk.run_block(stream, b) for b in range(self.shape.n_layers))
-            return all(torch.allclose(*end, tolerance, tolerance) for end in ends)
+            return all(torch.allclose(a, b, tolerance, tolerance) for a, b in ends)
 
     def _tokens_of_check(self) -> Int[Tensor, "prompt pos"]:
         n_pos = min(8, self.shape.n_ctx or 8)

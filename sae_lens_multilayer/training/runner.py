@@ -309,6 +309,7 @@ def _make_store(
             run.model, run.hook_names, cfg, override_dataset, ranks
         )
         files = None if override_dataset else files_hash(cfg.dataset_path)
-        found = files or rows_hash(source.reader.dataset)
+        rows: Any = source.reader.dataset
+        found = files or rows_hash(rows)
         run.record.fingerprints["dataset_hash"] = found
     return MultiLayerActivationsStore.from_source(source, cfg, ranks)
