@@ -22,13 +22,10 @@ from sae_lens_multilayer.store.cache import ActivationCache
 from sae_lens_multilayer.store.harvest import MultiLayerCacheActivationsRunner
 from sae_lens_multilayer.store.source import NonFiniteActivationError
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
-from sae_lens_multilayer.sweeps.compare import (
-    PointsFailedError,
-    SingleLayerRuns,
-    train_and_compare,
-)
+from sae_lens_multilayer.sweeps.compare import SingleLayerRuns, train_and_compare
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import grid
+from sae_lens_multilayer.sweeps.resumable import PointsFailedError
 from sae_lens_multilayer.sweeps.sweep import sweep
 from sae_lens_multilayer.text.prompts import Prompts, Text
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner

@@ -6,7 +6,8 @@ from pathlib import Path
 from sae_lens_multilayer.cli import PROG
 from sae_lens_multilayer.cli.sweep import Options, read_sections
 from sae_lens_multilayer.cli.tables import print_table
-from sae_lens_multilayer.sweeps.compare import PointsFailedError, train_and_compare
+from sae_lens_multilayer.sweeps.compare import train_and_compare
+from sae_lens_multilayer.sweeps.resumable import PointsFailedError
 
 __all__ = ["Options", "run"]
 

@@ -20,6 +20,7 @@ from sae_lens_multilayer.studies.paper_claims import ANALYSES, LENS, PaperStudy
 from sae_lens_multilayer.sweeps.compare import train_and_compare
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import Settings
+from sae_lens_multilayer.sweeps.resumable import check_all_done
 from sae_lens_multilayer.sweeps.sweep import Sweep
 
 PAGE_FILE, CLAIMS_FILE = "paper.md", "claims.csv"
@@ -128,7 +129,8 @@ def paper_study(
         override_model, override_dataset, override_evaluation_dataset: As in `sweep`.
 
     Raises:
-        ValueError: If a setting is invalid, before a model is loaded, or a run failed.
+        ValueError: If a setting is invalid, before a model is loaded.
+        PointsFailedError: If runs have failed, after all others.
 
     References:
         Lawson et al. (2025), arXiv:2409.04185.
@@ -138,9 +140,7 @@ def paper_study(
     data = (override_model, override_dataset, override_evaluation_dataset)
     runs = Sweep(settings.base, settings.points(), folder / "sweep", evaluation, *data)
     table = runs.run()
-    if len(failed := table[table.status != "done"]):
-        reasons = "; ".join(f"{name}: {row.error}" for name, row in failed.iterrows())
-        raise ValueError(f"These runs failed: {reasons}")
+    check_all_done(table, "These runs failed")
     results = {p.name: load_results(runs.analysis_of(p)) for p in runs.points}
     single = None
     if settings.single_layers:

@@ -22,7 +22,7 @@ from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures import describe_costs, draw, save_figure
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import Settings, make_points
-from sae_lens_multilayer.sweeps.resumable import PointsFailedError
+from sae_lens_multilayer.sweeps.resumable import check_all_done
 from sae_lens_multilayer.sweeps.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,7 @@ def train_and_compare(
         override_evaluation_dataset,
     )
     table = runs.run()
-    failed = table[table.status != "done"]
-    if len(failed):
-        reasons = "; ".join(f"{name}: {row.error}" for name, row in failed.iterrows())
-        raise PointsFailedError(f"These could not be trained and measured: {reasons}")
+    check_all_done(table, "These could not be trained and measured")
     path = runs.folder / "comparison"
     newest = max(runs.analysis_of(point).stat().st_mtime for point in runs.points)
     if path.exists() and path.stat().st_mtime >= newest:

@@ -127,5 +127,17 @@ class ResumablePoints(ABC, Generic[T]):
         write_whole(self.folder / TABLE_FILE, _table(rows).to_csv())
 
 
+def check_all_done(table: pd.DataFrame, what: str) -> None:
+    """Raise PointsFailedError, with the errors, if a point of a table is not done.
+
+    Args:
+        what: Start of the message, such as "These runs failed".
+    """
+    failed = table[table.status != "done"]
+    if len(failed):
+        reasons = "; ".join(f"{name}: {row.error}" for name, row in failed.iterrows())
+        raise PointsFailedError(f"{what}: {reasons}")
+
+
 def _table(rows: dict[str, dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([*rows.values()], index=pd.Index([*rows], name="point"))

@@ -22,7 +22,7 @@ from sae_lens_multilayer.studies.synthetic.results import SyntheticResult
 from sae_lens_multilayer.studies.synthetic.streams import SyntheticStream
 from sae_lens_multilayer.sweeps.cost import available_bytes, measured_in, read_cost
 from sae_lens_multilayer.sweeps.points import Settings, combine, grid, point_name
-from sae_lens_multilayer.sweeps.resumable import PointsFailedError, ResumablePoints
+from sae_lens_multilayer.sweeps.resumable import ResumablePoints, check_all_done
 
 _TRAINING: dict[str, Any] = {
     "sae": {"d_sae": 512, "k": 4, "dead_after_tokens": 20_000},
@@ -139,9 +139,7 @@ class _Study(ResumablePoints[StreamPoint]):
     def run(self) -> SyntheticResult:
         """Run what is not done; write the result and the figures."""
         table = self.run_points(self.points, self.points)
-        if (failed := table[table.status == "failed"]).size:
-            errors = "\n".join(f"  {n}: {row.error}" for n, row in failed.iterrows())
-            raise PointsFailedError(f"These streams have failed:\n{errors}")
+        check_all_done(table, "These streams have failed")
         rows = [
             {**point.varied, **row}
             for point in self.points

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -79,7 +79,8 @@ def token_dependence_study(
     """
     folder = Path(folder).expanduser()
     settings.check_folder(folder)
-    inputs = settings.inputs(override_model, override_dataset)
+    # Only if a result is missing.
+    inputs = cache(partial(settings.inputs, override_model, override_dataset))
     study = TokenDependenceStudy({}, {})
     for null in ("", *settings.nulls):
         options: Any = {
@@ -96,10 +97,10 @@ def token_dependence_study(
         swaps: Any = partial(token_swaps, **settings.swaps, **options)
         own = folder / (null or "trained")
         study.dependence[null] = saved_or_computed(
-            own / "layer_dependence", TokenDependence, lambda f=dependence: f(*inputs)
+            own / "layer_dependence", TokenDependence, lambda f=dependence: f(*inputs())
         )
         study.swaps[null] = saved_or_computed(
-            own / "token_swaps", TokenSwaps, lambda f=swaps: f(*inputs)
+            own / "token_swaps", TokenSwaps, lambda f=swaps: f(*inputs())
         )
     return study
 
