@@ -50,7 +50,7 @@ _ROLES: dict[Role, str] = {
     "data order": "use_cached_activations store_batch_size_prompts n_batches_in_buffer "
     "activations_mixing_fraction act_store_device dtype seed",
     # An evaluation takes prompts that are then not trained on.
-    "training": "sae tuned_lens lens_alignment standardize_stock_inputs "
+    "training": "sae lens lens_alignment standardize_stock_inputs "
     "from_pretrained_path training_tokens train_batch_size_tokens "
     "micro_batch_size_tokens lr lr_end lr_scheduler_name lr_warm_up_steps "
     "lr_decay_steps n_restart_cycles adam_beta1 adam_beta2 adam_eps max_grad_norm "
@@ -132,7 +132,7 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     layer or of several, and holds `micro_batch_size_tokens` x `d_sae` pre-activations;
     a stock SAE takes all layers at once (BatchTopK selects its k over them). None: as
     many as fit the CPU's cache, at least 512; the whole batch for a stock SAE."""
-    tuned_lens: TunedLens | LayerLens | str | Path | dict[str, Any] | None = None
+    lens: TunedLens | LayerLens | str | Path | dict[str, Any] | None = None
     """The lens in whose space the multi-layer SAE is trained: a lens of tuned-lens, its
     folder, its name in tuned-lens' hub space, or a `LayerLens` of this run's hooks. It
     is saved with the SAE. None: no lens, or that of the checkpoint that the run starts
@@ -174,8 +174,8 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
         # JSON has lists only, no ranges or tuples.
         self.layers = None if self.layers is None else list(self.layers)
         self.hook_names = None if self.hook_names is None else list(self.hook_names)
-        if isinstance(self.tuned_lens, (str, Path)):
-            self.tuned_lens = os.path.expanduser(self.tuned_lens)
+        if isinstance(self.lens, (str, Path)):
+            self.lens = os.path.expanduser(self.lens)
         hook_names = self.hook_names or [self.hook_name]
         self.model_class_name = usable_class(
             self.model_class_name, self.model_name, hook_names
@@ -251,9 +251,9 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
                 "`standardize_stock_inputs=False` to use it on raw vectors."
             )
         is_multi_layer = isinstance(self.sae, MultiLayerTrainingSAEConfig)
-        if self.tuned_lens is not None and not is_multi_layer:
+        if self.lens is not None and not is_multi_layer:
             raise ValueError(
-                "`tuned_lens` needs a multi-layer SAE, as no stock class applies it; "
+                "`lens` needs a multi-layer SAE, as no stock class applies it; "
                 f"got the architecture {self.sae.architecture()!r}."
             )
 
@@ -300,14 +300,14 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     @override
     def to_dict(self) -> dict[str, Any]:
         """The config as values that JSON can hold."""
-        plain, lens = copy.copy(self), self.tuned_lens
+        plain, lens = copy.copy(self), self.lens
         if isinstance(lens, TunedLens):
             hook_names = self.resolve_hook_names(lens.config.num_hidden_layers)
-            plain.tuned_lens = LensConfig.from_tuned_lens(
+            plain.lens = LensConfig.from_tuned_lens(
                 lens.config, hook_names, self.lens_alignment
             ).to_dict()
         elif isinstance(lens, LayerLens):
-            plain.tuned_lens = lens.config.to_dict()
+            plain.lens = lens.config.to_dict()
         return LanguageModelSAERunnerConfig.to_dict(plain)
 
     @classmethod

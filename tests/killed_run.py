@@ -64,7 +64,7 @@ def main(
     torch.manual_seed(0)
     config = MultiLayerConfig(
         sae=sae,
-        tuned_lens=random_lens(alignment="tuned_lens") if task == "lens" else None,
+        lens=random_lens(alignment="tuned_lens") if task == "lens" else None,
         prefetch_llm_batches=task == "prefetch",
         model_name="tiny",
         context_size=N_CTX,

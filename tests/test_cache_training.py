@@ -90,7 +90,7 @@ def test_applies_a_lens_to_the_raw_vectors_of_the_cache(
     settings = {
         "activations_mixing_fraction": 0.0,
         "output_path": None,
-        "tuned_lens": random_lens(alignment=alignment),
+        "lens": random_lens(alignment=alignment),
         "lens_alignment": alignment,
     }
     harvest(cache_config())
@@ -99,7 +99,7 @@ def test_applies_a_lens_to_the_raw_vectors_of_the_cache(
     )
     cached = train(cache_config(**settings, use_cached_activations=True))
     assert same(cached, live)
-    without = {**settings, "tuned_lens": None, "lens_alignment": "tuned_lens"}
+    without = {**settings, "lens": None, "lens_alignment": "tuned_lens"}
     other = train(cache_config(**without, use_cached_activations=True))
     assert not torch.equal(other.W_dec, cached.W_dec)
 
@@ -109,7 +109,7 @@ def test_a_lens_of_a_model_of_another_depth_is_an_error(cache_config, harvest, t
     lens = random_lens(n_layers=N_LAYERS + 1)
     cfg = cache_config(
         use_cached_activations=True,
-        tuned_lens=lens,
+        lens=lens,
         lens_alignment="reference",
         hook_names=lens.hook_names,
     )

@@ -133,16 +133,16 @@ def test_a_removed_lens_leaves_nothing(tmp_path):
     plain = random_sae()
     sae = copy.deepcopy(plain)
     sae.lens = random_lens()
-    assert sae.cfg.metadata.tuned_lens == sae.lens.config.to_dict()
+    assert sae.cfg.metadata.lens == sae.lens.config.to_dict()
     assert "lens.0.weight" in sae.state_dict()
     sae.lens = None
     assert sae.cfg.to_dict() == plain.cfg.to_dict()
-    assert "tuned_lens" not in sae.cfg.to_dict()["metadata"]
+    assert "lens" not in sae.cfg.to_dict()["metadata"]
     assert sorted(sae.state_dict()) == sorted(plain.state_dict())
     x = random_acts(3)
     assert torch.equal(sae(x), plain(x))
     sae.save_model(tmp_path)
-    assert "tuned_lens" not in (tmp_path / SAE_CFG_FILENAME).read_text()
+    assert '"lens"' not in (tmp_path / SAE_CFG_FILENAME).read_text()
     assert sorted(load_file(tmp_path / SAE_WEIGHTS_FILENAME)) == [
         "W_dec",
         "W_enc",
@@ -158,7 +158,7 @@ def test_another_sae_with_the_same_settings_keeps_its_own(training, tmp_path):
     third = type(plain)(other.cfg)
     third.lens = None
     for i, (sae, has_lens) in enumerate([(plain, 0), (other, 1), (third, 0)]):
-        assert ("tuned_lens" in sae.cfg.metadata) == has_lens
+        assert ("lens" in sae.cfg.metadata) == has_lens
         (sae.save_inference_model if training else sae.save_model)(tmp_path / str(i))
         loaded: Any = SAE.load_from_disk(tmp_path / str(i))
         assert (loaded.lens is not None) == has_lens
@@ -182,7 +182,7 @@ def test_a_copy_has_a_lens_of_its_own():
     other.lens.get_submodule("0").weight.zero_()
     other.lens = None
     assert torch.equal(sae(x), want)
-    assert sae.cfg.metadata.tuned_lens is not None
+    assert sae.cfg.metadata.lens is not None
 
 
 def test_a_lens_of_another_width_or_other_hooks_is_an_error():
@@ -194,7 +194,7 @@ def test_a_lens_of_another_width_or_other_hooks_is_an_error():
     ):
         sae.lens = random_lens(HOOK_NAMES[::-1])
     assert sae.lens is None
-    assert "tuned_lens" not in sae.cfg.metadata
+    assert "lens" not in sae.cfg.metadata
 
 
 # On disk
@@ -396,4 +396,4 @@ def test_settings_are_what_json_gives_back(tmp_path):
     sae = sae_with_lens()
     sae.save_model(tmp_path)
     saved = json.loads((tmp_path / SAE_CFG_FILENAME).read_text())
-    assert saved["metadata"]["tuned_lens"] == sae.lens.config.to_dict()
+    assert saved["metadata"]["lens"] == sae.lens.config.to_dict()

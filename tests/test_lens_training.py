@@ -72,10 +72,8 @@ def same(a: Any, b: Any) -> bool:
 class TestConfig:
     def test_a_stock_architecture_cannot_have_a_lens(self, make_config, folder):
         sae = StandardTrainingSAEConfig(d_in=D_MODEL, d_sae=32)
-        with pytest.raises(
-            ValueError, match=r"`tuned_lens` needs a multi-layer.*'standard'"
-        ):
-            make_config(sae=sae, tuned_lens=folder)
+        with pytest.raises(ValueError, match=r"`lens` needs a multi-layer.*'standard'"):
+            make_config(sae=sae, lens=folder)
 
     @pytest.mark.parametrize("kind", ["folder", "name", "TunedLens", "LayerLens"])
     def test_what_is_saved_with_the_run_is_read_back(
@@ -87,12 +85,12 @@ class TestConfig:
             "TunedLens": tuned_lens,
             "LayerLens": LayerLens.from_tuned_lens(tuned_lens, HOOK_NAMES),
         }[kind]
-        config = make_config(tuned_lens=given)
+        config = make_config(lens=given)
         saved = json.loads(json.dumps(config.to_dict()))
         again = MultiLayerConfig.from_dict(saved)
         assert json.loads(json.dumps(again.to_dict())) == saved
         if kind in ("folder", "name"):
-            assert saved["tuned_lens"] == str(given)
+            assert saved["lens"] == str(given)
         else:
             expected = LensConfig(
                 HOOK_NAMES,
@@ -101,11 +99,11 @@ class TestConfig:
                 base_model_name="custom",
                 unembed_hash=tuned_lens.config.unembed_hash,
             )
-            assert LensConfig(**saved["tuned_lens"]) == expected
-        assert config.tuned_lens is not saved["tuned_lens"]
+            assert LensConfig(**saved["lens"]) == expected
+        assert config.lens is not saved["lens"]
 
     def test_without_a_lens_the_config_does_not_mention_one(self, make_config):
-        assert make_config().to_dict()["tuned_lens"] is None
+        assert make_config().to_dict()["lens"] is None
 
 
 class TestEarlyErrors:
@@ -119,7 +117,7 @@ class TestEarlyErrors:
         monkeypatch.setattr(loading, "load_by_name", load)
 
         def check(message, lens, **changes):
-            config = make_config(tuned_lens=lens, **changes)
+            config = make_config(lens=lens, **changes)
             if config.model_name == "tiny":
                 shape = as_model(model).shape
                 monkeypatch.setattr(loading, "shape_by_name", lambda *_: shape)
@@ -163,7 +161,7 @@ class TestEarlyErrors:
         check("There is no tuned lens 'EleutherAI/none'", "EleutherAI/none")
 
     def test_settings_without_a_checkpoint(self, check, make_config, tuned_lens):
-        stated = make_config(tuned_lens=tuned_lens).to_dict()["tuned_lens"]
+        stated = make_config(lens=tuned_lens).to_dict()["lens"]
         check("its tensors are in the saved SAE", stated)
 
     def test_a_model_of_another_depth(self, check, tokenizer):
@@ -184,17 +182,17 @@ class TestRuns:
     ):
         other = tiny_model(model.tokenizer, n_layers=3)
         with pytest.raises(ValueError, match=r"one of the 2 blocks of 'custom'"):
-            start(make_config(tuned_lens=tuned_lens), override_model=other)
+            start(make_config(lens=tuned_lens), override_model=other)
         tuned_lens.config.unembed_hash = "a1b2"
         with pytest.warns(UserWarning, match="'custom' with unembedding hash a1b2"):
-            start(make_config(tuned_lens=tuned_lens))
+            start(make_config(lens=tuned_lens))
 
     def test_every_way_to_give_it_is_the_same(
         self, start, make_config, tuned_lens, folder
     ):
         lens = LayerLens.from_tuned_lens(tuned_lens, HOOK_NAMES)
         first, *others = (
-            start(make_config(tuned_lens=given, output_path=None)).run()
+            start(make_config(lens=given, output_path=None)).run()
             for given in (tuned_lens, folder, str(folder), lens)
         )
         assert all(same(first, sae) for sae in others)
@@ -208,9 +206,7 @@ class TestRuns:
     ):
         """As a run without a lens on vectors that were transformed on harvesting."""
         lens = random_lens()
-        config = make_config(
-            tuned_lens=lens, lens_alignment="reference", output_path=None
-        )
+        config = make_config(lens=lens, lens_alignment="reference", output_path=None)
         with_lens = start(config).run()
         activations = ModelSource.activations
 
@@ -227,14 +223,14 @@ class TestRuns:
     def test_an_identity_changes_nothing(self, start, make_config, model):
         plain = start(make_config(output_path=None)).run()
         lens = new_tuned_lens(model)
-        sae = start(make_config(output_path=None, tuned_lens=lens)).run()
+        sae = start(make_config(output_path=None, lens=lens)).run()
         sae.lens = None
         assert same(sae, plain)
 
     def test_b_dec_starts_in_the_space_of_the_lens(
         self, start, make_config, tuned_lens
     ):
-        runner = start(make_config(tuned_lens=tuned_lens, lr=1e-12))
+        runner = start(make_config(lens=tuned_lens, lr=1e-12))
         batch = next(runner.activations_store)
         runner._make_trainer(iter([])).step(batch)
         z = standardize(runner.sae.lens.transform(batch).flatten(0, 1))[0]
@@ -243,7 +239,7 @@ class TestRuns:
     def test_it_is_saved_and_used_without_a_word(
         self, start, make_config, model, tuned_lens, token_dataset
     ):
-        config = make_config(tuned_lens=tuned_lens, n_checkpoints=1, lr=1e-2)
+        config = make_config(lens=tuned_lens, n_checkpoints=1, lr=1e-2)
         trained = start(config).run()
         loaded: Any = SAE.load_from_disk(config.output_path)
         assert loaded.lens.config == trained.lens.config
@@ -263,7 +259,7 @@ class TestRuns:
                 rtol=1e-5,
             )
         saved = json.loads((Path(config.output_path) / "runner_cfg.json").read_text())
-        assert saved["tuned_lens"] == loaded.cfg.metadata.tuned_lens
+        assert saved["lens"] == loaded.cfg.metadata.lens
 
     def test_hugging_face_names_have_lenses_too(self, make_config, token_dataset):
         path = str(Path(__file__).parent / "data" / "paper" / "model")
@@ -288,7 +284,7 @@ class TestRuns:
             lens = new_tuned_lens(runner.model)
             for p in lens.layer_translators.parameters():
                 p.data.normal_(std=0.05)
-            config.tuned_lens = lens
+            config.lens = lens
             runner = LanguageModelSAETrainingRunner(
                 config, override_dataset=token_dataset, override_model=runner.model
             )
@@ -305,7 +301,7 @@ class TestRuns:
         logger = LoggingConfig(
             wandb_log_frequency=3, eval_every_n_wandb_logs=2, log_weights_to_wandb=False
         )
-        config = make_config(tuned_lens=tuned_lens, logger=logger, output_path=None)
+        config = make_config(lens=tuned_lens, logger=logger, output_path=None)
         start(config).run()
         for prefix in ("layer_0", "layer_1", "metrics"):
             for name in ("lens_fvu", "lens_mse", "l0", "fvu", "mse", "delta_ce"):
@@ -317,7 +313,7 @@ class TestCheckpoints:
     @pytest.fixture
     def checkpoint(self, start, make_config, tuned_lens, tmp_path) -> str:
         config = make_config(
-            tuned_lens=tuned_lens, n_checkpoints=1, output_path=str(tmp_path / "first")
+            lens=tuned_lens, n_checkpoints=1, output_path=str(tmp_path / "first")
         )
         start(config).run()
         (path,) = Path(config.checkpoint_path).iterdir()
@@ -327,12 +323,10 @@ class TestCheckpoints:
     def test_a_resumed_run_continues_in_the_lens_space(
         self, start, make_config, checkpoint, tuned_lens, given, caplog
     ):
-        saved = json.loads(Path(checkpoint, "runner_cfg.json").read_text())[
-            "tuned_lens"
-        ]
+        saved = json.loads(Path(checkpoint, "runner_cfg.json").read_text())["lens"]
         lens = {"nothing": None, "object": tuned_lens, "settings": saved}[given]
         config = make_config(
-            tuned_lens=lens, resume_from_checkpoint=checkpoint, training_tokens=640
+            lens=lens, resume_from_checkpoint=checkpoint, training_tokens=640
         )
         sae = start(config).run()
         # Of the settings that differ it names no lens, which is the same.
@@ -351,7 +345,7 @@ class TestCheckpoints:
         other = copy.deepcopy(tuned_lens)
         other[1].bias.data += 1
         for name in ("resume_from_checkpoint", "from_pretrained_path"):
-            config = make_config(tuned_lens=other, **{name: checkpoint})
+            config = make_config(lens=other, **{name: checkpoint})
             with pytest.raises(ValueError, match=r"The checkpoint at .*other tensors"):
                 start(config)
 
@@ -361,7 +355,7 @@ class TestCheckpoints:
         first = make_config(n_checkpoints=1, output_path=str(tmp_path / "first"))
         start(first).run()
         (path,) = Path(first.checkpoint_path).iterdir()
-        config = make_config(tuned_lens=tuned_lens, resume_from_checkpoint=str(path))
+        config = make_config(lens=tuned_lens, resume_from_checkpoint=str(path))
         with pytest.raises(ValueError, match=r"must have the run's.*it has none"):
             start(config)
 
@@ -371,7 +365,7 @@ class TestCheckpoints:
         config = make_config(from_pretrained_path=checkpoint, output_path=None)
         assert start(config).run().lens is not None
         given: Any = TrainingSAE.load_from_disk(checkpoint)
-        config = make_config(tuned_lens=tuned_lens, output_path=None)
+        config = make_config(lens=tuned_lens, output_path=None)
         assert start(config, override_sae=given).run() is given
         given.lens = None
         with pytest.raises(ValueError, match="`override_sae` must have the run's"):

@@ -27,7 +27,7 @@ def study(model, token_dataset, tmp_path):
         expansion_factors=[2, 4],
         ks=[4, 8],
         expansion_factor=2,
-        tuned_lens=str(tmp_path / "lens"),
+        lens=str(tmp_path / "lens"),
         prompt=PROMPT,
         evaluation=SweepEvaluation(n_tokens=8 * N_CTX),
     )

@@ -331,7 +331,7 @@ def test_the_config_alone_shows_that_there_is_a_lens(offline_hub, sae_id):
 
     loaded = SAE.from_pretrained(RELEASE, sae_id).cfg.to_dict()
     # The hash is in the lens' own files only.
-    loaded["metadata"]["tuned_lens"]["unembed_hash"] = None
+    loaded["metadata"]["lens"]["unembed_hash"] = None
     assert cfg["metadata"].items() <= loaded["metadata"].items()
 
 

@@ -192,6 +192,6 @@ def test_the_command_and_the_folders_that_analyze_takes(
 def test_with_a_lens_there_is_no_transfer_matrix(run, tmp_path, deep):
     tokens = torch.randint(1, D_VOCAB, (4, N_CTX))
     fit_tuned_lens(deep, tokens, n_steps=1, output_path=tmp_path / "lens")
-    found = run(tuned_lens=str(tmp_path / "lens"))
+    found = run(lens=str(tmp_path / "lens"))
     assert found.transfer is None
     assert SingleLayerRuns.load(tmp_path / "out/comparison").transfer is None

@@ -51,4 +51,4 @@ def run(options: Options) -> None:
         seed=options.seed,
         output_path=output,
     )
-    print("Train with --tuned_lens and this folder.")
+    print("Train with --lens and this folder.")

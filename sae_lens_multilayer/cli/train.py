@@ -35,7 +35,7 @@ SUMMARIES = {
     "model_class_name": "HookedTransformer, TransformerBridge, AutoModelForCausalLM.",
     "hook_name": "Template of hook names with {layer} for the block number.",
     "layers": "Block numbers; all blocks if not given.",
-    "tuned_lens": "Lens to train in the space of: a folder or a name.",
+    "lens": "Lens to train in the space of: a folder or a name.",
     "dataset_path": "Name on the Hugging Face hub, or a file or folder.",
     "context_size": "Tokens in a prompt (128).",
     "exclude_special_tokens": "Do not train on the tokenizer's special tokens.",
@@ -121,7 +121,7 @@ def _options(architecture: str) -> type:
         [
             ("sae", sizes, field(default_factory=sizes)),
             ("logger", logger, field(default_factory=logger)),
-            ("tuned_lens", str | None, field(default=None)),
+            ("lens", str | None, field(default=None)),
         ],
         bases=(MultiLayerConfig,),
         namespace={"__doc__": "The model, the text and the training."},

@@ -25,7 +25,7 @@ class LensCarrier(SAE[Any]):
     """An SAE whose input is mapped into a lens' space and whose output is mapped back.
 
     `z = T(x)`, the SAE reconstructs z, and `x_hat = T^-1(z_hat)`, with T the map of the
-    vector's hook. The settings of the lens are `cfg.metadata.tuned_lens` and its
+    vector's hook. The settings of the lens are `cfg.metadata.lens` and its
     tensors are in the state dict, so it is saved, loaded and moved with the SAE.
     """
 
@@ -36,7 +36,7 @@ class LensCarrier(SAE[Any]):
     def __init__(self, cfg: SAEConfig, use_error_term: bool = False) -> None:
         """Create the lens that `cfg` describes, to load tensors into."""
         super().__init__(cfg, use_error_term)
-        settings = cfg.metadata.tuned_lens
+        settings = cfg.metadata.lens
         self.lens = None
         if settings is not None:
             self.lens = LayerLens(LensConfig(**settings), self.dtype, self.device)
@@ -53,12 +53,12 @@ class LensCarrier(SAE[Any]):
             hook_names = self.cfg.metadata.hook_names or lens.hook_names
             lens.config.check_sae(self.cfg.d_in, hook_names)
         settings = None if lens is None else lens.config.to_dict()
-        if settings != self.cfg.metadata.tuned_lens:
+        if settings != self.cfg.metadata.lens:
             # Another SAE may use the same config object.
             self.cfg = copy.deepcopy(self.cfg)
-            self.cfg.metadata.__dict__.pop("tuned_lens", None)
+            self.cfg.metadata.__dict__.pop("lens", None)
             if settings is not None:
-                self.cfg.metadata.tuned_lens = settings
+                self.cfg.metadata.lens = settings
         if lens is None:
             return None
         return lens.select(lens.hook_names).to(self.device, self.dtype)
@@ -92,7 +92,7 @@ def lens_of(sae: SAE[Any]) -> LayerLens | None:
 def saved_lens(folder: Path) -> LayerLens | None:
     """The lens of a saved SAE, or None, read without the SAE's own weights."""
     settings = read_json(folder / SAE_CFG_FILENAME).get("metadata", {})
-    if settings.get("tuned_lens") is None:
+    if settings.get("lens") is None:
         return None
     with safe_open(folder / SAE_WEIGHTS_FILENAME, "pt") as file:
         tensors = {
@@ -100,7 +100,7 @@ def saved_lens(folder: Path) -> LayerLens | None:
             for name in file.keys()  # noqa: SIM118  (not iterable)
             if name.startswith(LENS_PREFIX)
         }
-    return LayerLens.from_tensors(LensConfig(**settings["tuned_lens"]), tensors)
+    return LayerLens.from_tensors(LensConfig(**settings["lens"]), tensors)
 
 
 def check_lenses(model: Model, saes: Iterable[SAE[Any]], stacklevel: int) -> None:

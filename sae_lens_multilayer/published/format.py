@@ -288,7 +288,7 @@ def _make_config(
     if len(hook_names) == 1:
         metadata["hook_name"] = hook_names[0]
     if lens_config is not None:
-        metadata["tuned_lens"] = lens_config.to_dict()
+        metadata["lens"] = lens_config.to_dict()
     standardize = settings.get("standardize", True)
     return {
         "architecture": "topk" if is_stock else ARCHITECTURE,

@@ -39,7 +39,7 @@ class CopyableLayerNorm(SAE[Any]):
 
     def _check_can_fold(self) -> None:
         # SAELens would fold anyway, as if raw vectors were multiplied by the weights.
-        if self.standardizes or self.cfg.metadata.tuned_lens is not None:
+        if self.standardizes or self.cfg.metadata.lens is not None:
             raise ValueError(
                 "A scale or whitening of inputs can only be folded into an SAE with "
                 "normalize_activations='none' and no tuned lens."

@@ -100,7 +100,7 @@ class _HookView(CopyableLayerNorm):
         delattr(cfg.metadata, "hook_names")
         if lens is not None:
             cfg.metadata.hook_names = [hook_name]
-            delattr(cfg.metadata, "tuned_lens")
+            delattr(cfg.metadata, "lens")
         device, cfg.device = cfg.device, "meta"
         sae = _view_class(get_sae_class(cfg.architecture())[0])(cfg)
         cfg.device, sae.device = device, torch.device(device)

@@ -51,7 +51,7 @@ class PaperSettings:
     """k of the runs at `expansion_factor`; the first is that of all other runs."""
     expansion_factor: int | float = 64
     """R of the runs over k, with a lens, and at single layers."""
-    tuned_lens: str | None = None
+    lens: str | None = None
     """Folder or name of a tuned lens; None: no run with a lens."""
     single_layers: bool = True
     """Whether to train an SAE for each layer too."""
@@ -100,10 +100,10 @@ class PaperSettings:
         ]
         sizes += [{**self.default, "k": k} for k in self.ks]
         points = {_name(size): {**size, "name": _name(size)} for size in sizes}
-        if self.tuned_lens is not None:
+        if self.lens is not None:
             points[LENS] = {
                 **self.default,
-                "tuned_lens": self.tuned_lens,
+                "lens": self.lens,
                 "name": LENS,
             }
         return [*points.values()]

@@ -106,7 +106,7 @@ def warn_of_differences(path: Path, now: Record) -> None:
     found = Record.read(path, CHECKPOINT_KIND)
     found.warn_of_versions(path)
     # The lens has been compared with the checkpoint's; its path may differ.
-    if differences := found.differences(now, ignore=["tuned_lens"]):
+    if differences := found.differences(now, ignore=["lens"]):
         logger.warning(
             "The run is resumed with other settings or inputs than the checkpoint's. "
             "They take effect from here on:%s",

@@ -21,7 +21,7 @@ def lens_of_run(
 ) -> LayerLens | None:
     """Read and validate the lens of a run, before a model is loaded.
 
-    Without `tuned_lens`, it is that of the SAE that the run starts from. With it, both
+    Without `lens`, it is that of the SAE that the run starts from. With it, both
     must have the same lens.
     """
     starts: dict[str, LayerLens | None] = {}
@@ -31,8 +31,8 @@ def lens_of_run(
         starts["`override_sae`"] = lens_of(override_sae)
     present = [lens for lens in starts.values() if lens is not None]
     lens = present[-1] if present else None
-    if cfg.tuned_lens is not None:
-        lens = _given_lens(cfg.tuned_lens, lens, hook_names, cfg.lens_alignment)
+    if cfg.lens is not None:
+        lens = _given_lens(cfg.lens, lens, hook_names, cfg.lens_alignment)
     if lens is None:
         return None
     lens.config.check_shape(shape, cfg.model_name)
@@ -45,8 +45,8 @@ def lens_of_run(
     for origin, found in starts.items():
         if found is None or not lens.is_same(found):
             raise ValueError(
-                f"{origin} must have the run's `tuned_lens`, {lens.config}; it has "
-                f"{_difference(lens, found)}. Omit `tuned_lens` to keep the SAE's lens."
+                f"{origin} must have the run's `lens`, {lens.config}; it has "
+                f"{_difference(lens, found)}. Omit `lens` to keep the SAE's lens."
             )
     return lens
 
@@ -62,7 +62,7 @@ def _given_lens(
     if isinstance(source, dict):
         if saved is None or saved.config != LensConfig(**source):
             raise ValueError(
-                "`tuned_lens` has the settings of a lens; its tensors are in the saved "
+                "`lens` has the settings of a lens; its tensors are in the saved "
                 "SAE. Give the object, such as `SAE.load_from_disk(folder).lens`."
             )
         return saved

@@ -199,7 +199,7 @@ class _Study(ResumablePoints[StreamPoint]):
         sae = {**_TRAINING["sae"], **mapping(given, "sae"), "d_in": point.cfg.d_in}
         of_stream = {"context_size": point.cfg.context_size, "seed": point.cfg.seed}
         cfg = config_from_settings({**_TRAINING, **given, "sae": sae, **of_stream})
-        no_files = {"output_path": None, "checkpoint_path": None, "tuned_lens": lens}
+        no_files = {"output_path": None, "checkpoint_path": None, "lens": lens}
         return cfg.replaced(logger=LoggingConfig(log_to_wandb=False), **no_files)
 
     def _check_sizes(self, point: StreamPoint) -> None:
