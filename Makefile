@@ -7,6 +7,7 @@ PIP_ARGS ?= -q
 TEST_ARGS ?= -n logical --maxprocesses 8 --dist worksteal
 DEMO_ARGS ?=
 BENCH_ARGS ?= --small
+GPU_ARGS ?=
 
 VENV := .venv
 STAMP := $(VENV)/.setup-stamp
@@ -34,13 +35,14 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: help setup neighbours test tl4 demo bench lint docs tutorials clean
+.PHONY: help setup neighbours test tl4 demo bench gpu lint docs tutorials clean
 
 help:
 	@echo 'make test    run the tests               (TEST_ARGS: for pytest)'
 	@echo 'make tl4     check with TransformerLens 4'
 	@echo 'make demo    train and use an MLSAE      (DEMO_ARGS: for examples/demo.py)'
 	@echo 'make bench   run the benchmarks          (BENCH_ARGS: default --small)'
+	@echo 'make gpu     test and measure on a GPU     (GPU_ARGS: --device cpu --small to try)'
 	@echo 'make lint    run ruff and pyright'
 	@echo 'make docs    build the site in site/'
 	@echo 'make tutorials  run the tutorials and write their pages'
@@ -70,11 +72,14 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	@for script in benchmarks/[!_]*.py; do \
-		if [ -f "$$script" ]; then \
+		if [ -f "$$script" ] && [ "$$script" != benchmarks/gpu.py ]; then \
 			echo "$$script $(BENCH_ARGS)"; \
 			PYTHONPATH=. $(RUN) "$$script" $(BENCH_ARGS) || exit 1; \
 		fi; \
 	done
+
+gpu: $(STAMP)
+	PYTHONPATH=. $(RUN) -W ignore -m benchmarks.gpu $(GPU_ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

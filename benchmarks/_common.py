@@ -42,10 +42,18 @@ def time_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, turn in turns.items():
+            synchronize()
             start = time.perf_counter()
             turn()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def synchronize() -> None:
+    """Wait for the work that was given to a GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:

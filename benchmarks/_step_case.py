@@ -21,19 +21,28 @@ class Case:
     dead_share: float
     device: str
     residuals: bool
+    d_in: int = D_IN
+    n_vectors: int = N_VECTORS
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        z = smollm2_vectors() if self.residuals else gaussian_vectors(generator)
-        self.z = z.to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        made = smollm2_vectors() if self.residuals else self._gaussian(generator)
+        self.z = made.to(self.device)
         """Vectors [token, layer, d_in] of the multi-layer step."""
         self.x = self.z.flatten(0, 1)
-        self.d_in = z.shape[-1]
+        self.n_vectors, self.d_in = self.x.shape
         self.d_sae = self.expansion * self.d_in
-        rows = torch.randn(self.d_sae, self.d_in, generator=generator)
-        self.rows = (rows / rows.norm(dim=1, keepdim=True)).to(self.device)
-        dead = torch.rand(self.d_sae, generator=generator) < self.dead_share
-        self.dead = dead.to(self.device) if self.dead_share else None
+        self.rows = self._normal(self.d_sae, self.d_in, generator)
+        self.rows /= self.rows.norm(dim=1, keepdim=True)
+        uniform = torch.rand(self.d_sae, generator=generator, device=self.device)
+        self.dead = uniform < self.dead_share if self.dead_share else None
+
+    def _normal(self, n_rows: int, width: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n_rows, width, generator=generator, device=self.device)
+
+    def _gaussian(self, generator: torch.Generator) -> Tensor:
+        mixing = self._normal(self.d_in, self.d_in, generator) / self.d_in**0.5
+        return (self._normal(self.n_vectors, self.d_in, generator) @ mixing)[:, None]
 
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """New encoder rows, decoder rows and bias."""
@@ -47,12 +56,6 @@ class Case:
             "k_aux": K_AUX,
             "aux_coefficient": AUX_COEFFICIENT,
         }
-
-
-def gaussian_vectors(generator: torch.Generator) -> Tensor:
-    mixing = torch.randn(D_IN, D_IN, generator=generator) / D_IN**0.5
-    x = torch.randn(N_VECTORS, D_IN, generator=generator) @ mixing
-    return x.unsqueeze(1)
 
 
 @cache

@@ -29,6 +29,7 @@ from sae_lens.multi_sae_training_runner import (
 )
 
 from benchmarks._common import print_versions, ratio, time_in_turns
+from benchmarks.store import devices
 from examples.smollm2 import english_text, load_smollm2
 from sae_lens_multilayer import (
     MultiLayerActivationsStore,
@@ -73,7 +74,7 @@ def train_ours(model: Any, layers: list[int], d_sae: int, n_tokens: int) -> Any:
         sae=MultiLayerTrainingSAEConfig(d_in=model.cfg.d_model, d_sae=d_sae, k=K),
         layers=layers,
         verbose=False,
-        **shared_settings(n_tokens),
+        **shared_settings(model, n_tokens),
     )
     return LanguageModelSAETrainingRunner(
         cfg, override_dataset=english_text("train"), override_model=model
@@ -89,14 +90,14 @@ def train_host(model: Any, layers: list[int], d_sae: int, n_tokens: int) -> Any:
             for name in names
         },
         hook_names=names,
-        **shared_settings(n_tokens),
+        **shared_settings(model, n_tokens),
     )
     return MultiSAETrainingRunner(
         cfg, override_dataset=english_text("train"), override_model=model
     ).run()
 
 
-def shared_settings(n_tokens: int) -> dict[str, Any]:
+def shared_settings(model: Any, n_tokens: int) -> dict[str, Any]:
     """Settings used by both runs."""
     return {
         "context_size": CONTEXT,
@@ -108,12 +109,15 @@ def shared_settings(n_tokens: int) -> dict[str, Any]:
         "logger": LoggingConfig(log_to_wandb=False),
         "checkpoint_path": None,
         "output_path": None,
+        **devices(model),
     }
 
 
 def check(model: Any, ours: Any, host: dict[str, Any]) -> None:
     """Both must have trained TopK SAEs of the same k, on vectors of the model."""
-    cfg = MultiLayerConfig(sae=ours.cfg, **{**shared_settings(BATCH), "verbose": False})
+    cfg = MultiLayerConfig(
+        sae=ours.cfg, **{**shared_settings(model, BATCH), "verbose": False}
+    )
     dataset: Dataset = english_text("test")
     store = MultiLayerActivationsStore.from_config(model, cfg, dataset)
     tokens: torch.Tensor = store.get_batch_tokens(8)

@@ -34,6 +34,8 @@ from sae_lens_multilayer import (
     MultiLayerTrainingSAEConfig,
 )
 
+PROMPTS = 4
+
 
 def main() -> None:
     """Check, time and print."""
@@ -64,9 +66,9 @@ def main() -> None:
 
 
 def bare(model: Any, tokens: torch.Tensor) -> None:
-    """Run the model up to the last hooked block, four prompts at a time."""
+    """Run the model up to the last hooked block, as many prompts at a time."""
     with torch.no_grad():
-        for batch in tokens.split(4):
+        for batch in tokens.split(PROMPTS):
             model(batch, stop_at_layer=model.cfg.n_layers)
 
 
@@ -83,8 +85,9 @@ def our_store(model: Any, tokens: torch.Tensor) -> Any:
         context_size=tokens.shape[1],
         training_tokens=tokens.numel(),
         train_batch_size_tokens=256,
-        store_batch_size_prompts=4,
+        store_batch_size_prompts=PROMPTS,
         n_batches_in_buffer=len(tokens) // 2,
+        **devices(model),
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
         output_path=None,
@@ -93,6 +96,12 @@ def our_store(model: Any, tokens: torch.Tensor) -> Any:
     dataset = Dataset.from_dict({"input_ids": tokens})
     store = MultiLayerActivationsStore.from_config(model, cfg, dataset)
     return (next(store) for _ in range(tokens.numel() // 256))
+
+
+def devices(model: Any) -> dict[str, str]:
+    """All of a run on the device of its model."""
+    device = str(model.cfg.device)
+    return dict.fromkeys(("device", "llm_device", "act_store_device"), device)
 
 
 def host_store(model: Any, tokens: torch.Tensor) -> Any:
@@ -107,7 +116,8 @@ def host_store(model: Any, tokens: torch.Tensor) -> Any:
         streaming=False,
         context_size=tokens.shape[1],
         n_batches_in_buffer=len(tokens) // 2,
-        store_batch_size_prompts=4,
+        store_batch_size_prompts=PROMPTS,
+        device=model.cfg.device,
         train_batch_size_tokens=256,
         total_training_tokens=tokens.numel(),
     )

@@ -32,8 +32,13 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor, nn
 
-from benchmarks._common import announced, peak_rss_mib, print_versions
-from benchmarks._step_case import AUX_COEFFICIENT, K_AUX, N_VECTORS, Case, K
+from benchmarks._common import (
+    announced,
+    peak_rss_mib,
+    print_versions,
+    synchronize,
+)
+from benchmarks._step_case import AUX_COEFFICIENT, K_AUX, Case, K
 from sae_lens_multilayer.topk.reference import training_loss
 from sae_lens_multilayer.topk.sparse import (
     decode_topk,
@@ -67,7 +72,7 @@ def ours(case: Case, certified: bool) -> Step:
             W_enc,
             W_dec,
             b_dec,
-            micro_batch_size=N_VECTORS,
+            micro_batch_size=case.n_vectors,
             certified=certified,
             **case.loss_options(),
         )
@@ -222,7 +227,11 @@ def check_reconstructions(case: Case) -> None:
 def print_unproven(case: Case) -> None:
     """Print for how many vectors the certificate proves nothing."""
     rows, W_dec, b_dec = case.parameters()
-    options = {**case.loss_options(), "certified": True, "micro_batch_size": N_VECTORS}
+    options = {
+        **case.loss_options(),
+        "certified": True,
+        "micro_batch_size": case.n_vectors,
+    }
     step = training_step(case.z, rows.detach().T, W_dec, b_dec, **options)
     of_dead = " and as many selections of dead latents" if case.dead_share else ""
     print(f"without proof: {step.n_unproven} of {len(case.x)} vectors{of_dead}")
@@ -244,18 +253,13 @@ def time_steps(
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
-            synchronize(case.device)
+            synchronize()
             start = clock()
             step()
-            synchronize(case.device)
+            synchronize()
             if turn > 0:
                 times[name].append(clock() - start)
     return times
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_memory(name: str, sizes: Sizes) -> float:
