@@ -5,24 +5,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
-from sae_lens import SAE, TrainingSAE
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from jaxtyping import Float
+from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.published.loader import own_or_mlsae_disk_loader
-from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae.config import (
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
 )
 from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
+from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
 from sae_lens_multilayer.sae.views import check_unit_norm, view, views
 from sae_lens_multilayer.topk import reference, sparse
-from sae_lens_multilayer.topk.step import TopKStep, training_step
 
 _T_CONFIG = TypeVar(
     "_T_CONFIG", bound=MultiLayerSAEConfig | MultiLayerTrainingSAEConfig
@@ -152,92 +150,8 @@ class MultiLayerSAE(_MultiLayerWeights[MultiLayerSAEConfig]):
 
 class MultiLayerTrainingSAE(
     _MultiLayerWeights[MultiLayerTrainingSAEConfig],
-    TrainingSAE[MultiLayerTrainingSAEConfig],
+    SparseTrainingSAE[MultiLayerTrainingSAEConfig],
 ):
-    """The multi-layer SAE in training.
+    """The multi-layer SAE in training; see `SparseTrainingSAE`."""
 
-    Our trainer calls `accumulate_gradients`, which uses the k active latents only;
-    SAELens' own call `training_forward_pass`, the dense version of the same loss.
-    """
-
-    @override
-    def get_coefficients(self) -> dict[str, Any]:
-        return {}
-
-    @torch.no_grad()
-    def accumulate_gradients(
-        self,
-        x: Float[Tensor, "token layer d_in"],
-        dead_latents: Bool[Tensor, " d_sae"] | None,
-        micro_batch_size: int,
-        ranks: Ranks = ALONE,
-    ) -> TopKStep:
-        """Add the gradients of the loss of a training batch to `.grad`.
-
-        Args:
-            x: Vectors in raw space; losses and sums are in the space of the lens.
-            dead_latents: Latents that the auxiliary loss trains.
-            micro_batch_size: Vectors that are encoded at a time.
-            ranks: Each holds an equal share of the tokens of the batch.
-
-        References:
-            Auxiliary loss: Gao et al. (2024), arXiv:2406.04093, appendix A.2.
-        """
-        assert self.cfg.k_aux is not None  # set by the config
-        return training_step(
-            x,
-            self.W_enc,
-            self.W_dec,
-            self.b_dec,
-            k=self.cfg.k,
-            dead_latents=dead_latents,
-            k_aux=self.cfg.k_aux,
-            aux_coefficient=self.cfg.aux_loss_coefficient,
-            micro_batch_size=micro_batch_size,
-            standardize_inputs=self.standardizes,
-            certified=self.cfg.certified_topk,
-            transform=None if self.lens is None else self.lens.transform,
-            ranks=ranks,
-        )
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The loss by its dense definition, differentiable by autograd.
-
-        `step_input.sae_in` is [token, layer, d_in] in raw space, or [token, d_in].
-        """
-        x = step_input.sae_in.to(self.dtype)
-        feature_acts, hidden_pre = self.encode_with_hidden_pre(x)
-        z = self.into_lens(x)
-        assert self.cfg.k_aux is not None  # set by the config
-        losses = reference.training_loss(
-            z if z.ndim == 3 else z.unsqueeze(1),
-            self.W_enc,
-            self.W_dec,
-            self.b_dec,
-            k=self.cfg.k,
-            dead_latents=step_input.dead_neuron_mask,
-            k_aux=self.cfg.k_aux,
-            aux_coefficient=self.cfg.aux_loss_coefficient,
-            standardize_inputs=self.standardizes,
-        )
-        return TrainStepOutput(
-            sae_in=x,
-            sae_out=self.decode(feature_acts),
-            feature_acts=feature_acts,
-            hidden_pre=hidden_pre,
-            loss=losses.loss,
-            losses={
-                "mse_loss": losses.mse_loss,
-                "auxiliary_reconstruction_loss": losses.aux_loss,
-            },
-        )
-
-    @override
-    def log_histograms(self) -> dict[str, Any]:
-        """None: SAELens' histogram shows the norms of the decoder, which are all 1."""
-        return {}
-
-    @override
-    def calculate_aux_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise NotImplementedError("It is part of `training_forward_pass`.")
+    dense_loss = staticmethod(reference.training_loss)

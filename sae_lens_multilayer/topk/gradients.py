@@ -88,8 +88,10 @@ class AuxK:
     """Gao's auxiliary loss: dead latents reconstruct the residual `e = z - z_hat`.
 
     Its gradient is divided by the variance of `e` at a layer, which is complete after
-    the layer's last tile. If a tile has all tokens, its vectors are scaled; otherwise
-    the gradients of the layer are kept apart and scaled at its end.
+    the layer's last tile. If a tile has all tokens, its vectors are scaled. Otherwise,
+    if each vector is encoded alone, the gradients of the layer are kept apart and
+    scaled at its end; those of a crosscoder, whose encoder adds up layers with
+    different scales, are added in a second pass over the tiles.
     """
 
     def __init__(
@@ -97,15 +99,13 @@ class AuxK:
         dead: DeadLatents,
         coefficient: float,
         ranks: Ranks,
-        n_tokens: int,
-        n_layers: int,
+        shape: tuple[int, int, int],
     ) -> None:
-        """`n_tokens` of this rank, `n_layers` of the batch."""
+        """`shape` of the batch, [token, layer, d_in], with the tokens of this rank."""
         self.dead = dead
         self.coefficient = coefficient
         self.ranks = ranks
-        self.n_tokens = n_tokens
-        self.n_layers = n_layers
+        self.n_tokens, self.n_layers, self.d_in = shape
         self.losses: list[Float[Tensor, " layer"]] = []
         self._gradients: LatentGradients | None = None
         self._sums: Float[Tensor, "3 layer"] | None = None
@@ -114,36 +114,84 @@ class AuxK:
         self,
         tile: Tile,
         selection: Selection,
-        residual: Float[Tensor, "act d_in"],
+        residual: Float[Tensor, "vector d_in"],
         n_layers: int,
-    ) -> None:
-        """Add a tile of `n_layers`, given its residual `z_hat - z = -e`."""
-        assert selection.dead is not None
-        values, indices = selection.dead.values.relu(), selection.dead.indices
-        acts = make_acts(values, indices, len(self.dead.indices))
-        difference = (acts.matmul(self.dead.W_dec) * tile.std).add_(residual)
+    ) -> bool:
+        """Add a tile of `n_layers`, given its residual `z_hat - z = -e`.
+
+        Returns:
+            Whether `finish_group` will add its gradients, or has them; if not,
+            `add_again` must add them after it.
+        """
+        acts, difference = self._difference(tile, selection, residual)
         squares = squared_norms(residual)
         sum_e = -residual.sum(dim=1, dtype=squares.dtype)
-        per_act = torch.stack([sum_e, squares, squared_norms(difference)])
-        sums = per_act.unflatten(1, (-1, n_layers)).sum(1)
+        per_vector = torch.stack([sum_e, squares, squared_norms(difference)])
+        sums = per_vector.unflatten(1, (-1, n_layers)).sum(1)
         self._sums = sums if self._sums is None else self._sums + sums
-        weight = tile.std
         if len(residual) == self.n_tokens * n_layers:
-            scale = self._finish_layers().to(weight.dtype)
-            weight = weight * scale.repeat(self.n_tokens).unsqueeze(1)
-        if self._gradients is None:
-            self._gradients = LatentGradients.zeros_like(self.dead.W_dec)
-        self._gradients.add(acts, difference.mul_(weight), tile.v, self.dead.W_dec)
+            self._add_gradients(tile, acts, difference, self._finish_layers())
+        elif len(residual) == len(tile.v):
+            self._add_gradients(tile, acts, difference)
+        else:
+            return False
+        return True
 
-    def finish_group(self, total: LatentGradients) -> None:
-        """End a group of layers; adds the gradients that were kept apart."""
-        if self._sums is not None:
-            self._add_to(total, self._finish_layers())
+    def finish_group(self, total: LatentGradients) -> Float[Tensor, " layer"] | None:
+        """End a group of layers; adds the gradients that were kept apart.
+
+        Returns:
+            The scale of each layer for `add_again`; None if all tiles are added.
+        """
+        if self._sums is None:
+            return None
+        scale = self._finish_layers()
+        if self._gradients is None:
+            return scale
+        self._add_to(total, scale)
+        return None
+
+    def add_again(
+        self,
+        tile: Tile,
+        selection: Selection,
+        residual: Float[Tensor, "vector d_in"],
+        scale: Float[Tensor, " layer"],
+    ) -> None:
+        """Add the gradients of a tile whose sums were added by `add_tile`."""
+        acts, difference = self._difference(tile, selection, residual)
+        self._add_gradients(tile, acts, difference, scale)
 
     def finish(self, total: LatentGradients) -> None:
         """Add the gradients of all tiles whose vectors were scaled."""
         if self._gradients is not None:
             self._add_to(total, torch.ones(1, device=total.h.device))
+
+    def _difference(
+        self, tile: Tile, selection: Selection, residual: Float[Tensor, "vector d_in"]
+    ) -> tuple[SparseActs | DenseActs, Float[Tensor, "vector d_in"]]:
+        """Activations of the dead latents, and `e_hat - e`."""
+        assert selection.dead is not None
+        values, indices = selection.dead.values.relu(), selection.dead.indices
+        acts = make_acts(values, indices, len(self.dead.indices))
+        e_hat = acts.matmul(self.dead.W_dec).view_as(residual) * tile.std
+        return acts, e_hat.add_(residual)
+
+    def _add_gradients(
+        self,
+        tile: Tile,
+        acts: SparseActs | DenseActs,
+        difference: Float[Tensor, "vector d_in"],
+        scale: Float[Tensor, " layer"] | None = None,
+    ) -> None:
+        weight = tile.std
+        if scale is not None:
+            n_times = len(difference) // len(scale)
+            weight = weight * scale.to(weight.dtype).repeat(n_times).unsqueeze(1)
+        if self._gradients is None:
+            self._gradients = LatentGradients.zeros_like(self.dead.W_dec)
+        gradient = difference.mul_(weight).view_as(tile.v)
+        self._gradients.add(acts, gradient, tile.v, self.dead.W_dec)
 
     def _finish_layers(self) -> Float[Tensor, " layer"]:
         """Store the losses of complete layers; returns the scales of gradients."""
@@ -151,7 +199,7 @@ class AuxK:
         self.ranks.sum_(self._sums)
         sum_e, squares, squared_error = self._sums
         self._sums = None
-        n = self.n_tokens * self.dead.W_dec.shape[1] * self.ranks.count
+        n = self.n_tokens * self.d_in * self.ranks.count
         variance = (squares - sum_e.square() / n) / (n - 1)
         self.losses.append(squared_error / n / variance)
         return 2 * self.coefficient / (self.n_layers * n * variance)

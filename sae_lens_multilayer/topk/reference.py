@@ -1,4 +1,4 @@
-"""Definition of the multi-layer TopK autoencoder: dense, with autograd, slow.
+"""Definitions of the TopK autoencoders of many layers: dense, with autograd, slow.
 
 `sparse.py` and `step.py` compute the same numbers fast; tests compare every value and
 gradient with this file.
@@ -97,20 +97,70 @@ def training_loss(
         arXiv:2406.04093, appendix A.2. Unlike here, the paper's code adds the bias to
         `e_hat` and does not multiply it by std, so it is in another space than `e`.
     """
-    if standardize_inputs:
-        u, mean, std = standardize(z)
-    else:
-        u, mean, std = z, z.new_zeros(()), z.new_ones(())
+    u, mean, std = _standardized(z, standardize_inputs)
     h = (u - b_dec) @ W_enc
     z_hat = (topk_acts(h, k) @ W_dec + b_dec) * std + mean
     mse_loss = _normalized_mse(z_hat, z)
     aux_loss = torch.zeros_like(mse_loss)
     if dead_latents is not None and dead_latents.any() and k_aux > 0:
-        h_dead = h[..., dead_latents]
-        acts = topk_acts(h_dead, min(k_aux, h_dead.shape[-1]))
+        acts = _dead_acts(h, dead_latents, k_aux)
         e_hat = (acts @ W_dec[dead_latents]) * std
         aux_loss = _normalized_mse(e_hat, (z - z_hat).detach())
     return TopKLosses(mse_loss + aux_coefficient * aux_loss, mse_loss, aux_loss)
+
+
+def crosscoder_loss(
+    z: Float[Tensor, "token layer d_in"],
+    W_enc: Float[Tensor, "layer_d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae layer_d_in"],
+    b_dec: Float[Tensor, " layer_d_in"],
+    *,
+    k: int,
+    dead_latents: Bool[Tensor, " d_sae"] | None,
+    k_aux: int,
+    aux_coefficient: float,
+    standardize_inputs: bool = True,
+) -> TopKLosses:
+    """Training loss of a crosscoder: one latent vector per token for all layers.
+
+        h = sum_l (u_l - b_l) W_enc_l      a = ReLU(TopK(h))
+        z_hat_l = (a W_dec_l + b_l) std_l + mean_l
+
+    The losses, `u` and the arguments are those of `training_loss`, the same at one
+    layer. Weights are stacked: layer l has the entries from `l * d_in` on.
+
+    References:
+        Lindsey et al. (2024), "Sparse Crosscoders for Cross-Layer Features and Model
+        Diffing", with TopK instead of its penalty on decoder norms.
+    """
+    layers = (z.shape[1], z.shape[2])
+    W_enc, W_dec = W_enc.unflatten(0, layers), W_dec.unflatten(1, layers)
+    b_dec = b_dec.unflatten(0, layers)
+    u, mean, std = _standardized(z, standardize_inputs)
+    h = torch.einsum("tld,lds->ts", u - b_dec, W_enc)
+    z_hat = (torch.einsum("ts,sld->tld", topk_acts(h, k), W_dec) + b_dec) * std + mean
+    mse_loss = _normalized_mse(z_hat, z)
+    aux_loss = torch.zeros_like(mse_loss)
+    if dead_latents is not None and dead_latents.any() and k_aux > 0:
+        acts = _dead_acts(h, dead_latents, k_aux)
+        e_hat = torch.einsum("ts,sld->tld", acts, W_dec[dead_latents]) * std
+        aux_loss = _normalized_mse(e_hat, (z - z_hat).detach())
+    return TopKLosses(mse_loss + aux_coefficient * aux_loss, mse_loss, aux_loss)
+
+
+def _standardized(
+    z: Float[Tensor, "token layer d_in"], standardize_inputs: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if standardize_inputs:
+        return standardize(z)
+    return z, z.new_zeros(()), z.new_ones(())
+
+
+def _dead_acts(
+    h: Float[Tensor, "*batch d_sae"], dead_latents: Bool[Tensor, " d_sae"], k_aux: int
+) -> Float[Tensor, "*batch n_dead"]:
+    h_dead = h[..., dead_latents]
+    return topk_acts(h_dead, min(k_aux, h_dead.shape[-1]))
 
 
 def _normalized_mse(

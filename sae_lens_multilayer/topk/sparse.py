@@ -26,17 +26,18 @@ class TopKActs:
     """Activations, after the ReLU, in no particular order."""
     indices: Int[Tensor, "*batch k"]
     """Their latents, int64."""
-    mean: Float[Tensor, "*batch 1"]
-    """Mean of each vector; 0 if inputs are not standardised."""
-    std: Float[Tensor, "*batch 1"]
+    mean: Float[Tensor, "*vectors 1"]
+    """Mean of each vector; 0 if inputs are not standardised. `*vectors` is `*batch`, or
+    `*batch layer` for a crosscoder."""
+    std: Float[Tensor, "*vectors 1"]
     """Standard deviation of each vector; 1 if inputs are not standardised."""
 
 
 @torch.no_grad()
 def encode_topk(
-    z: Float[Tensor, "*batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_dec: Float[Tensor, " d_in"],
+    z: Float[Tensor, "*vectors d_in"],
+    W_enc: Float[Tensor, "d_enc d_sae"],
+    b_dec: Float[Tensor, " d_enc"],
     k: int,
     *,
     standardize_inputs: bool = True,
@@ -44,38 +45,44 @@ def encode_topk(
 ) -> TopKActs:
     """`ReLU(TopK_k((u - b_dec) W_enc))` as values and indices, without gradients.
 
-    Holds at most one block of pre-activations. Activations have the wider dtype of `z`
+    With the weights of a crosscoder, `z` is [*batch, layer, d_in] and a token's vectors
+    are encoded together, `d_enc = n_layers * d_in`. Holds at most one block of pre-activations. Activations have the wider dtype of `z`
     and `W_enc`. For `certified` see `step.training_step`.
     """
     dtype = compute_dtype(W_enc)
     flat = z.reshape(-1, z.shape[-1])
+    per_act = len(b_dec) // z.shape[-1]
     W_enc_rows, bias = W_enc.T.to(dtype).contiguous(), b_dec.to(dtype)
-    encoder = make_encoder(W_enc_rows, k, n_acts=len(flat), certified=certified)
+    n_acts = len(flat) // per_act
+    encoder = make_encoder(W_enc_rows, k, n_acts=n_acts, certified=certified)
     parts: list[tuple[Tensor, ...]] = []
-    for rows in flat.split(_INFERENCE_ROWS):
+    for rows in flat.split(_INFERENCE_ROWS * per_act):
         tile = make_tile(rows.to(dtype), bias, standardize_inputs)
         selection = encoder(tile.v)
         parts.append((selection.values.relu(), selection.indices, tile.mean, tile.std))
     values, indices, mean, std = (torch.cat(p) for p in zip(*parts, strict=True))
-    batch, out = z.shape[:-1], torch.promote_types(z.dtype, W_enc.dtype)
+    vectors, out = z.shape[:-1], torch.promote_types(z.dtype, W_enc.dtype)
+    batch = vectors if per_act == 1 else vectors[:-1]
     return TopKActs(
         values.to(out).view(*batch, k),
         indices.view(*batch, k),
-        mean.to(out).view(*batch, 1),
-        std.to(out).view(*batch, 1),
+        mean.to(out).view(*vectors, 1),
+        std.to(out).view(*vectors, 1),
     )
 
 
 def decode_topk(
     acts: TopKActs,
-    W_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, " d_in"],
-) -> Float[Tensor, "*batch d_in"]:
+    W_dec: Float[Tensor, "d_sae d_enc"],
+    b_dec: Float[Tensor, " d_enc"],
+) -> Float[Tensor, "*vectors d_in"]:
     """`(a W_dec + b_dec) std + mean`, from the active rows of `W_dec` alone."""
     k = acts.values.shape[-1]
     values, indices = acts.values.reshape(-1, k), acts.indices.reshape(-1, k)
     u_hat = weighted_row_sum(values.to(W_dec.dtype), indices, W_dec) + b_dec
-    return u_hat.view(*acts.values.shape[:-1], len(b_dec)) * acts.std + acts.mean
+    vectors = acts.mean.shape[:-1]
+    per_act = vectors[-1] if len(vectors) == acts.values.ndim else 1
+    return u_hat.view(*vectors, len(b_dec) // per_act) * acts.std + acts.mean
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class TopKStep:
     sum_sq_error: Float[Tensor, " layer"]
     """Sum over tokens and dimensions of `(z - z_hat)^2`."""
     n_active: Int[Tensor, " layer"]
-    """Number of activations above 0."""
+    """Number of activations above 0; those of a crosscoder are at all layers."""
     sum_acts: Float[Tensor, " layer"]
     """Sum of the activations (L1)."""
     moments: LayerMoments
@@ -59,9 +59,9 @@ class TopKStep:
 @torch.no_grad()
 def training_step(
     z: Float[Tensor, "token layer d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    W_dec: Float[Tensor, "d_sae d_in"],
-    b_dec: Float[Tensor, " d_in"],
+    W_enc: Float[Tensor, "d_enc d_sae"],
+    W_dec: Float[Tensor, "d_sae d_enc"],
+    b_dec: Float[Tensor, " d_enc"],
     *,
     k: int,
     dead_latents: Bool[Tensor, " d_sae"] | None,
@@ -75,15 +75,19 @@ def training_step(
 ) -> TopKStep:
     """Add the gradients of `reference.training_loss` to `.grad` of the parameters.
 
+    Of `reference.crosscoder_loss` if the weights are those of a crosscoder: `d_enc` is
+    `d_in` for the former, `n_layers * d_in` for the latter.
+
     In closed form, tile by tile. A tile has vectors of one layer, or all tokens of
-    several layers. Variances are those of the whole batch, so the result does not
-    depend on `micro_batch_size`. Memory does not grow with the batch. Losses are NaN if
-    an input is not finite. Parameters of less than 32 bits are converted to float32,
-    and their gradients are rounded once.
+    several layers, or (crosscoder) some tokens of all layers. Variances are those of
+    the whole batch, so the result does not depend on `micro_batch_size`. Memory does
+    not grow with the batch, except for the selected latents of a crosscoder with dead
+    latents. Losses are NaN if an input is not finite. Parameters of less than 32 bits
+    are converted to float32, and their gradients are rounded once.
 
     Args:
-        micro_batch_size: Vectors computed at a time; at most [micro_batch_size, d_sae]
-            pre-activations are held.
+        micro_batch_size: Vectors computed at a time (tokens for a crosscoder); at most
+            [micro_batch_size, d_sae] pre-activations are held.
         certified: True chooses candidates from a bfloat16 encoder product, computes
             their values in float32 and proves for each vector that the k largest are
             among them, or computes the vector in float32. False computes all in the
@@ -94,7 +98,7 @@ def training_step(
     """
     dtype = compute_dtype(W_enc)
     dead = _gather_dead(W_enc, W_dec, dead_latents, k_aux)
-    n_acts = z.shape[0] * z.shape[1]
+    n_acts = z.numel() // len(b_dec)
     encoder = make_encoder(
         W_enc.T.to(dtype).contiguous(),
         k,
@@ -108,11 +112,15 @@ def training_step(
         W_dec.to(dtype).contiguous(),
         b_dec.to(dtype),
         _start_gradients(W_enc, W_dec),
-        None if dead is None else AuxK(dead, aux_coefficient, ranks, *z.shape[:2]),
+        None if dead is None else AuxK(dead, aux_coefficient, ranks, z.shape),
         standardize_inputs,
         ranks,
     )
-    batch.add(_layer_groups(z, micro_batch_size, dtype, transform))
+    if len(b_dec) == z.shape[2]:
+        groups = _layer_groups(z, micro_batch_size, dtype, transform)
+    else:
+        groups = [_LayerGroup(z, 0, micro_batch_size, dtype, transform)]
+    batch.add(groups)
     batch.write_gradients(W_enc, W_dec, b_dec)
     return batch.result(aux_coefficient)
 
@@ -122,8 +130,8 @@ class _Batch:
     """Accumulates the gradients and statistics of a batch."""
 
     encoder: Encoder
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
+    W_dec: Float[Tensor, "d_sae d_enc"]
+    b_dec: Float[Tensor, " d_enc"]
     gradients: LatentGradients
     aux: AuxK | None
     standardize_inputs: bool
@@ -148,37 +156,60 @@ class _Batch:
             self.aux.finish(self.gradients)
 
     def _add_group(self, group: "_LayerGroup", weight: Float[Tensor, " layer"]) -> None:
-        sums = 0
+        sums, again = 0, list[tuple[Tensor, Selection]]()
         for z in group.tiles():
-            tile = make_tile(z.flatten(0, 1), self.b_dec, self.standardize_inputs)
+            tile = self._tile(z)
             selection = self.encoder(tile.v)
-            sums = sums + self._add_tile(tile, selection, weight)
+            residual, sums_of_tile = self._add_tile(tile, selection, weight)
+            sums = sums + sums_of_tile
+            if self.aux is not None and not self.aux.add_tile(
+                tile, selection, residual, group.n_layers
+            ):
+                again.append((z, selection))
         if self.aux is not None:
-            self.aux.finish_group(self.gradients)
+            scale = self.aux.finish_group(self.gradients)
+            for z, selection in again:
+                assert scale is not None
+                tile = self._tile(z)
+                residual = self._residual(tile, self._acts(selection))
+                self.aux.add_again(tile, selection, residual, scale)
         assert isinstance(sums, Tensor)
         self.sums.append(sums)
 
+    def _tile(self, z: Float[Tensor, "token layer d_in"]) -> Tile:
+        return make_tile(z.flatten(0, 1), self.b_dec, self.standardize_inputs)
+
+    def _acts(self, selection: Selection) -> SparseActs:
+        return SparseActs(selection.values.relu(), selection.indices, len(self.W_dec))
+
+    def _residual(self, tile: Tile, acts: SparseActs) -> Float[Tensor, "vector d_in"]:
+        """`z_hat - z`; both contain the mean, which is left out here."""
+        u_hat = acts.matmul(self.W_dec).add_(self.b_dec).view_as(tile.centred)
+        return u_hat.mul_(tile.std).sub_(tile.centred)
+
     def _add_tile(
         self, tile: Tile, selection: Selection, weight: Float[Tensor, " layer"]
-    ) -> Float[Tensor, "3 layer"]:
-        """Add one tile; returns its sums of squared error, active latents and acts."""
-        values, n_layers = selection.values.relu(), len(weight)
-        acts = SparseActs(values, selection.indices, len(self.W_dec))
-        # z_hat - z; both contain the mean, which is left out here.
-        residual = (acts.matmul(self.W_dec).add_(self.b_dec)).mul_(tile.std)
-        residual.sub_(tile.centred)
-        weights = weight.repeat(len(values) // n_layers).unsqueeze(1)
-        gradient = residual * (tile.std * weights)
+    ) -> tuple[Float[Tensor, "vector d_in"], Float[Tensor, "3 layer"]]:
+        """Add one tile without AuxK.
+
+        Returns:
+            The residual, and sums of squared error, active latents and activations.
+        """
+        acts, n_layers = self._acts(selection), len(weight)
+        values, residual = acts.values, self._residual(tile, acts)
+        weights = weight.repeat(len(residual) // n_layers).unsqueeze(1)
+        gradient = (residual * (tile.std * weights)).view_as(tile.v)
         self.gradients.add(acts, gradient, tile.v, self.W_dec)
         self.b_dec_gradient += gradient.sum(dim=0)
-        if self.aux is not None:
-            self.aux.add_tile(tile, selection, residual, n_layers)
-        active = values > 0
-        flat = selection.indices.flatten()
-        self.fire_counts.index_add_(0, flat, active.flatten().to(torch.int64))
+        active, flat = values > 0, selection.indices.flatten()
+        vectors_per_act = len(residual) // len(values)
+        fired = active.flatten().to(torch.int64) * vectors_per_act
+        self.fire_counts.index_add_(0, flat, fired)
         self.max_acts.scatter_reduce_(0, flat, values.flatten(), "amax")
-        per_act = torch.stack([squared_norms(residual), active.sum(1), values.sum(1)])
-        return per_act.unflatten(1, (-1, n_layers)).sum(1)
+        of_acts = torch.stack([active.sum(1), values.sum(1)])
+        of_acts = of_acts.repeat_interleave(vectors_per_act, dim=1)
+        per_vector = torch.cat([squared_norms(residual).unsqueeze(0), of_acts])
+        return residual, per_vector.unflatten(1, (-1, n_layers)).sum(1)
 
     def write_gradients(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         """Sum over ranks, and add to `.grad` unless accumulated there already."""

@@ -18,30 +18,35 @@ _CHUNK_ELEMENTS = 2**17
 
 @dataclass
 class Tile:
-    """Some vectors, centred and standardised."""
+    """Some vectors, centred and standardised.
 
-    centred: Float[Tensor, "act d_in"]
-    mean: Float[Tensor, "act 1"]
-    std: Float[Tensor, "act 1"]
-    v: Float[Tensor, "act d_in"]
+    An MLSAE encodes each vector, so `d_enc` is `d_in`; a crosscoder encodes the vectors
+    of all layers of a token as one, so `d_enc` is `n_layers * d_in`.
+    """
+
+    centred: Float[Tensor, "vector d_in"]
+    mean: Float[Tensor, "vector 1"]
+    std: Float[Tensor, "vector 1"]
+    v: Float[Tensor, "act d_enc"]
     """Input of the encoder: standardised, minus the bias; contiguous."""
 
 
 def make_tile(
-    z: Float[Tensor, "act d_in"],
-    b_dec: Float[Tensor, " d_in"],
+    z: Float[Tensor, "vector d_in"],
+    b_dec: Float[Tensor, " d_enc"],
     standardize_inputs: bool,
 ) -> Tile:
     """Standardise vectors as `reference.standardize` does and subtract the bias."""
     if not standardize_inputs:
         ones = z.new_ones(len(z), 1)
-        return Tile(z, torch.zeros_like(ones), ones, (z - b_dec).contiguous())
+        v = z.reshape(-1, len(b_dec)) - b_dec
+        return Tile(z, torch.zeros_like(ones), ones, v.contiguous())
     mean = z.mean(dim=1, keepdim=True)
     centred = z - mean
     # Unlike `Tensor.std`, the norm is vectorised on the CPU.
     norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
     std = norm / math.sqrt(z.shape[1] - 1)
-    v = torch.div(centred, std + STANDARDIZE_EPS) - b_dec
+    v = torch.div(centred, std + STANDARDIZE_EPS).view(-1, len(b_dec)) - b_dec
     return Tile(centred, mean, std, v.contiguous())
 
 
