@@ -13,9 +13,12 @@ from sae_lens_multilayer.published.loader import (
 )
 from sae_lens_multilayer.published.releases import releases
 from sae_lens_multilayer.sae.config import (
+    CrosscoderSAEConfig,
+    CrosscoderTrainingSAEConfig,
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
 )
+from sae_lens_multilayer.sae.crosscoder import CrosscoderSAE, CrosscoderTrainingSAE
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.sae.views import view, views
 from sae_lens_multilayer.store.cache import ActivationCache
@@ -34,6 +37,10 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ActivationCache",
+    "CrosscoderSAE",
+    "CrosscoderSAEConfig",
+    "CrosscoderTrainingSAE",
+    "CrosscoderTrainingSAEConfig",
     "LayerLens",
     "LayerMetrics",
     "LensConfig",

@@ -29,31 +29,41 @@ from sae_lens_multilayer.published.loader import (
 )
 from sae_lens_multilayer.published.releases import directory_entries
 from sae_lens_multilayer.sae.config import (
-    ARCHITECTURE,
+    CrosscoderSAEConfig,
+    CrosscoderTrainingSAEConfig,
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
 )
+from sae_lens_multilayer.sae.crosscoder import CrosscoderSAE, CrosscoderTrainingSAE
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 _MARK = "_sae_lens_multilayer"
+_CLASSES: list[tuple[type, type]] = [
+    (MultiLayerSAE, MultiLayerSAEConfig),
+    (CrosscoderSAE, CrosscoderSAEConfig),
+]
+_TRAINING_CLASSES: list[tuple[type, type]] = [
+    (MultiLayerTrainingSAE, MultiLayerTrainingSAEConfig),
+    (CrosscoderTrainingSAE, CrosscoderTrainingSAEConfig),
+]
 
 
 def register() -> None:
-    """Register the multi-layer SAE, the published checkpoints and the runner.
+    """Register our SAEs, the published checkpoints and the runner.
 
     Calling it again has no effect, except after a reload of this package.
     """
     # A training config looks up its inference class when it is created.
-    _register_once(
-        SAE_CLASS_REGISTRY, register_sae_class, MultiLayerSAE, MultiLayerSAEConfig
-    )
-    _register_once(
-        SAE_TRAINING_CLASS_REGISTRY,
-        register_sae_training_class,
-        MultiLayerTrainingSAE,
-        MultiLayerTrainingSAEConfig,
-    )
+    for sae_class, config_class in _CLASSES:
+        _register_once(SAE_CLASS_REGISTRY, register_sae_class, sae_class, config_class)
+    for sae_class, config_class in _TRAINING_CLASSES:
+        _register_once(
+            SAE_TRAINING_CLASS_REGISTRY,
+            register_sae_training_class,
+            sae_class,
+            config_class,
+        )
     _register_releases()
     _patch_runner()
 
@@ -89,10 +99,11 @@ def _lookup(entry: dict[str, Any]) -> PretrainedSAELookup:
 def _register_once(
     registry: dict[str, Any], register_class: Any, sae_class: Any, config_class: Any
 ) -> None:
-    present = registry.get(ARCHITECTURE)
+    name = config_class.architecture()
+    present = registry.get(name)
     if present is not None and present[0].__module__ == sae_class.__module__:
-        del registry[ARCHITECTURE]
-    register_class(ARCHITECTURE, sae_class, config_class)
+        del registry[name]
+    register_class(name, sae_class, config_class)
 
 
 def _patch_runner() -> None:

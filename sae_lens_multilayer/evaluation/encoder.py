@@ -1,6 +1,6 @@
 """Encodes and reconstructs the vectors of each hook with its SAE, ours or stock."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from typing_extensions import TypeIs
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics, LayerSums
 from sae_lens_multilayer.models.model import check_widths
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.token_sae import TokenSAE
 from sae_lens_multilayer.sae.views import views
+from sae_lens_multilayer.topk.sparse import TopKActs
 
 _MAX_ROWS = 4096
 _DENSE_ELEMENTS = 2**24
@@ -76,6 +78,11 @@ class LayerEncoder:
         """Encode all hooks with their SAE; rows are `token * n_layers + layer`."""
         assert self.is_shared
         sae = self.saes[0]
+        if isinstance(sae, TokenSAE):
+            of_tokens, layers = sae.encode_topk(x), range(x.shape[1])
+            values = torch.stack([sae.acts_at(of_tokens, i) for i in layers], dim=1)
+            indices = of_tokens.indices.repeat_interleave(x.shape[1], dim=0)
+            return _nonzero_topk(values.flatten(0, 1), indices)
         if is_multi_layer(sae):
             acts = sae.encode_topk(x)
             return _nonzero_topk(acts.values.flatten(0, 1), acts.indices.flatten(0, 1))
@@ -101,6 +108,15 @@ class LayerEncoder:
         dense = sae.encode(x)
         return _nonzero(dense), sae.decode(dense)
 
+    @torch.no_grad()
+    def reconstruct_layer(
+        self, layer: int, acts: TopKActs
+    ) -> tuple[NonzeroActs, Float[Tensor, "row d_in"]]:
+        """The same for an SAE that has encoded all layers of the rows' tokens."""
+        sae = self.saes[layer]
+        at_layer = _nonzero_topk(sae.acts_at(acts, layer), acts.indices)
+        return at_layer, sae.decode_layer(acts, layer)
+
 
 class ReconstructionSums:
     """Reconstructs vectors batch by batch and adds up the metrics of each layer."""
@@ -109,6 +125,18 @@ class ReconstructionSums:
         """Start with no tokens."""
         self.encoder = encoder
         self._by_layer: dict[int, LayerSums] = {}
+        self._acts: TopKActs | None = None
+
+    def start(self, vectors: Callable[[], Sequence[Tensor]]) -> None:
+        """Begin a batch of tokens, given a function that returns its vectors by hook.
+
+        It is called for an SAE that encodes all layers of a token together. Each layer
+        is then reconstructed from these vectors.
+        """
+        sae = self.encoder.saes[0]
+        if isinstance(sae, TokenSAE):
+            x = torch.stack([of_hook.flatten(0, -2) for of_hook in vectors()], dim=1)
+            self._acts = sae.encode_topk(x.to(sae.device))
 
     def reconstruct(
         self,
@@ -125,11 +153,19 @@ class ReconstructionSums:
         counted = counted.flatten().to(sae.device)
         size = rows_at_a_time(sae)
         parts: list[Tensor] = []
-        for rows, keep in zip(flat.split(size), counted.split(size), strict=True):
-            acts, x_hat = self.encoder.reconstruct(layer, rows)
-            self._add(layer, rows, x_hat, acts, keep)
+        for start in range(0, len(flat), size):
+            some = slice(start, start + size)
+            acts, x_hat = self._reconstruct(layer, flat, some)
+            self._add(layer, flat[some], x_hat, acts, counted[some])
             parts.append(x_hat)
         return torch.cat(parts).view(x.shape).to(x.device, x.dtype)
+
+    def _reconstruct(
+        self, layer: int, x: Float[Tensor, "token d_in"], some: slice
+    ) -> tuple[NonzeroActs, Float[Tensor, "row d_in"]]:
+        if self._acts is None:
+            return self.encoder.reconstruct(layer, x[some])
+        return self.encoder.reconstruct_layer(layer, self._acts[some])
 
     def _add(
         self,
@@ -161,7 +197,7 @@ class ReconstructionSums:
 
 def rows_at_a_time(sae: SAE[Any]) -> int:
     """Number of vectors that are encoded at once."""
-    if is_multi_layer(sae):
+    if is_multi_layer(sae) or isinstance(sae, TokenSAE):
         return _MAX_ROWS
     return max(1, min(_MAX_ROWS, _DENSE_ELEMENTS // sae.cfg.d_sae))
 
@@ -171,7 +207,8 @@ def is_multi_layer(sae: SAE[Any]) -> TypeIs[MultiLayerSAE | MultiLayerTrainingSA
 
 
 def _inference_form(sae: SAE[Any]) -> SAE[Any]:
-    is_stock_of_several = not is_multi_layer(sae) and sae.cfg.metadata.hook_names
+    is_ours = is_multi_layer(sae) or isinstance(sae, TokenSAE)
+    is_stock_of_several = not is_ours and sae.cfg.metadata.hook_names
     # All views of a stock SAE compute the same.
     return views(sae)[0] if is_stock_of_several else sae
 

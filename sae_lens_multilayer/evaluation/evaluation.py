@@ -48,7 +48,8 @@ def evaluate(
 
     Args:
         sae: A multi-layer SAE, ours or a stock one trained by this package, or one or
-            a list of SAEs of one hook each. All metrics are in raw space.
+            a list of SAEs of one hook each. All metrics are in raw space. A crosscoder
+            reconstructs each layer from the clean vectors of all, also for `together`.
         model: The model that the SAE was trained on, without SAEs attached.
         tokens: Prompts with their special tokens, `Prompts` with the positions that
             count, or a store to take them from.
@@ -133,7 +134,9 @@ def reconstruction_metrics(
     sums = ReconstructionSums(encoder)
     batches = prompts.split(batch_size_prompts)
     for batch in tqdm(batches, desc="Evaluating", unit="batch"):
-        for hook, x in enumerate(model.vectors(batch.ids, encoder.hook_names, heads)):
+        vectors = model.vectors(batch.ids, encoder.hook_names, heads)
+        sums.start(lambda vectors=vectors: vectors)
+        for hook, x in enumerate(vectors):
             sums.reconstruct(hook, x, batch.counted)
     return sums.compute()
 

@@ -17,18 +17,31 @@ def mean_vectors(
     splicer: Splicer, n_hooks: int, batches: Sequence[Int[Tensor, "_ pos"]]
 ) -> list[Float[Tensor, " d_in"]]:
     """The mean vector of each hook over all positions of these batches."""
-    sums: dict[int, Tensor] = {}
+    sums = [torch.zeros(())] * n_hooks
+    for batch in batches:
+        vectors = clean_vectors(splicer, n_hooks, batch)
+        sums = [
+            total.to(x.device) + x.flatten(0, 1).double().sum(0)
+            for total, x in zip(sums, vectors, strict=True)
+        ]
+    n_tokens = sum(batch.numel() for batch in batches)
+    return [total / n_tokens for total in sums]
 
-    def add(hook: int, x: Tensor) -> Tensor:
-        sums[hook] = sums.get(hook, 0.0) + x.flatten(0, 1).double().sum(0)
+
+def clean_vectors(
+    splicer: Splicer, n_hooks: int, tokens: Int[Tensor, "_ pos"]
+) -> list[Float[Tensor, "prompt pos d_in"]]:
+    """The vectors of each hook in a clean run."""
+    vectors: dict[int, Tensor] = {}
+
+    def keep(hook: int, x: Tensor) -> Tensor:
+        vectors[hook] = x
         return x
 
-    edit = {hook: partial(add, hook) for hook in range(n_hooks)}
-    for batch in batches:
-        for _ in splicer.runs(batch, [edit]):
-            pass
-    n_tokens = sum(batch.numel() for batch in batches)
-    return [sums[hook] / n_tokens for hook in range(n_hooks)]
+    edit = {hook: partial(keep, hook) for hook in range(n_hooks)}
+    for _ in splicer.runs(tokens, [edit]):
+        pass
+    return [vectors[hook] for hook in range(n_hooks)]
 
 
 class EvaluationRuns:
@@ -73,9 +86,12 @@ class EvaluationRuns:
             kept: Positions that keep their vectors and do not count in the metrics of
                 reconstruction.
         """
+        n_hooks = len(self._spliced)
+        self._reconstruction.start(
+            lambda: clean_vectors(self._splicer, n_hooks, tokens)
+        )
         edits: list[Edit] = [
-            {hook: partial(self._splice, hook, kept, ~kept)}
-            for hook in range(len(self._spliced))
+            {hook: partial(self._splice, hook, kept, ~kept)} for hook in range(n_hooks)
         ]
         sums = [*self._spliced]
         if not self._ablates_once:

@@ -10,6 +10,8 @@ from typing_extensions import override
 
 ARCHITECTURE = "multilayer"
 """The name of this SAE in SAELens' registries."""
+CROSSCODER = "multilayer_crosscoder"
+"""The name of the crosscoder, likewise."""
 
 
 @dataclass
@@ -75,6 +77,41 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
         # SAELens copies the training settings, including `k_aux`, into the metadata.
         super().__post_init__()
         _check_config(self, ["k", "k_aux"])
+
+
+@dataclass
+class CrosscoderSAEConfig(MultiLayerSAEConfig):
+    """Configuration of a crosscoder for inference.
+
+    Args:
+        k: Number of latents kept for each token.
+        n_layers: Number of layers, each of which has its own encoder and decoder.
+    """
+
+    n_layers: int | None = None
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return CROSSCODER
+
+
+@dataclass
+class CrosscoderTrainingSAEConfig(MultiLayerTrainingSAEConfig):
+    """Configuration of a crosscoder for training, with the recipe of the MLSAE.
+
+    Args:
+        k: Number of latents kept for each token.
+        n_layers: Number of layers, each of which has its own encoder and decoder; None:
+            that of the hooks of the run.
+    """
+
+    n_layers: int | None = None
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return CROSSCODER
 
 
 def check_sizes(cfg: Any, names: Sequence[str], most: int | None = None) -> None:

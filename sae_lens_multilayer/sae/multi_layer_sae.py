@@ -2,55 +2,27 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from sae_lens import SAE
-from sae_lens.saes.topk_sae import TopK
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.published.loader import own_or_mlsae_disk_loader
 from sae_lens_multilayer.sae.config import (
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
 )
-from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
 from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
-from sae_lens_multilayer.sae.views import check_unit_norm, view, views
+from sae_lens_multilayer.sae.topk_weights import T_CONFIG, TopKWeights
+from sae_lens_multilayer.sae.views import view, views
 from sae_lens_multilayer.topk import reference, sparse
 
-_T_CONFIG = TypeVar(
-    "_T_CONFIG", bound=MultiLayerSAEConfig | MultiLayerTrainingSAEConfig
-)
 
-
-class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
+class _MultiLayerWeights(TopKWeights[T_CONFIG]):
     """Base of the inference and the training class: weights, encoding, views."""
-
-    @override
-    def initialize_weights(self) -> None:
-        """Draw decoder rows of unit norm; the encoder starts as their transpose.
-
-        In `W_enc`, the weights of one latent are contiguous for the sparse step.
-        """
-        SAE.initialize_weights(self)
-        with torch.no_grad():
-            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True))
-            self.W_enc = nn.Parameter(self.W_dec.clone().T)
-
-    @override
-    def get_activation_fn(self) -> TopK:
-        return TopK(self.cfg.k)
-
-    def encode_with_hidden_pre(
-        self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
-    ) -> tuple[Float[Tensor, "*batch d_sae"], Float[Tensor, "*batch d_sae"]]:
-        """Encode densely, with the pre-activations; see `encode`."""
-        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x, hook) @ self.W_enc)
-        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
 
     @override
     def encode(
@@ -106,21 +78,6 @@ class _MultiLayerWeights(LensCarrier, CopyableLayerNorm, SAE[_T_CONFIG]):
     def views(self) -> list[SAE[Any]]:
         """The views of all hooks, in the order of the layer axis."""
         return views(self)
-
-    @override
-    def fold_W_dec_norm(self) -> None:
-        """Do nothing, as the decoder rows have unit norm; ValueError if they do not."""
-        check_unit_norm(self.W_dec)
-
-    @override
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        # safetensors saves contiguous tensors only.
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T
 
 
 class MultiLayerSAE(_MultiLayerWeights[MultiLayerSAEConfig]):

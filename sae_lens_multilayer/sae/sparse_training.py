@@ -9,17 +9,16 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_multilayer.lens.carrier import LensCarrier
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae.config import MultiLayerTrainingSAEConfig
-from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
+from sae_lens_multilayer.sae.topk_weights import TopKWeights
 from sae_lens_multilayer.topk.reference import TopKLosses
 from sae_lens_multilayer.topk.step import TopKStep, training_step
 
 _T_CONFIG = TypeVar("_T_CONFIG", bound=MultiLayerTrainingSAEConfig)
 
 
-class SparseTrainingSAE(LensCarrier, CopyableLayerNorm, TrainingSAE[_T_CONFIG]):
+class SparseTrainingSAE(TopKWeights[_T_CONFIG], TrainingSAE[_T_CONFIG]):
     """An SAE in training with TopK, AuxK and decoder rows of unit norm.
 
     Our trainer calls `accumulate_gradients`, which uses the k active latents only;
@@ -28,12 +27,6 @@ class SparseTrainingSAE(LensCarrier, CopyableLayerNorm, TrainingSAE[_T_CONFIG]):
 
     dense_loss: ClassVar[Any]
     """The dense definition, with the arguments of `reference.training_loss`."""
-
-    def encode_with_hidden_pre(
-        self, x: Tensor, hook: int | str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Encode densely, with the pre-activations."""
-        raise NotImplementedError
 
     @override
     def get_coefficients(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sae_lens_multilayer.lens.carrier import LensCarrier, lens_of
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.sae.config import MultiLayerSAEConfig
 from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
+from sae_lens_multilayer.sae.token_sae import TokenSAE, no_view
 
 _UNIT_NORM_TOLERANCE = 1e-2  # the paper's decoders differ less: one optimiser step
 
@@ -55,6 +56,8 @@ def view(sae: SAE[Any], layer_or_hook_name: int | str) -> SAE[Any]:
 
 def views(sae: SAE[Any]) -> list[SAE[Any]]:
     """The views of all hooks, in the order of the layer axis."""
+    if isinstance(sae, TokenSAE):
+        raise no_view(sae)
     cfg, tensors = _view_form(sae)
     lens = lens_of(sae)
     return [_HookView.build(cfg, tensors, n, lens) for n in hook_names_of(sae)]

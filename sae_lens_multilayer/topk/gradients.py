@@ -99,7 +99,7 @@ class AuxK:
         dead: DeadLatents,
         coefficient: float,
         ranks: Ranks,
-        shape: tuple[int, int, int],
+        shape: torch.Size,
     ) -> None:
         """`shape` of the batch, [token, layer, d_in], with the tokens of this rank."""
         self.dead = dead

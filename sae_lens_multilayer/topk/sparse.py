@@ -32,6 +32,12 @@ class TopKActs:
     std: Float[Tensor, "*vectors 1"]
     """Standard deviation of each vector; 1 if inputs are not standardised."""
 
+    def __getitem__(self, some: slice) -> "TopKActs":
+        """Those of some vectors or tokens, by the first axis of the batch."""
+        return TopKActs(
+            self.values[some], self.indices[some], self.mean[some], self.std[some]
+        )
+
 
 @torch.no_grad()
 def encode_topk(
@@ -46,8 +52,9 @@ def encode_topk(
     """`ReLU(TopK_k((u - b_dec) W_enc))` as values and indices, without gradients.
 
     With the weights of a crosscoder, `z` is [*batch, layer, d_in] and a token's vectors
-    are encoded together, `d_enc = n_layers * d_in`. Holds at most one block of pre-activations. Activations have the wider dtype of `z`
-    and `W_enc`. For `certified` see `step.training_step`.
+    are encoded together, `d_enc = n_layers * d_in`. Holds at most one block of
+    pre-activations. Activations have the wider dtype of `z` and `W_enc`. For
+    `certified` see `step.training_step`.
     """
     dtype = compute_dtype(W_enc)
     flat = z.reshape(-1, z.shape[-1])

@@ -1,11 +1,13 @@
 """Where b_dec starts: the point with the least total distance to a set of vectors."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lens_multilayer.ranks import ALONE, Ranks
-from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
 
 _ROWS_AT_A_TIME = 8192
@@ -42,10 +44,10 @@ def geometric_median(
 
 
 def median_of_inputs(
-    sae: MultiLayerTrainingSAE,
+    sae: SparseTrainingSAE[Any],
     batch: Float[Tensor, "token layer d_in"],
     ranks: Ranks = ALONE,
-) -> Float[Tensor, " d_in"]:
+) -> Float[Tensor, " d_enc"]:
     """Geometric median of the vectors that the encoder receives for a batch."""
     vectors = torch.empty_like(batch, dtype=torch.float32)
     for layer in range(batch.shape[1]):
@@ -54,7 +56,7 @@ def median_of_inputs(
         for rows, into in zip(*blocks, strict=True):
             z = sae.into_lens(rows.float(), layer)
             into.copy_(standardize(z)[0] if sae.standardizes else z)
-    return geometric_median(vectors.flatten(0, 1), ranks=ranks)
+    return geometric_median(vectors.view(-1, sae.d_enc), ranks=ranks)
 
 
 def _step(

@@ -91,7 +91,8 @@ def prepare(
             wanted = identity | {"hook_names": hook_names}
             checkpoints.check_resumable(start, wanted, settings, ranks.count)
     lens = lens_of_run(cfg, hook_names, shape, override_sae)
-    sae = override_sae or _make_sae(cfg, lens)
+    sae = override_sae or _make_sae(cfg, lens, len(hook_names))
+    _check_n_layers(sae, hook_names)
     if cache is not None:
         cache.check(vectors, hook_names)
     if model is None and needs_model:
@@ -235,11 +236,24 @@ def _evaluates(cfg: MultiLayerConfig[Any]) -> bool:
     return every is not None and n_steps >= every
 
 
-def _make_sae(cfg: MultiLayerConfig[Any], lens: LayerLens | None) -> TrainingSAE[Any]:
+def _check_n_layers(sae: TrainingSAE[Any], hook_names: list[str]) -> None:
+    n_layers = getattr(sae.cfg, "n_layers", len(hook_names))
+    if n_layers != len(hook_names):
+        raise ValueError(
+            f"`n_layers` must be the number of hooks of the run, {len(hook_names)}; "
+            f"the SAE has {n_layers}. Use `n_layers=None`, or other `layers`."
+        )
+
+
+def _make_sae(
+    cfg: MultiLayerConfig[Any], lens: LayerLens | None, n_layers: int
+) -> TrainingSAE[Any]:
     if cfg.from_pretrained_path is not None:
         return TrainingSAE.load_from_disk(cfg.from_pretrained_path, cfg.device)
     settings = cfg.get_training_sae_cfg_dict()
     settings["normalize_activations"] = cfg.normalize_activations
+    if settings.get("n_layers", n_layers) is None:
+        settings["n_layers"] = n_layers
     with temporary_seed(cfg.seed):
         sae = TrainingSAE.from_dict(settings)
     if lens is not None:

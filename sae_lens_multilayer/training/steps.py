@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_lens_multilayer.evaluation.metrics import LayerSums
 from sae_lens_multilayer.ranks import ALONE, Ranks
-from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.select import block_rows
 from sae_lens_multilayer.topk.tile import LayerMoments, compute_dtype
@@ -77,13 +77,13 @@ def _number(value: Any) -> float:
 
 
 def topk_gradients(
-    sae: MultiLayerTrainingSAE,
+    sae: SparseTrainingSAE[Any],
     x: Float[Tensor, "token layer d_in"],
     dead_latents: Bool[Tensor, " d_sae"],
     micro_batch_size_tokens: int | None,
     ranks: Ranks = ALONE,
 ) -> StepStats:
-    """Add the gradients of a batch to a multi-layer SAE's parameters.
+    """Add the gradients of a batch by the sparse step of the SAE.
 
     Args:
         micro_batch_size_tokens: As in `MultiLayerConfig`.

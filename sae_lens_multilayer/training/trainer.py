@@ -18,7 +18,7 @@ from typing_extensions import override
 from sae_lens_multilayer.config import MultiLayerTrainerConfig
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of
-from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
 from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.checkpoint import check_finite, not_finite
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     """SAELens' trainer for batches `[token, layer, d_in]`.
 
-    It counts tokens where the host counts rows. A multi-layer SAE is trained by the
+    It counts tokens where the host counts rows. A `SparseTrainingSAE` is trained by the
     sparse step, a stock SAE by its own `training_forward_pass`.
     """
 
@@ -74,9 +74,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.ranks = ranks
         self._before_checkpoint = before_checkpoint
         super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
-        self._initialize_b_dec = initialize_b_dec and isinstance(
-            sae, MultiLayerTrainingSAE
-        )
+        is_sparse = isinstance(sae, SparseTrainingSAE)
+        self._initialize_b_dec = initialize_b_dec and is_sparse
         for group in self.optimizer.param_groups:
             group.update(eps=cfg.adam_eps, fused=True)
         self.tokens_since_fired = torch.zeros(
@@ -86,7 +85,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     @property
     def dead_neurons(self) -> Tensor:
         """Which latents are dead, [d_sae] bool."""
-        if isinstance(self.sae, MultiLayerTrainingSAE):
+        if isinstance(self.sae, SparseTrainingSAE):
             return self.tokens_since_fired >= self.sae.cfg.dead_after_tokens
         # The host: more than `dead_feature_window` steps.
         n_steps = self.cfg.dead_feature_window + 1
@@ -174,7 +173,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         batch = batch.to(self.sae.device)
         starts_b_dec = self.n_training_steps == 0 and self._initialize_b_dec
         if starts_b_dec:
-            assert isinstance(self.sae, MultiLayerTrainingSAE)
+            assert isinstance(self.sae, SparseTrainingSAE)
             self.sae.b_dec.data.copy_(median_of_inputs(self.sae, batch, self.ranks))
         self.sae.train()
         stats = self._gradients(batch)
@@ -209,7 +208,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     def _gradients(self, batch: Tensor) -> StepStats:
         micro = self.cfg.micro_batch_size_tokens
-        if isinstance(self.sae, MultiLayerTrainingSAE):
+        if isinstance(self.sae, SparseTrainingSAE):
             return topk_gradients(self.sae, batch, self.dead_neurons, micro, self.ranks)
         step = StockStep(
             sae=self.sae,
@@ -228,7 +227,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             torch.nn.utils.clip_grad_norm_(
                 self.sae.parameters(), self.cfg.max_grad_norm
             )
-        has_unit_norm = isinstance(self.sae, MultiLayerTrainingSAE)
+        has_unit_norm = isinstance(self.sae, SparseTrainingSAE)
         if has_unit_norm:
             project_decoder_gradient(self.sae.W_dec)
         self.optimizer.step()
