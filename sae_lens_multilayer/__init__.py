@@ -6,6 +6,7 @@ from sae_lens_multilayer.evaluation.evaluation import evaluate, reconstruction_m
 from sae_lens_multilayer.evaluation.metrics import LayerMetrics, SpliceMetrics
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
+from sae_lens_multilayer.lens.jacobian import fit_jacobian_lens
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.published.loader import (
     mlsae_disk_loader,
@@ -31,6 +32,7 @@ from sae_lens_multilayer.sweeps.points import grid
 from sae_lens_multilayer.sweeps.resumable import PointsFailedError
 from sae_lens_multilayer.sweeps.sweep import sweep
 from sae_lens_multilayer.text.prompts import Prompts, Text
+from sae_lens_multilayer.training.fit_lens import fit_lens
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 __version__ = "0.1.0.dev0"
@@ -60,6 +62,8 @@ __all__ = [
     "SweepEvaluation",
     "Text",
     "evaluate",
+    "fit_jacobian_lens",
+    "fit_lens",
     "fit_tuned_lens",
     "grid",
     "lens_kl",

@@ -133,11 +133,12 @@ class MultiLayerConfig(LanguageModelSAERunnerConfig[T_TRAINING_SAE_CONFIG]):
     a stock SAE takes all layers at once (BatchTopK selects its k over them). None: as
     many as fit the CPU's cache, at least 512; the whole batch for a stock SAE."""
     lens: TunedLens | LayerLens | str | Path | dict[str, Any] | None = None
-    """The lens in whose space the multi-layer SAE is trained: a lens of tuned-lens, its
-    folder, its name in tuned-lens' hub space, or a `LayerLens` of this run's hooks. It
-    is saved with the SAE. None: no lens, or that of the checkpoint that the run starts
-    from. The saved config holds the settings of a lens that was given as an object; a
-    run from a checkpoint accepts these for the checkpoint's lens."""
+    """The lens in whose space the multi-layer SAE is trained: a `LayerLens` of this
+    run's hooks or its folder, a lens of tuned-lens, its folder or its name in
+    tuned-lens' hub space, or the file of a Jacobian lens. It is saved with the SAE.
+    None: no lens, or that of the checkpoint that the run starts from. The saved config
+    holds the settings of a lens that was given as an object; a run from a checkpoint
+    accepts these for the checkpoint's lens."""
     lens_alignment: Alignment = "tuned_lens"
     """Which translator a block's output uses: "tuned_lens", the one that was trained on
     it; "reference", the block's own, as in the paper's code."""

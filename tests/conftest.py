@@ -159,13 +159,19 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def offline(model, token_dataset, tmp_path, monkeypatch):
-    """The tiny model under any name, its SAE and its text in files."""
+    """The tiny model under any name, its SAE, a run and its text in files."""
     monkeypatch.setattr(loading, "load_by_name", lambda *_: model)
     monkeypatch.setattr(loading, "shape_by_name", lambda *_: as_model(model).shape)
     token_dataset.to_parquet(tmp_path / "text.parquet")
     from saes import random_sae  # imports this file
 
     random_sae().save_model(tmp_path / "sae")
+    (tmp_path / "run.yaml").write_text(
+        f"{{model_name: tiny, dataset_path: text.parquet, context_size: {N_CTX},"
+        f" sae: {{d_in: {D_MODEL}, d_sae: 64, k: 4}}, training_tokens: 64,"
+        " train_batch_size_tokens: 64, store_batch_size_prompts: 2,"
+        " n_batches_in_buffer: 4, logger: {log_to_wandb: false}}"
+    )
     monkeypatch.chdir(tmp_path)
     return ["--dataset_path", "text.parquet", "--n_tokens", "64"]
 

@@ -178,9 +178,11 @@ def test_nothing_in_the_home_folder_is_overwritten(
     there.parent.mkdir()
     there.write_text("mine")
     # A shell leaves a "~" after "=" as it is.
-    options = [*offline, f"--output_path=~/{name}", "--model_name", "tiny"]
+    options = ["sae", *offline, "--model_name", "tiny"]
+    if command == "lens":
+        options = ["run.yaml"]
     with pytest.raises(SystemExit, match=r"overwritten"):
-        cli.main([command, *(["sae"] * (command != "lens")), *options])
+        cli.main([command, *options, f"--output_path=~/{name}"])
     assert there.read_text() == "mine"
 
 
@@ -200,11 +202,12 @@ def test_what_appears_while_a_command_runs_is_kept_and_so_is_the_result(
     monkeypatch.setattr(*at_work, work)
     few = {
         "analyze": ["--analyses", "decoder_similarity"],
-        "lens": ["--n_steps", "1", "--context_size", str(N_CTX)],
+        "lens": ["--n_steps", "1", "--n_tokens", "64"],
     }
-    options = [*offline, "--output_path", str(target), "--model_name", "tiny"]
-    if command != "lens":
-        options = ["sae", *options]
+    options = ["sae", *offline, "--model_name", "tiny"]
+    if command == "lens":
+        options = ["run.yaml"]
+    options += ["--output_path", str(target)]
     cli.main([command, *options, *few.get(command, [])])
     assert target.read_text() == "mine"
     (other,) = set(Path("out").iterdir()) - {target}
@@ -216,13 +219,10 @@ def random_sae_on_disk():
     return SAE.load_from_disk("sae")
 
 
-def test_lens_saves_one_that_tuned_lens_loads(offline, model):
-    cli.main(
-        [
-            *("lens", *offline, "--model_name", "tiny", "--context_size", str(N_CTX)),
-            *("--n_steps", "2", "--output_path", "lens"),
-        ]
-    )
+@pytest.mark.usefixtures("offline")
+def test_lens_saves_one_that_tuned_lens_loads(model):
+    few = ["--n_tokens", "64", "--n_steps", "2"]
+    cli.main(["lens", "run.yaml", *few, "--output_path", "lens"])
 
     fitted = TunedLens.from_unembed_and_pretrained(as_model(model).unembed(), "lens")
     assert any(p.abs().sum() > 0 for p in fitted.layer_translators.parameters())

@@ -50,7 +50,7 @@ SMALLER = {
 OPTIONS = {
     **dict.fromkeys(("evaluate", "analyze"), ("--n_tokens", "64")),
     "report": ("--n_tokens", "64", "--n_latents", "4"),
-    "lens": ("--n_tokens", "64", "--n_steps", "2"),
+    "lens": ("--n_tokens", "256", "--n_steps", "2"),
 }
 """Options that the test adds to commands, for small sizes."""
 

@@ -32,7 +32,8 @@ class OutputTokens(Result):
     Without a lens the direction is the same at all layers, and there is one row. With
     the SAE's lens there is a row for the direction itself, which is in the space of the
     lens and so what the tuned lens of every layer reads, and one for each layer, with
-    the direction in the residual stream, `(I + W_l)^-1 d_j`.
+    the direction in the residual stream, `(I + W_l)^-1 d_j`. The first one is left out
+    if the unembedding cannot read that space (whitening).
 
     References:
         nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al.
@@ -40,7 +41,7 @@ class OutputTokens(Result):
     """
 
     rows: list[str]
-    """"decoder", then labels of the layers."""
+    """"decoder" and labels of layers."""
     top_ids: Int[Tensor, "row d_sae n_top"]
     top_logits: Float[Tensor, "row d_sae n_top"]
     """The largest, the largest first."""
@@ -76,11 +77,14 @@ def output_tokens(sae: SAE[Any], model: Any, n_top: int = 10) -> OutputTokens:
         n_top: Tokens to keep at either end, at most d_vocab.
     """
     lens, W_dec = lens_of(sae), sae.W_dec.detach().float()
-    rows, directions = ["decoder"], [W_dec]
+    rows: list[str] = []
+    directions: list[Tensor] = []
+    if lens is None or lens.config.maps_to_last_layer:
+        rows, directions = ["decoder"], [W_dec]
     if lens is not None:
-        rows += layer_labels(hook_names_of(sae))
-        layers = range(len(rows) - 1)
-        directions += [lens.invert_difference(W_dec, i) for i in layers]
+        labels = layer_labels(hook_names_of(sae))
+        rows += labels
+        directions += [lens.invert_difference(W_dec, i) for i in range(len(labels))]
     unembed = as_model(model).unembed().to(W_dec.device)
     parts = [_ends(unembed, direction, n_top) for direction in directions]
     return OutputTokens(rows, *(torch.stack(p) for p in zip(*parts, strict=True)))

@@ -27,7 +27,7 @@ COMMANDS = {
     "train": "Train one SAE on many layers of a model, and save it.",
     "cache": "Store the activations of a run's text on disk, to train on them often.",
     "evaluate": "Splice an SAE into each layer and compare with the clean run.",
-    "lens": "Fit a tuned lens to a model, to train an SAE with.",
+    "lens": "Fit a lens (tuned, Jacobian, in closed form), to train an SAE with.",
     "analyze": "Run analyses of an SAE, and write results and pictures.",
     "report": "Write one HTML file with the evaluation, the analyses and the latents.",
     "serve": "Serve the report on this machine, and run the model on your own text.",

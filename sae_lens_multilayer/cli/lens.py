@@ -1,54 +1,92 @@
-"""Fits a tuned lens."""
+"""Fits a lens of any kind."""
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from sae_lens.saes.sae import SAEMetadata
+from simple_parsing import field as option
 
-from sae_lens_multilayer.cli.options import ModelOptions, TextOptions
 from sae_lens_multilayer.cli.outputs import new_folder
+from sae_lens_multilayer.config import MultiLayerConfig
+from sae_lens_multilayer.config_files import config_from_settings, read_settings_file
+from sae_lens_multilayer.files import save_somewhere
+from sae_lens_multilayer.lens.config import LensKind
 from sae_lens_multilayer.lens.fit import fit_tuned_lens
+from sae_lens_multilayer.lens.jacobian import fit_jacobian_lens
+from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.text.prompts import Text
+from sae_lens_multilayer.training.fit_lens import fit_lens
 
-EXAMPLES = """example:
-  sae-lens-multilayer lens --model_name pythia-70m-deduped \\
-      --dataset_path text.jsonl --context_size 2048"""
+EXAMPLES = """examples:
+  sae-lens-multilayer lens run.yaml --output_path lens
+  sae-lens-multilayer lens run.yaml --kind whitening --output_path white
+  sae-lens-multilayer lens run.yaml --kind jacobian --n_tokens 8192 \\
+      --output_path jacobian.pt"""
 
 
 @dataclass
 class Options:
-    """How the lens is fitted."""
+    """What is fitted, and where it is saved."""
 
-    model: ModelOptions
-    text: TextOptions
+    config: str = option(positional=True, metavar="config")
+    """JSON or YAML file with fields of the config of a training run: its model, layers
+    and dataset, or its cache of activations."""
+    kind: LensKind = "tuned"
+    """tuned, jacobian: of a model and a text; procrustes, least_squares, whitening: in
+    closed form, of the vectors of the run or of its cache."""
     output_path: str = "lens"
-    """New folder for the lens, in tuned-lens' format."""
+    """New folder for the lens; for a Jacobian lens, a new file."""
+    n_tokens: int = 65_536
+    """Tokens of text to fit on."""
+    shrinkage: float = 0.0
+    """Closed form: covariances C become (1 - s) C + s tr(C) / d_in I."""
+    skip_first_positions: int = 16
+    """Jacobian lens: positions left out at the start of each prompt."""
     n_steps: int = 250
-    """Optimiser steps."""
+    """Tuned lens: optimiser steps."""
     n_prompts_per_step: int | None = None
-    """Prompts in a step; None: 2**18 tokens' worth, or all if they are fewer."""
+    """Tuned lens: prompts in a step; None: 2**18 tokens' worth, or all if fewer."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """The paper uses sgd."""
+    """Tuned lens: the paper uses sgd."""
     lr: float | None = None
-    """Largest learning rate; None: 1.0 for SGD and 1e-3 for Adam."""
+    """Tuned lens: largest learning rate; None: 1.0 for SGD and 1e-3 for Adam."""
     seed: int = 0
-    """Seed of the order of the prompts."""
+    """Tuned lens: seed of the order of the prompts."""
 
 
 def run(options: Options) -> None:
     """Run the command."""
     output = new_folder(options.output_path)
-    options.model.check_device()
-    text = options.text.text(SAEMetadata())
-    model = options.model.load(SAEMetadata(), hook_names=None)
+    cfg = config_from_settings(read_settings_file(options.config))
+    if options.kind in ("tuned", "jacobian"):
+        _fit_on_text(cfg, options, output)
+    else:
+        lens = fit_lens(
+            cfg, options.kind, options.n_tokens, shrinkage=options.shrinkage
+        )
+        output = save_somewhere(output, lens.save)
+    print(f"Written: {output}. Train with --lens {output}")
+
+
+def _fit_on_text(cfg: MultiLayerConfig[Any], options: Options, output: Path) -> None:
+    model = loading.load_by_name(*cfg.named_model, cfg.llm_device)
+    prompts = Text.from_config(cfg).prompts(model, options.n_tokens)
+    if options.kind == "jacobian":
+        fit_jacobian_lens(
+            model,
+            prompts,
+            skip_first_positions=options.skip_first_positions,
+            output_path=output,
+        )
+        return
     fit_tuned_lens(
         model,
-        text.prompts(model, options.text.n_tokens).ids,
+        prompts.ids,
         n_steps=options.n_steps,
         batch_size_prompts=options.n_prompts_per_step,
-        forward_batch_size_prompts=options.text.batch_size_prompts,
+        forward_batch_size_prompts=cfg.store_batch_size_prompts,
         optimizer=options.optimizer,
         lr=options.lr,
         seed=options.seed,
         output_path=output,
     )
-    print("Train with --lens and this folder.")

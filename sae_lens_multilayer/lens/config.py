@@ -1,4 +1,4 @@
-"""The settings of a lens, and which translator of a tuned lens belongs to a hook."""
+"""The settings of a lens, and which of its maps belongs to a hook."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +10,8 @@ from sae_lens_multilayer import hooks
 from sae_lens_multilayer.models.model import ModelShape
 
 Alignment = Literal["tuned_lens", "reference"]
+LensKind = Literal["tuned", "procrustes", "least_squares", "whitening", "jacobian"]
+"""How the maps of a lens are made: see `closed_form.py`, `jacobian.py`, `fit.py`."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,20 @@ class LensConfig:
     """Its revision."""
     unembed_hash: str | None = None
     """tuned-lens' hash of that model's unembedding."""
+    kind: LensKind = "tuned"
+    """How the maps were made. Those in closed form may be of any hooks, the others only
+    of the inputs and outputs of blocks."""
 
     def __post_init__(self) -> None:
-        if self.alignment not in get_args(Alignment):
-            raise ValueError(
-                f"`alignment` must be in {get_args(Alignment)}; got {self.alignment!r}."
-            )
-        for name in self.hook_names:
-            self.translator(name)
+        for name, choices in (("alignment", Alignment), ("kind", LensKind)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(
+                    f"`{name}` of a lens must be in {get_args(choices)}; got "
+                    f"{getattr(self, name)!r}."
+                )
+        if self.kind in ("tuned", "jacobian"):
+            for name in self.hook_names:
+                self._block_end(name)
 
     @classmethod
     def from_tuned_lens(
@@ -69,6 +77,32 @@ class LensConfig:
             >>> lens.translator("blocks.0.hook_resid_post")
             1
         """
+        layer, is_output = self._block_end(hook_name)
+        if not is_output or self.alignment == "reference":
+            return layer
+        return layer + 1 if layer + 1 < self.n_layers else None
+
+    def has_map(self, hook_name: str) -> bool:
+        """Whether a hook has a map; else it has the identity.
+
+        In a tuned lens, the output of the last block has none.
+        """
+        return self.kind != "tuned" or self.translator(hook_name) is not None
+
+    def last_block_before(self, hook_name: str) -> int:
+        """The block whose output a hook is; -1: the input of the first block."""
+        layer, is_output = self._block_end(hook_name)
+        return layer if is_output else layer - 1
+
+    @property
+    def maps_to_last_layer(self) -> bool:
+        """Whether all vectors are mapped to those of the last layer.
+
+        So the unembedding can read them. Whitening keeps each layer in its own basis.
+        """
+        return self.kind != "whitening"
+
+    def _block_end(self, hook_name: str) -> tuple[int, bool]:
         end = hooks.block_end(hook_name)
         if end is None or end[0] >= self.n_layers:
             raise ValueError(
@@ -76,10 +110,7 @@ class LensConfig:
                 f"before or after one of the {self.n_layers} blocks of "
                 f"{self.base_model_name!r}, such as 'blocks.0.hook_resid_post'."
             )
-        layer, is_output = end
-        if not is_output or self.alignment == "reference":
-            return layer
-        return layer + 1 if layer + 1 < self.n_layers else None
+        return end
 
     def check_shape(self, shape: ModelShape, model_name: str) -> None:
         """Raise ValueError if the model has another width or depth."""
@@ -87,7 +118,7 @@ class LensConfig:
             raise ValueError(
                 f"The lens of {self.base_model_name!r} is for {self.n_layers} blocks "
                 f"of width {self.d_in}; {model_name!r} has {shape.n_layers} of width "
-                f"{shape.d_model}. Fit one with `fit_tuned_lens`."
+                f"{shape.d_model}. Fit one to this model."
             )
 
     def check_sae(self, d_in: int, hook_names: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """One invertible affine map per hook, as a module and as hooks of a model."""
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,17 +10,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tuned_lens import TunedLens
 from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
+from sae_lens_multilayer.files import complete_or_absent, read_json, read_tensors
 from sae_lens_multilayer.lens.affine import AffineMap
 from sae_lens_multilayer.lens.config import Alignment, LensConfig
 from sae_lens_multilayer.lens.tuned_lens_files import read_tuned_lens
 from sae_lens_multilayer.models.kinds import as_model
 
 HookFunction = Callable[..., Tensor]
+
+SETTINGS_FILENAME, TENSORS_FILENAME = "lens.json", "lens.safetensors"
 
 
 class LayerLens(nn.Module):
@@ -42,7 +47,7 @@ class LayerLens(nn.Module):
         zeros = partial(torch.zeros, dtype=dtype, device=device)
         d_in = config.d_in
         for i, name in enumerate(config.hook_names):
-            if config.translator(name) is not None:
+            if config.has_map(name):
                 self.add_module(str(i), AffineMap(name, zeros(d_in, d_in), zeros(d_in)))
 
     @classmethod
@@ -116,6 +121,37 @@ class LayerLens(nn.Module):
             for part in ("weight", "bias")
         }
         return cls.from_tensors(config, chosen)
+
+    @classmethod
+    def from_maps(
+        cls,
+        config: LensConfig,
+        maps: Sequence[Float[Tensor, "d_in d_in"]],
+        biases: Sequence[Float[Tensor, " d_in"]],
+    ) -> "LayerLens":
+        """The lens `z = x A + b` in float32, with a matrix and a bias for each hook."""
+        tensors: dict[str, Tensor] = {}
+        for i, (a, b) in enumerate(zip(maps, biases, strict=True)):
+            tensors[f"{i}.weight"] = (a.T - torch.eye(len(a)).to(a)).float()
+            # safetensors refuses shared memory.
+            tensors[f"{i}.bias"] = b.float().clone()
+        return cls.from_tensors(config, tensors)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "LayerLens":
+        """Load a lens from a folder that `save` wrote."""
+        folder = Path(folder).expanduser()
+        settings = read_json(folder / SETTINGS_FILENAME)
+        tensors = read_tensors(folder / TENSORS_FILENAME)
+        return cls.from_tensors(LensConfig(**settings), tensors)
+
+    def save(self, folder: str | Path) -> None:
+        """Save to a new folder: `lens.json` and `lens.safetensors`."""
+        tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
+        with complete_or_absent(Path(folder).expanduser()) as path:
+            settings = json.dumps(self.config.to_dict(), indent=2)
+            (path / SETTINGS_FILENAME).write_text(settings)
+            save_file(tensors, path / TENSORS_FILENAME)
 
     @property
     def hook_names(self) -> list[str]:

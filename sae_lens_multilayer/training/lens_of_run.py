@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
-from tuned_lens import TunedLens
 
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.lens.carrier import lens_of, saved_lens
-from sae_lens_multilayer.lens.config import Alignment, LensConfig
+from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.lens.read import read_lens
 from sae_lens_multilayer.models.model import ModelShape
 
 
@@ -32,7 +32,7 @@ def lens_of_run(
     present = [lens for lens in starts.values() if lens is not None]
     lens = present[-1] if present else None
     if cfg.lens is not None:
-        lens = _given_lens(cfg.lens, lens, hook_names, cfg.lens_alignment)
+        lens = _given_lens(cfg, lens, hook_names, shape)
     if lens is None:
         return None
     lens.config.check_shape(shape, cfg.model_name)
@@ -52,21 +52,21 @@ def lens_of_run(
 
 
 def _given_lens(
-    source: TunedLens | LayerLens | str | Path | dict[str, Any],
+    cfg: MultiLayerConfig[Any],
     saved: LayerLens | None,
     hook_names: list[str],
-    alignment: Alignment,
+    shape: ModelShape,
 ) -> LayerLens:
-    if isinstance(source, LayerLens):
-        return source
+    source = cfg.lens
+    assert source is not None
     if isinstance(source, dict):
         if saved is None or saved.config != LensConfig(**source):
             raise ValueError(
-                "`lens` has the settings of a lens; its tensors are in the saved "
-                "SAE. Give the object, such as `SAE.load_from_disk(folder).lens`."
+                "`lens` has the settings of a lens; its tensors are in the saved SAE. "
+                "Give the object, such as `SAE.load_from_disk(folder).lens`."
             )
         return saved
-    return LayerLens.from_tuned_lens(source, hook_names, alignment=alignment)
+    return read_lens(source, hook_names, shape.n_layers, cfg.lens_alignment)
 
 
 def _difference(lens: LayerLens, found: LayerLens | None) -> str:

@@ -14,12 +14,8 @@ from torch import Tensor
 from sae_lens_multilayer.analysis.active import ActiveLatents, active_latents
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
-from sae_lens_multilayer.lens.closed_form import (
-    fit_to_last,
-    least_squares,
-    lens_of_maps,
-    procrustes,
-)
+from sae_lens_multilayer.lens.closed_form import fit_closed_form, rotation
+from sae_lens_multilayer.lens.config import LensConfig, LensKind
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.sae.config import MultiLayerTrainingSAEConfig
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
@@ -93,17 +89,20 @@ class Bench:
         """
         cfg, directions = self.stream.cfg, self.stream.directions.double()
         last = cfg.n_layers - 1
-        biases = self.stream.biases.double()
-        maps: list[Tensor] = []
-        for layer in range(last):
-            turn = procrustes(directions[layer], directions[last])
-            turn /= turn.square().sum().div(cfg.d_in).sqrt()  # a rotation, no scale
-            maps.append(cfg.growth ** (last - layer) * turn)
-        offsets = [
-            cfg.growth**last * biases[last] - cfg.growth**layer * biases[layer] @ a
-            for layer, a in enumerate(maps)
+        growth = [cfg.growth**layer for layer in range(cfg.n_layers)]
+        means = [
+            g * b for g, b in zip(growth, self.stream.biases.double(), strict=True)
         ]
-        return lens_of_maps(maps, offsets, self.hook_names)
+        turns = [rotation(d.T @ directions[last]) for d in directions[:last]]
+        turns.append(torch.eye(cfg.d_in, dtype=torch.float64))
+        maps = [growth[last] / g * a for g, a in zip(growth, turns, strict=True)]
+        shifts = [means[last] - m @ a for m, a in zip(means, maps, strict=True)]
+        return LayerLens.from_maps(self.lens_config("procrustes"), maps, shifts)
+
+    def lens_config(self, kind: LensKind) -> LensConfig:
+        """The settings of a lens of the stream's layers."""
+        cfg = self.stream.cfg
+        return LensConfig(self.hook_names, cfg.n_layers, cfg.d_in, kind=kind)
 
     def found(self, sae: TrainingSAE[Any], x: Tensor | None = None) -> Found:
         """Activations of a multi-layer SAE on the held-out vectors, or on `x`."""
@@ -113,7 +112,8 @@ class Bench:
         lens: LayerLens | None = getattr(sae, "lens", None)
         if lens is not None:
             layers = range(len(self.hook_names))
-            decoder = torch.stack([_out_of(lens, i, decoder[i]) for i in layers])
+            rows = [lens.invert_difference(decoder[i], i) for i in layers]
+            decoder = torch.stack(rows)
         return Found(acts, decoder)
 
     def found_by_layer(
@@ -151,14 +151,6 @@ class Bench:
         return sae
 
 
-def _out_of(
-    lens: LayerLens, layer: int, rows: Float[Tensor, "latent d_in"]
-) -> Float[Tensor, "latent d_in"]:
-    """Directions in the space of the lens as directions in raw space."""
-    zero = torch.zeros_like(rows[:1])
-    return lens.invert(rows, layer) - lens.invert(zero, layer)
-
-
 def _shuffled(bench: Bench) -> Found:
     """The vectors of each token in a random order of layers."""
     with temporary_seed(bench.stream.cfg.seed):
@@ -178,8 +170,8 @@ def _ceiling(bench: Bench) -> Found:
     return bench.found_by_layer(saes, [names] * len(saes))
 
 
-def _fitted(bench: Bench, fit: Any) -> Found:
-    lens = fit_to_last(bench.vectors, bench.hook_names, fit)
+def _fitted(bench: Bench, kind: LensKind) -> Found:
+    lens = fit_closed_form([bench.vectors], bench.lens_config(kind))
     return bench.found(bench.train(lens))
 
 
@@ -195,10 +187,11 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "mlsae": Arm("MLSAE", lambda b: b.found(b.mlsae)),
     "true_lens": Arm("MLSAE, true lens", lambda b: b.found(b.train(b.true_lens))),
-    "procrustes": Arm("MLSAE, Procrustes lens", lambda b: _fitted(b, procrustes)),
+    "procrustes": Arm("MLSAE, Procrustes lens", lambda b: _fitted(b, "procrustes")),
     "least_squares": Arm(
-        "MLSAE, least-squares lens", lambda b: _fitted(b, least_squares)
+        "MLSAE, least-squares lens", lambda b: _fitted(b, "least_squares")
     ),
+    "whitening": Arm("MLSAE, whitened layers", lambda b: _fitted(b, "whitening")),
     "single_layers": Arm("single-layer SAEs, joined", _single_layers),
     "ceiling": Arm("ceiling: true dictionary", _ceiling),
     "floor": Arm("floor: layers shuffled", _shuffled),

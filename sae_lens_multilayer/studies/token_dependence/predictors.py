@@ -50,7 +50,10 @@ class TokenPredictorSums:
     """
 
     def __init__(self, sae: SAE[Any], model: Any) -> None:
-        self._model, self._lens = as_model(model), lens_of(sae)
+        self._model, lens = as_model(model), lens_of(sae)
+        # The unembedding cannot read whitened vectors.
+        is_read = lens is not None and lens.config.maps_to_last_layer
+        self._lens = lens if is_read else None
         self._tokenizer = self._model.tokenizer
         self._unembed: Callable[[Tensor], Tensor] | None = None
         if all(map(is_residual, hook_names_of(sae))):
