@@ -303,10 +303,32 @@ def test_a_perfect_sae_has_no_errors():
     metrics, matches = recovery(truth, stream.directions, truth, stream.directions)
     assert matches["by_correlation"].tolist() == list(range(12))
     ones = {"mcc", "mcc_cosine", "token_layer_slope", "token_layer_r2"}
+    ones |= {"tokens_covered", "features_covered"}
+    assert metrics.pop("empty_vectors") > 0
     for name, value in metrics.items():
         if not name.endswith("_true"):
-            one = name in ones or name == "tokens_covered"
+            one = name in ones
             assert value == pytest.approx(float(one), abs=1e-6), name
+
+
+def test_activation_without_features_and_features_without_latents_are_counted():
+    truth = torch.zeros(4, 2, 3).double()  # token, layer, feature
+    truth[:3, 0] = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1]])  # 5 of 8 are empty
+    acts = 2 * truth.clone()
+    acts[..., 2] = 0  # this latent is dead
+    acts[3, 1, 0] = 1  # at an empty vector: 1 of 5 of all activation
+    acts[2, 0, 1] = 6  # more where it should not be: correlation below 0.5
+    acts[3, 0, 0] = 1
+    directions = torch.eye(3).expand(2, 3, 3)
+    metrics, _ = recovery(sparse(acts), directions, sparse(truth), directions)
+    assert metrics["empty_vectors"] == pytest.approx(5 / 8)
+    assert metrics["empty_acts"] == pytest.approx(2 / 12)
+    flat = torch.cat([acts.flatten(0, 1), truth.flatten(0, 1)], 1).T
+    own = torch.corrcoef(flat).nan_to_num()[:3, 3:]
+    best = max(permutations(range(3)), key=lambda p: own[list(p), range(3)].sum())
+    n_covered = int((own[list(best), range(3)] > 0.5).sum())
+    assert metrics["features_covered"] == pytest.approx(n_covered / 3)
+    assert 0 < n_covered < 3
 
 
 def test_single_layers_are_joined_by_their_decoders():

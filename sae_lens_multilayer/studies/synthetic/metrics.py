@@ -18,6 +18,8 @@ from sae_lens_multilayer.studies.synthetic.matching import (
 )
 
 _NO_VARIANCE = 1e-9
+COVERED = 0.5
+"""Least correlation of activations at which a feature counts as covered."""
 
 
 def recovery(
@@ -36,6 +38,10 @@ def recovery(
     Returns:
         The metrics by name, and the latent of each feature in the matchings by
         correlation and by cosine; latents are matched to features that are active.
+
+        `features_covered` is the share of these features whose latent correlates by
+        more than `COVERED`; a latent that is never active has correlation 0.
+        `profile_w1` is a mean over features whose latent is ever active.
     """
     cos = cosines(decoder, directions)
     corr = correlations(acts, truth)
@@ -48,6 +54,8 @@ def recovery(
     metrics = {
         "mcc": _mean_score(corr, by_corr),
         "mcc_cosine": _mean_score(best_cos, by_cos),
+        "features_covered": float((corr[latent, feature] > COVERED).sum())
+        / int(is_active.sum()),
         "matchings_differ": float((by_corr != by_cos)[is_active].double().mean()),
         "profile_w1": float(
             _mean(w1(layer_totals(acts)[:, latent], by_layer[:, feature]))
@@ -55,6 +63,7 @@ def recovery(
         **_token_metrics(acts, truth, by_corr),
         **_variance_errors(acts, truth),
         **_one_to_one(acts, truth, cos),
+        **_without_features(acts, truth),
     }
     return metrics, {"by_correlation": by_corr, "by_cosine": by_cos}
 
@@ -183,6 +192,17 @@ def _variance_errors(acts: ActiveLatents, truth: ActiveLatents) -> dict[str, flo
     found, true = variance_parts(acts), variance_parts(truth)
     errors = {f"{name}_error": found[name] - true[name] for name in true}
     return errors | {f"{name}_true": value for name, value in true.items()}
+
+
+def _without_features(acts: ActiveLatents, truth: ActiveLatents) -> dict[str, float]:
+    """Share of the vectors without any active feature; of the activation on them."""
+    is_empty = torch.ones(truth.n_tokens * truth.n_layers, dtype=torch.bool)
+    is_empty[truth.token * truth.n_layers + truth.layer] = False
+    on_empty = acts.value[is_empty[acts.token * acts.n_layers + acts.layer]].sum()
+    return {
+        "empty_vectors": float(is_empty.double().mean()),
+        "empty_acts": float(on_empty / acts.value.sum()),
+    }
 
 
 def _one_to_one(

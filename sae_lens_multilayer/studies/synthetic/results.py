@@ -17,6 +17,7 @@ FIGURES = {
     "recovery": {
         "mcc": "correlation with\nmatched features (mcc)",
         "mcc_cosine": "cosine with\nmatched features",
+        "features_covered": "features with a latent\nof correlation over 0.5",
         "matchings_differ": "features with another latent\nin the other matching",
     },
     "latents": {
@@ -39,7 +40,12 @@ FIGURES = {
     },
 }
 """Metrics in each figure, and the labels of their axes."""
-METRICS = [name for columns in FIGURES.values() for name in columns]
+METRICS = [
+    *(name for columns in FIGURES.values() for name in columns),
+    *("empty_vectors", "empty_acts", "tokens_covered"),
+    *(name.replace("_error", "_true") for name in FIGURES["variances"]),
+]
+"""Metrics in the table of means."""
 
 
 @dataclass

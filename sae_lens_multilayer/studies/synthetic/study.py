@@ -113,7 +113,7 @@ def run_settings(settings: dict[str, Any], folder: Path) -> list[pd.DataFrame]:
     """Run the study of a settings file (see `SyntheticSettings`); tables to print."""
     result = synthetic_study(SyntheticSettings.from_settings(settings), folder)
     table: Any = result.summary()
-    shown = ["mcc", "mcc_cosine", "layer_splitting", "sharing", "profile_w1"]
+    shown = ["mcc", "features_covered", "layer_splitting", "profile_w1", "empty_acts"]
     return [table[[*result.varied, "arm", *shown]]]
 
 
