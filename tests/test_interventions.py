@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_walk import block_names, bridge_of, random_model
 from torch import Tensor
 
 from sae_lens_multilayer import cli
+from sae_lens_multilayer.analysis.nulls import RandomWeights
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.studies.interventions import (
@@ -28,17 +30,21 @@ from sae_lens_multilayer.studies.interventions import (
     run_edits,
     scale,
     steer,
+    study,
 )
 from sae_lens_multilayer.studies.interventions.comparisons import (
     layer_profiles,
-    line_through_origin,
+    line_of_sums,
+    line_sums,
     same_meaning,
+    spearman,
 )
 from sae_lens_multilayer.studies.interventions.controls import (
     CONTROLS,
     Clean,
     make_controls,
 )
+from sae_lens_multilayer.studies.interventions.edits import TokenEdits
 from sae_lens_multilayer.studies.interventions.effects import Additions
 from sae_lens_multilayer.studies.interventions.sample import stratified
 
@@ -211,7 +217,7 @@ def final_norm(model: Any) -> Any:
     return next(m for name, m in model.named_modules() if name.endswith(ends))
 
 
-def a_study(kind: str, make_case: Any, tokens: Tensor) -> Any:
+def a_study(kind: str, make_case: Any, tokens: Tensor, **options: Any) -> Any:
     """A small study of one latent, with the SAE and the model."""
     sae, model = make_case(kind, kind != "bridge")
     norm = final_norm(model)
@@ -219,8 +225,8 @@ def a_study(kind: str, make_case: Any, tokens: Tensor) -> Any:
     if kind == "HookedTransformer":
         norm.w = norm.weight
     latents = [most_active(sae, model, tokens)]
-    options = {"alpha": -1.0, "n_tokens": 2, "n_steps": 3, "max_edits": 5}
-    return sae, model, interventions(sae, model, tokens, latents=latents, **options)
+    given = {"alpha": -1.0, "n_tokens": 2, "n_steps": 3, "max_edits": 5, **options}
+    return sae, model, interventions(sae, model, tokens, latents=latents, **given)
 
 
 def derivative(
@@ -281,6 +287,11 @@ def test_effects_and_predictions_of_each_edit(kind, make_case, tokens):
             moved = [sae.into_lens(v, later) for v in (one, one + dx)]
             passed = sae.W_enc[:, j] @ (moved[1] - moved[0]) / moved[0].std()
             assert float(found.pass_through[i, later]) == close(passed.item())
+            error = [v - sae.decode(sae.encode(v, later), later) for v in (one, two)]
+            change = (error[1] - error[0]).square().sum().item()
+            assert float(found.error_change[i, later]) == close(change)
+            change = (two - one).square().sum().item()
+            assert float(found.change[i, later]) == close(change)
 
         along = partial(derivative, lm, ids, names[layer], position, dx, target)
         integrated = np.mean([along(point) for point in (1 / 6, 0.5, 5 / 6)])
@@ -320,6 +331,18 @@ def test_the_result_of_a_study(make_case, tokens, tmp_path):
     w1 = scipy.stats.wasserstein_distance(range(4), range(4), c, probs.tolist())
     assert profile.w1 == pytest.approx(w1)
     assert found.controls().kl["edit"] == pytest.approx(table.kl.mean())
+    summary = found.summary
+    assert summary.value["w1"] == pytest.approx(found.layer_profiles().w1[j])
+    control = table.target_random.abs().groupby(table.layer).sum()
+    control = control.reindex(range(N_LAYERS)).fillna(0)
+    of_tokens = table.act.groupby(table.layer).sum().reindex(range(N_LAYERS)).fillna(0)
+    w1 = scipy.stats.wasserstein_distance(range(4), range(4), control, of_tokens)
+    assert summary.value["w1_random"] == pytest.approx(w1)
+    later = found.layer.unsqueeze(1) < torch.arange(N_LAYERS)
+    m, d = found.self_effect[later].double(), found.pass_through[later].double()
+    assert summary.value["repair"] == pytest.approx(float(1 - m.sum() / d.sum()))
+    slope = float(m @ d / (d @ d))
+    assert summary.value["self_effect_slope"] == pytest.approx(slope)
     assert found.pictures()[""].panels[0].heatmap is not None
 
 
@@ -331,6 +354,63 @@ def test_whole_passes_give_the_same_result(make_case, tokens):
     model.blocks[1].register_forward_hook(lambda *_: None)
     found = call(n_tokens=1).to_dataframe()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_interrupted_study_continues_and_gives_the_same(
+    make_case, tokens, tmp_path, monkeypatch
+):
+    sae, model = make_case("HookedTransformer")
+    latents = [most_active(sae, model, tokens)]
+    call: Any = partial(interventions, sae, model, tokens, latents=latents, n_steps=1)
+    expected = call().to_dataframe()
+    assert expected["prompt"].nunique() == 2
+    columns, seen = TokenEdits.columns, []
+
+    def fail_at_the_second_prompt(self: Any, prompt: Any, index: int, *rest: Any):
+        seen.append(index)
+        if index == 1 and fails:
+            raise KeyboardInterrupt
+        return columns(self, prompt, index, *rest)
+
+    monkeypatch.setattr(TokenEdits, "columns", fail_at_the_second_prompt)
+    fails = True
+    with pytest.raises(KeyboardInterrupt):
+        call(parts=tmp_path)
+    fails = False
+    seen.clear()
+    assert call(parts=tmp_path).to_dataframe().equals(expected)
+    assert set(seen) == {1}
+
+
+def test_nulls_edit_other_layers_or_another_model(make_case, tokens):
+    sae, model = make_case("HookedTransformer")
+    latents = [most_active(sae, model, tokens)]
+    call: Any = partial(interventions, sae, model, tokens, latents=latents, n_steps=1)
+    weights = {n: p.clone() for n, p in model.state_dict().items()}
+    trained, shuffled = call(n_tokens=99), call(n_tokens=99, null="shuffled_layers")
+    assert shuffled.act.sum() == pytest.approx(trained.act.sum().item())
+    assert not torch.equal(shuffled.layer, trained.layer)
+    with torch.no_grad():
+        x = torch.stack(as_model(model).vectors(tokens, trained.hook_names), 2)
+    where = shuffled.prompt, shuffled.position, shuffled.layer
+    length = shuffled.act * x.std(-1)[where] * sae.W_dec[latents[0]].norm()
+    torch.testing.assert_close(shuffled.norm, length.detach(), rtol=1e-4, atol=1e-6)
+    assert "shuffled" in shuffled.pictures()[""].title
+    random = call(n_tokens=2, null="random_weights")
+    assert not torch.allclose(random.probs, trained.probs)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, weights[name])
+    # Edits are made in the model with random weights.
+    with RandomWeights(model).applied():
+        again = call(n_tokens=2)
+    torch.testing.assert_close(random.kl, again.kl)
+
+
+def test_edits_that_do_not_fit_the_memory_are_refused(make_case, tokens, monkeypatch):
+    sae, model = make_case("HookedTransformer")
+    monkeypatch.setattr(study, "available_bytes", lambda: 2**10)
+    with pytest.raises(ValueError, match=r"edits need \d.*GiB.*`max_edits` \(7\)"):
+        interventions(sae, model, tokens, n_latents=1, max_edits=7)
 
 
 def test_controls_have_the_length_of_the_edit(make_case, tokens):
@@ -374,48 +454,100 @@ def test_layers_of_effects_against_layers_of_activations():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(6), size=3)
     latent, layer = np.repeat([0, 1, 2], 12), np.tile(np.arange(6), 6)
-    effect = rng.random(36)
+    effect, control = rng.random((2, 36))
     effect[latent == 0] = probs[0][layer[latent == 0]]  # as activations
     effect[latent == 1] = 1 / probs[1][layer[latent == 1]]  # the other way round
-    table = layer_profiles(latent, layer, effect, probs, 100, seed=0)
+    control[3] = np.nan  # there is none for this edit
+    effects = {"": effect, "random": control}
+    table = layer_profiles(latent, layer, effects, probs, 100, seed=0)
     for j in range(3):
-        c = np.bincount(layer[latent == j], effect[latent == j])
-        w1 = scipy.stats.wasserstein_distance(range(6), range(6), c, probs[j])
-        rank = scipy.stats.spearmanr(c, probs[j])[0]
-        assert table.w1[j] == pytest.approx(w1)
-        assert table.spearman[j] == pytest.approx(rank)
+        for end, values in (("", effect), ("_random", np.nan_to_num(control))):
+            c = np.bincount(layer[latent == j], values[latent == j])
+            w1 = scipy.stats.wasserstein_distance(range(6), range(6), c, probs[j])
+            rank = scipy.stats.spearmanr(c, probs[j])[0]
+            assert table[f"w1{end}"][j] == pytest.approx(w1)
+            assert table[f"spearman{end}"][j] == pytest.approx(rank)
     assert table.w1[0] == pytest.approx(0)
     assert table.p_w1[0] < 0.05 < table.p_w1[1]
     assert abs(table.spearman_null).max() < 0.2
 
 
+def test_the_null_of_layer_profiles_is_that_of_all_permutations():
+    probs = np.array([[0.5, 0.2, 0.2, 0.1, 0.0]])
+    layer, effect = np.arange(4), np.array([3.0, 1.0, 1.0, 5.0])
+    call = partial(layer_profiles, 0 * layer, layer, {"": effect}, probs)
+    row = call(n_permutations=5_000, seed=0).iloc[0]
+    orders = [np.array(p) / 10 for p in permutations(effect)]
+    w1 = [np.abs(np.cumsum(p - probs[0, :4])).sum() for p in orders]
+    rank = [scipy.stats.spearmanr(p, probs[0, :4])[0] for p in orders]
+    assert row.w1_null == pytest.approx(np.mean(w1), abs=0.03)
+    assert row.spearman_null == pytest.approx(np.mean(rank), abs=0.03)
+    own = np.abs(np.cumsum(effect / 10 - probs[0, :4])).sum()
+    assert row.p_w1 == pytest.approx(np.mean(np.array(w1) <= own + 1e-9), abs=0.03)
+    assert np.isnan(spearman(np.ones((2, 4)), probs[0, :4])).all()
+
+
+def effects_at_layers(made_by: str, n_latents=12, n_tokens=8, n_layers=3, seed=0):
+    """Edits of latents at tokens of their own; the effect of a token or of a latent."""
+    rng = np.random.default_rng(seed)
+    latent = np.repeat(np.arange(n_latents), n_tokens * n_layers)
+    layer = np.tile(np.arange(n_layers), n_latents * n_tokens)
+    token = np.repeat(np.arange(n_latents * n_tokens), n_layers)
+    of = token if made_by == "token" else latent
+    values = rng.standard_normal((of.max() + 1, 20))[of]
+    values += 0.1 * rng.standard_normal(values.shape)
+    ids = np.tile(np.arange(20), (len(values), 1))
+    return latent, layer, token, ids, values
+
+
+def test_effects_of_tokens_are_no_meaning_and_those_of_latents_are():
+    """Both give cosines near 1 at two layers of one token."""
+    many = effects_at_layers("token", n_latents=60)
+    made_by_token = same_meaning(*many, n_layers=3)
+    assert made_by_token["auc"].mean() == pytest.approx(0.5, abs=0.08)
+    all_one_half = np.arange(len(many[2]))  # each edit its own token: the old way
+    assert same_meaning(*many[:2], all_one_half, *many[3:], n_layers=3).auc.mean() > 0.7
+    made_by_latent = same_meaning(*effects_at_layers("latent"), n_layers=3)
+    assert made_by_latent["auc"].tolist() == [1.0] * len(made_by_latent)
+    assert set(made_by_latent["latent"]) == set(range(12))
+
+
 def test_effects_mean_the_same_at_two_layers():
-    """Brute force over pairs, on dense vectors."""
-    rng = np.random.default_rng(0)
-    n_latents, d_vocab = 5, 7
-    latent, layer = np.repeat(np.arange(n_latents), 2), np.tile([0, 1], n_latents)
-    own = rng.standard_normal((n_latents, d_vocab))
-    values = own[latent] + rng.standard_normal((2 * n_latents, d_vocab))
-    values[-1] *= 100  # no other effect has its norm
-    ids = np.tile(np.arange(d_vocab), (2 * n_latents, 1))
-    row = same_meaning(latent, layer, ids, values, 2).iloc[0]
-    wins = []
-    for j in range(n_latents):
-        a, b = values[2 * j], values[2 * j + 1]
-        cosines = []
-        for other in values[1::2]:
-            ratio = np.linalg.norm(other) / np.linalg.norm(b)
-            if other is not b and not np.array_equal(other, b) and 0.5 <= ratio <= 2:
-                cosines.append(1 - scipy.spatial.distance.cosine(a, other))
-        same = 1 - scipy.spatial.distance.cosine(a, b)
-        wins += [np.mean([same > cosine for cosine in cosines])] if cosines else []
-    assert row.n_latents == len(wins) == n_latents - 1
-    assert row.auc == pytest.approx(np.mean(wins))
+    """Brute force over pairs of cells in different halves, on dense vectors."""
+    latent, layer, token, ids, values = effects_at_layers("latent", 5, 3, 2)
+    values += np.random.default_rng(1).standard_normal(values.shape)
+    values[latent == 4] *= 100  # no other effect has its norm
+    found = same_meaning(latent, layer, token, ids, values, n_layers=2, seed=3)
+    half = np.random.default_rng(3).permutation(15) % 2
+    rows = []
+    for h in (0, 1):
+        mean = {
+            (side, j): values[(latent == j) & (layer == side) & (half[token] == want)]
+            for side, want in ((0, h), (1, 1 - h))
+            for j in range(5)
+        }
+        mean = {cell: v.mean(0) for cell, v in mean.items() if len(v)}
+        for j in range(5):
+            if (0, j) not in mean or (1, j) not in mean:
+                continue
+            norm = np.linalg.norm(mean[1, j])
+            cosines = {
+                other: 1 - scipy.spatial.distance.cosine(mean[0, j], v)
+                for (side, other), v in mean.items()
+                if side == 1 and 0.5 <= np.linalg.norm(v) / norm <= 2
+            }
+            same = cosines.pop(j)
+            if cosines:
+                auc = np.mean([same > other for other in cosines.values()])
+                rows.append((j, auc, same, np.mean([*cosines.values()])))
+    columns = ["latent", "auc", "same", "others"]
+    assert len(rows) >= 5
+    np.testing.assert_allclose(found[columns].to_numpy(float), rows, rtol=1e-9)
 
 
 def test_a_regression_through_the_origin():
     x, y = np.array([1.0, 2.0, -1.0]), np.array([2.0, 3.0, 1.0])
-    found = line_through_origin(x, y)
+    found = line_of_sums(line_sums(x, y).sum(1))
     slope = np.linalg.lstsq(x[:, None], y, rcond=None)[0][0]
     assert found["slope"] == pytest.approx(slope)
     assert found["r2"] == pytest.approx(1 - ((y - slope * x) ** 2).sum() / 14)

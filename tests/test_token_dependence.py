@@ -346,6 +346,22 @@ def test_distances_are_those_of_scipy_and_effects_those_of_a_regression(
     assert table.index[:3].tolist() == ["token", "context", "token x context"]
 
 
+def test_a_single_shared_latent_has_no_other_to_compare_with():
+    cdf = np.array([[0.0, 1.0], [0.5, 1.0]])
+    a = swaps._TokenLayers(np.array([3, 8]), np.array([1.0, 2.0]), cdf)
+    b = swaps._TokenLayers(np.array([8, 9]), np.array([1.0, 4.0]), cdf)
+    distance, by_chance, shared = swaps._compare(a, b, np.random.default_rng(0))
+    assert distance == pytest.approx(0.5)
+    assert np.isnan(by_chance)
+    assert shared == pytest.approx(3 / 8)
+    columns = torch.zeros(3, 2, 8, dtype=torch.float64)
+    columns[1, 0], columns[1, 1, 1] = torch.nan, 2.0  # one item has a second latent
+    columns[1, 1, 2:] = torch.nan
+    table = TokenSwaps(HOOK_NAMES, "", 4, 2, *columns).to_dataframe()
+    assert table["by_chance"]["token"] == 2
+    assert table["by_chance"].drop("token").isna().all()
+
+
 def test_only_what_is_swapped_changes_the_layers(model, tokens, tmp_path):
     """Without attention and positions, only the token matters."""
     with torch.no_grad():

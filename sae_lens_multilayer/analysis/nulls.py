@@ -14,6 +14,14 @@ from sae_lens_multilayer.analysis.batch import TokenBatch
 Null: TypeAlias = Literal["random_weights", "shuffled_layers", "matched_frequency"]
 """See `RandomWeights`, `LayerShuffle` and `LatentExchange`."""
 
+NULL_TITLES = {
+    "": "",
+    "random_weights": ", random weights",
+    "shuffled_layers": ", layers shuffled within tokens",
+    "matched_frequency": ", latents exchanged for others of about their frequency",
+}
+"""Ends of the titles of pictures."""
+
 BatchChange: TypeAlias = Callable[[TokenBatch], TokenBatch]
 
 _GROUP_SIZE = 16

@@ -28,6 +28,15 @@ class Additions:
     def __len__(self) -> int:
         return len(self.layer)
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Additions]") -> "Additions":
+        """All additions of some parts, in order."""
+        return cls(
+            torch.cat([part.layer for part in parts]),
+            torch.cat([part.position for part in parts]),
+            torch.cat([part.dx for part in parts]),
+        )
+
     def split(self, size: int) -> "list[Additions]":
         """Parts of at most this many."""
         parts = zip(
@@ -116,19 +125,44 @@ class PromptRuns:
         reads = {h: partial(read, h) for h in range(first + 1, len(self.x))}
         return {first: partial(_added, position, part.dx[i]), **reads}
 
-    def gradient_predictions(
-        self, edits: Additions, points: Sequence[float]
+    @torch.enable_grad()
+    def gradient_predictions(self, edits: Additions) -> Float[Tensor, " edit"]:
+        """Change of each edit's target logit as dx times the gradient of the clean run.
+
+        All edits must be at one position, so that one run has all gradients.
+        """
+        position = int(edits.position[0])
+        assert bool((edits.position == position).all())
+        streams: dict[int, Tensor] = {}
+
+        def keep(hook: int, x: Tensor) -> Tensor:
+            is_leaf = hook == min(layers)
+            streams[hook] = x.detach().requires_grad_() if is_leaf else x
+            return streams[hook]
+
+        layers = sorted(set(edits.layer.tolist()))
+        edit: Edit = {hook: partial(keep, hook) for hook in layers}
+        found = next(iter(self._splicer.runs(self._ids, [edit])))[1][0]
+        at = slice(position, position + 1)
+        target = found(at)[0, 0, self.targets[position]]
+        gradients = torch.autograd.grad(target, [streams[hook] for hook in layers])
+        by_layer = dict(zip(layers, gradients, strict=True))
+        rows = [by_layer[int(layer)][0, position] for layer in edits.layer]
+        return (torch.stack(rows) * edits.dx.to(rows[0])).sum(1).detach()
+
+    def integrated_predictions(
+        self, edits: Additions, n_steps: int
     ) -> Float[Tensor, " edit"]:
-        """Change of the target logit as dx times the mean gradient along the edit.
+        """Change of the target logit by integrated gradients along each edit.
 
         Args:
-            points: Where gradients are taken, as fractions of dx: 0 is the clean run;
-                midpoints of n equal steps are integrated gradients.
+            n_steps: Equal steps, with the gradient at the middle of each.
 
         References:
             Sundararajan et al. (2017), arXiv:1703.01365.
         """
-        size = max(1, self._max_edits // len(points))
+        points = [(i + 0.5) / n_steps for i in range(n_steps)]
+        size = max(1, self._max_edits // n_steps)
         parts = [self._gradients(part, points) for part in edits.split(size)]
         return torch.cat(parts)
 

@@ -8,24 +8,25 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lens_multilayer.pictures.description import (
-    Axis,
-    Heatmap,
-    Panel,
-    Picture,
-    Series,
-    histogram,
-    layer_axis,
-)
+from sae_lens_multilayer.analysis.nulls import NULL_TITLES
+from sae_lens_multilayer.pictures.description import Picture
 from sae_lens_multilayer.results import Result
+from sae_lens_multilayer.studies.bootstrap import intervals, ratio_intervals
 from sae_lens_multilayer.studies.interventions.comparisons import (
     layer_profiles,
-    line_through_origin,
+    line_of_sums,
+    line_sums,
     same_meaning,
 )
 from sae_lens_multilayer.studies.interventions.controls import CONTROLS
+from sae_lens_multilayer.studies.interventions.figures import picture
 
 PREDICTIONS = "direct", "gradient", "integrated_gradients"
+PROFILE_NUMBERS = (
+    *("w1", "w1_random", "w1_null"),
+    *("spearman", "spearman_random", "spearman_null"),
+)
+"""Columns of `layer_profiles` whose means are reported."""
 Effect = Literal["kl", "target"]
 
 
@@ -42,6 +43,8 @@ class Interventions(Result):
     hook_names: list[str]
     alpha: float
     seed: int
+    null: str
+    """The null that was analysed, or ""."""
     latents: Int[Tensor, " latent"]
     probs: Float[Tensor, "layer latent"]
     """`P(l | j)` over all tokens."""
@@ -68,6 +71,10 @@ class Interventions(Result):
     pass_through: Float[Tensor, "edit layer"]
     """D: what M would be if dx were passed on and norms were frozen,
     `W_enc[j] . T dx / std`, at each later layer."""
+    change: Float[Tensor, "edit layer"]
+    """|x' - x|^2: of the whole vector at each later layer."""
+    error_change: Float[Tensor, "edit layer"]
+    """The same of the reconstruction error, which no latent at that layer has."""
     effect_norm: Float[Tensor, " edit"]
     """Norm of the change of all logits, less its mean."""
     top_ids: Int[Tensor, "edit top"]
@@ -89,48 +96,67 @@ class Interventions(Result):
         return pd.DataFrame(columns | {f"predicted_{n}": v for n, v in predicted})
 
     def controls(self) -> pd.DataFrame:
-        """Mean effects of edits and controls; where the edit has the larger KL."""
-        kl, target = self.kl.numpy(), np.abs(self.target.numpy())
-        share = [np.nan, *(_share_larger(kl[:, 0], c) for c in kl.T[1:])]
-        columns = {
-            "kl": np.nanmean(kl, 0),
-            "abs_target": np.nanmean(target, 0),
-            "edit_is_larger": share,
-        }
-        return pd.DataFrame(columns, pd.Index(["edit", *CONTROLS], name="what"))
+        """Mean effects of edits and controls; where the edit has the larger KL.
+
+        Each with its 95% interval over latents, as `kl_low` and `kl_high`.
+        """
+        kl, target = self.kl.double().numpy(), self.target.abs().double().numpy()
+        names = ["edit", *CONTROLS]
+        larger = np.where(np.isnan(kl), np.nan, kl[:, :1] > kl).astype(float)
+        larger[:, 0] = np.nan
+        tables: list[pd.DataFrame] = []
+        columns = {"kl": kl, "abs_target": target, "edit_is_larger": larger}
+        for column, values in columns.items():
+            means = zip(names, map(self._mean_parts, values.T), strict=True)
+            found = ratio_intervals(dict(means)).add_prefix(f"{column}_")
+            tables.append(found.rename(columns={f"{column}_value": column}))
+        return pd.concat(tables, axis=1).rename_axis("what")
 
     def prediction_table(self) -> pd.DataFrame:
         """How well each prediction is that of the change of the target logit.
 
         A regression through 0 of the change on the prediction: `slope`, `r2` about 0,
-        and `same_sign`, the share of the edits with the predicted sign.
+        and `same_sign`, the share of the edits with the predicted sign; each with its
+        95% interval over latents, as `slope_low` and `slope_high`.
         """
         changes = self.target[:, 0].double().numpy()
-        rows = [
-            line_through_origin(predicted, changes)
-            for predicted in self.predictions.double().numpy().T
-        ]
+        rows: list[dict[str, float]] = []
+        for predicted in self.predictions.double().numpy().T:
+            sums = self._of_latents(line_sums(predicted, changes))
+            found = intervals(sums.T, line_of_sums)
+            rows.append(
+                {
+                    name + ("" if end == "value" else f"_{end}"): value
+                    for name, row in found.to_dict("index").items()
+                    for end, value in row.items()
+                }
+            )
         return pd.DataFrame(rows, pd.Index(PREDICTIONS, name="prediction"))
 
     def self_effects(self) -> pd.DataFrame:
         """One row for each edited layer and later layer.
 
         `slope` of M on D through 0: 1 passed on, below 1 erased or repaired, above 1
-        amplified. `repair` is `1 - sum M / sum D`.
+        amplified. `repair` is `1 - sum M / sum D`. `error_share` of the squared change
+        of the vector is that of the reconstruction error; it may be above 1.
         """
         rows: list[dict[str, float]] = []
         n_layers = len(self.hook_names)
-        moved, passed = self.self_effect.double(), self.pass_through.double()
+        names = "self_effect", "pass_through", "error_change", "change"
+        columns = [getattr(self, name).double().numpy() for name in names]
+        layer = self.layer.numpy()
         for low in range(n_layers):
+            of_low = layer == low
             for high in range(low + 1, n_layers):
-                chosen = self.layer == low
-                m, d = moved[chosen, high].numpy(), passed[chosen, high].numpy()
-                if not len(m):
+                if not of_low.any():
                     continue
-                line = line_through_origin(d, m)
-                repair = 1 - m.sum() / d.sum()
-                row = {"layer": low, "later_layer": high, "n_edits": len(m)}
-                rows.append({**row, **line, "repair": repair})
+                m, d, error, change = (column[of_low, high] for column in columns)
+                line = line_of_sums(line_sums(d, m).sum(1))
+                share = error.sum() / change.sum()
+                row = {"layer": low, "later_layer": high, "n_edits": len(m), **line}
+                rows.append(
+                    {**row, "repair": 1 - m.sum() / d.sum(), "error_share": share}
+                )
         return pd.DataFrame(rows)
 
     def layer_profiles(
@@ -142,32 +168,49 @@ class Interventions(Result):
     ) -> pd.DataFrame:
         """`C(l | j)`, proportional to the sum of |effect|, against `P(l | j)`.
 
-        See `comparisons.layer_profiles`; one row for each latent.
+        See `comparisons.layer_profiles`; one row for each latent. `w1_random` and
+        `spearman_random` are those of the effects of random directions of the same
+        length at the same tokens and layers. As this length grows with the activation,
+        they agree with P too: only what the latent's effects agree better than these
+        is evidence.
 
         Args:
             same_tokens: P of the edited tokens; False: of all tokens.
         """
-        row = self._row_of_edit()
+        row, layer = self._row_of_edit(), self.layer.numpy()
         probs = self.probs.T.double().numpy()
         if same_tokens:
             sums = np.zeros_like(probs)
-            np.add.at(sums, (row, self.layer.numpy()), self.act.double().numpy())
+            np.add.at(sums, (row, layer), self.act.double().numpy())
             probs = sums / np.maximum(sums.sum(1, keepdims=True), 1e-300)
-        size = np.abs(getattr(self, effect)[:, 0].double().numpy())
-        table = layer_profiles(
-            row, self.layer.numpy(), size, probs, n_permutations, self.seed
-        )
+        sizes = getattr(self, effect).abs().double().numpy()
+        random = 1 + [*CONTROLS].index("random")
+        effects = {"": sizes[:, 0], "random": sizes[:, random]}
+        table = layer_profiles(row, layer, effects, probs, n_permutations, self.seed)
         table.insert(0, "hit_rate", self.hit_rate.numpy())
         return table.set_index(pd.Index(self.latents.tolist(), name="latent"))
 
     def same_meaning(self) -> pd.DataFrame:
-        """Cosines of effects at two layers; see `comparisons.same_meaning`."""
+        """Cosines of effects at two layers; see `comparisons.same_meaning`.
+
+        One row for each pair of layers, with means over latents and their number.
+        """
+        groups: Any = self._same_meaning().groupby(["layer", "later_layer"])
+        table: Any = groups[["auc", "same", "others"]].mean()
+        table.insert(1, "n_latents", groups["latent"].nunique())
+        return table.reset_index()
+
+    def _same_meaning(self) -> pd.DataFrame:
+        where = np.stack([self.prompt.numpy(), self.position.numpy()])
+        token = np.unique(where, axis=1, return_inverse=True)[1].ravel()
         return same_meaning(
             self._row_of_edit(),
             self.layer.numpy(),
+            token,
             self.top_ids.numpy(),
             self.top_values.float().numpy(),
             len(self.hook_names),
+            seed=self.seed,
         )
 
     def _row_of_edit(self) -> Int[np.ndarray, " edit"]:
@@ -175,85 +218,74 @@ class Interventions(Result):
         ranks = np.searchsorted(self.latents.numpy()[order], self.latent.numpy())
         return order[ranks]
 
-    @property
-    def summary(self) -> pd.Series:
-        """The means of the tables: one number for each question."""
-        profiles, meaning = self.layer_profiles(), self.same_meaning()
-        effects = self.self_effects()
-        weights = meaning.n_latents.to_numpy()
-        auc = np.average(meaning.auc, weights=weights) if len(meaning) else np.nan
-        return pd.Series(
-            {
-                "n_edits": len(self.latent),
-                "hit_rate": float(self.hit_rate.mean()),
-                "self_effect_slope": effects.slope.mean() if len(effects) else np.nan,
-                "w1": profiles.w1[profiles.n_layers > 2].mean(),
-                "w1_null": profiles.w1_null.mean(),
-                "spearman": profiles.spearman.mean(),
-                "same_meaning_auc": auc,
-            },
-            name="value",
+    def _of_latents(
+        self, values: Float[np.ndarray, "*column edit"]
+    ) -> Float[np.ndarray, "*column latent"]:
+        """Sums over the edits of each latent."""
+        sums = np.zeros((len(self.latents), *values.shape[:-1]))
+        np.add.at(sums, self._row_of_edit(), np.moveaxis(values, -1, 0))
+        return np.moveaxis(sums, 0, -1)
+
+    def _mean_parts(
+        self, values: Float[np.ndarray, " edit"]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sum and number of the values of each latent's edits that are not NaN."""
+        known = np.isfinite(values)
+        return (
+            self._of_latents(np.where(known, values, 0.0)),
+            self._of_latents(known.astype(float)),
         )
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """One number for each question, with its 95% interval over latents.
+
+        Intervals are bootstraps: latents are drawn with replacement, with all of their
+        edits. `self_effect_slope`, `repair` and `error_share` are those of
+        `self_effects` over all pairs of layers; the columns of `layer_profiles` are
+        means over latents with edits at three layers or more; `same_meaning_auc` is a
+        mean over latents, pairs of layers and halves.
+        """
+        profiles, meaning = self.layer_profiles(), self._same_meaning()
+        names = "self_effect", "pass_through", "error_change", "change"
+        m, d, error, change = (
+            self._of_latents(np.nansum(getattr(self, n).double().numpy(), 1))
+            for n in names
+        )
+        moved, passed = (getattr(self, n).double().numpy() for n in names[:2])
+        xx, xy = (
+            self._of_latents(np.nansum(passed * other, 1)) for other in (passed, moved)
+        )
+        row = meaning["latent"].to_numpy(dtype=np.int64)
+        auc, n_auc = (
+            np.bincount(row, weights, len(self.latents))
+            for weights in (meaning["auc"].to_numpy(dtype=float), None)
+        )
+        one = np.ones(len(self.latents))
+        parts = {
+            "n_edits_per_latent": (self._of_latents(np.ones(len(self.latent))), one),
+            "hit_rate": (self.hit_rate.double().numpy(), one),
+            "self_effect_slope": (xy, xx),
+            "repair": (d - m, d),
+            "error_share": (error, change),
+            "same_meaning_auc": (auc, n_auc),
+        }
+        compared = profiles.where(profiles["n_layers"] > 2)
+        for name in PROFILE_NUMBERS:
+            parts[name] = compared[name].to_numpy(), one
+        return ratio_intervals(parts)
 
     def numbers(self) -> dict[str, float]:
-        numbers: dict[str, float] = self.summary.to_dict()
-        return {f"interventions_{n}": numbers[n] for n in ("w1", "spearman")}
+        values: dict[str, float] = self.summary["value"].to_dict()
+        return {f"interventions_{name}": values[name] for name in PROFILE_NUMBERS}
 
     def pictures(self, **context: Any) -> dict[str, Picture]:
-        profiles, controls = self.layer_profiles(), self.controls()
-        compared = profiles[profiles.n_layers > 2]
-        edges = np.linspace(0, max(1e-6, np.nanmax([*profiles.w1, 1e-6])), 21)
-        w1 = {"effects": compared.w1, "layers permuted": compared.w1_null}
-        bars = [histogram(n, v.dropna().to_numpy(), edges) for n, v in w1.items()]
-        names = [n.replace("_", " ") for n in controls.index]
-        kl = Series("mean KL", range(len(names)), controls.kl.to_numpy(), "points")
-        w1_axis = Axis("W1 of effects and activations (layers)")
-        panels = [
-            self._self_effect_panel(),
-            Panel(w1_axis, Axis("latents"), bars),
-            Panel(Axis("", names), Axis("KL (nats)", log=True), [kl]),
-            self._prediction_panel(),
-        ]
-        caption = (
-            f"{len(self.latent):,} edits of {len(self.latents):,} latents, which are "
-            f"active at {float(self.hit_rate.mean()):.1%} of the tokens. C(l | j) of "
-            f"effects and P(l | j) differ by {compared.w1.mean():.2f} layers, with "
-            f"layers permuted by {compared.w1_null.mean():.2f}; Spearman "
-            f"{compared.spearman.mean():.2f}."
+        drawn = picture(
+            f"Interventions: activations times {self.alpha:g}{NULL_TITLES[self.null]}",
+            self.hook_names,
+            self.layer_profiles(),
+            self.self_effects(),
+            self.controls(),
+            self.prediction_table(),
         )
-        title = f"Interventions: activations times {self.alpha:g}"
-        return {"": Picture(title, panels, caption, n_columns=2)}
-
-    def _self_effect_panel(self) -> Panel:
-        n_layers, table = len(self.hook_names), self.self_effects()
-        slopes = np.full((n_layers, n_layers), np.nan)
-        if len(table):
-            slopes[table.later_layer, table.layer] = table.slope.clip(0, 2)
-        x = layer_axis(self.hook_names, "edited layer")
-        y = layer_axis(self.hook_names, "later layer")
-        label = "slope of M on D"
-        return Panel(x, y, heatmap=Heatmap(slopes, label, top=2.0, colours="RdBu"))
-
-    def _prediction_panel(self) -> Panel:
-        table = self.prediction_table()
-        names = [name.replace("_", " ") for name in table.index]
-        bars = [
-            Series(
-                label,
-                [i + shift for i in range(3)],
-                table[n].to_numpy(),
-                "bars",
-                width=0.25,
-            )
-            for shift, (n, label) in zip(
-                (-0.27, 0.0, 0.27),
-                {"slope": "slope", "r2": "R^2", "same_sign": "same sign"}.items(),
-                strict=True,
-            )
-        ]
-        return Panel(Axis("prediction of the target logit", names), Axis(""), bars)
-
-
-def _share_larger(own: np.ndarray, other: np.ndarray) -> float:
-    both = np.isfinite(other)
-    return float((own[both] > other[both]).mean()) if both.any() else np.nan
+        return {"": drawn}

@@ -34,7 +34,9 @@ class Sample:
     """Of all latents over all tokens."""
     active_layers: ActiveLayers
     pairs: Int[Tensor, "pair 3"]
-    """Latent, prompt and position, ordered by prompt."""
+    """Latent, prompt and position, ordered by prompt and position."""
+    acts: Float[Tensor, "pair layer"]
+    """Activations of each pair, at the layers that the null gives them."""
 
 
 def take_sample(
@@ -72,7 +74,7 @@ def take_sample(
     found = torch.from_numpy(chosen)
     tokens = _TokensOfLatents(found, n_tokens, seed)
     (pairs,) = analyze(sae, model, prompts, tokens, **options)
-    return Sample(found, distributions, layers, pairs)
+    return Sample(found, distributions, layers, *pairs)
 
 
 def stratified(
@@ -107,28 +109,35 @@ class _TokensOfLatents:
     def __init__(self, latents: Tensor, n_tokens: int, seed: int) -> None:
         self._latents, self._n_tokens = latents, n_tokens
         self._generator = torch.Generator().manual_seed(seed)
-        self._pairs = torch.zeros(0, 3, dtype=torch.int64)
-        self._keys = torch.zeros(0)
+        self._pairs: Tensor | None = None
+        self._acts, self._keys = torch.empty(0), torch.empty(0)
 
     def update(self, batch: TokenBatch) -> None:
-        found = batch.active.by_token
+        active, found = batch.active, batch.active.by_token
         latent, token = found.latent.cpu(), found.token.cpu()
-        is_chosen = torch.isin(latent, self._latents)
-        latent, token = latent[is_chosen], token[is_chosen]
+        acts = active.value.new_zeros(len(latent), active.n_layers)
+        acts[found.pair, active.layer] = active.value
+        chosen = torch.isin(latent, self._latents)
+        latent, token, acts = latent[chosen], token[chosen], acts.cpu()[chosen]
         prompt = batch.prompt[token] + batch.first_prompt
-        new = torch.stack([latent, prompt, batch.position[token]], 1)
-        keys = torch.rand(len(new), generator=self._generator)
-        self._keep(torch.cat([self._pairs, new]), torch.cat([self._keys, keys]))
+        pairs = torch.stack([latent, prompt, batch.position[token]], 1)
+        keys = torch.rand(len(pairs), generator=self._generator)
+        if self._pairs is not None:
+            pairs = torch.cat([self._pairs, pairs])
+            acts, keys = torch.cat([self._acts, acts]), torch.cat([self._keys, keys])
+        self._keep(pairs, acts, keys)
 
-    def _keep(self, pairs: Tensor, keys: Tensor) -> None:
+    def _keep(self, pairs: Tensor, acts: Tensor, keys: Tensor) -> None:
         """Keep the pairs of each latent with the smallest random keys."""
         order = keys.argsort()
         order = order[pairs[order, 0].argsort(stable=True)]
-        pairs, keys = pairs[order], keys[order]
-        first = torch.searchsorted(pairs[:, 0].contiguous(), pairs[:, 0].contiguous())
-        kept = torch.arange(len(pairs)) - first < self._n_tokens
-        self._pairs, self._keys = pairs[kept], keys[kept]
+        latent = pairs[order, 0].contiguous()
+        first = torch.searchsorted(latent, latent)
+        order = order[torch.arange(len(latent)) - first < self._n_tokens]
+        self._pairs, self._acts, self._keys = pairs[order], acts[order], keys[order]
 
-    def compute(self) -> Int[Tensor, "pair 3"]:
-        order = self._pairs[:, 1].argsort(stable=True)
-        return self._pairs[order]
+    def compute(self) -> tuple[Int[Tensor, "pair 3"], Float[Tensor, "pair layer"]]:
+        assert self._pairs is not None
+        order = self._pairs[:, 2].argsort(stable=True)
+        order = order[self._pairs[order, 1].argsort(stable=True)]
+        return self._pairs[order], self._acts[order]

@@ -1,36 +1,35 @@
 """Edits each latent where it is active, and measures what follows, with controls."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer.evaluation.encoder import LayerEncoder, is_multi_layer
-from sae_lens_multilayer.evaluation.splicing import make_splicer
+from sae_lens_multilayer.analysis.nulls import Null, RandomWeights
+from sae_lens_multilayer.evaluation.encoder import is_multi_layer
+from sae_lens_multilayer.files import complete_or_absent, read_tensors
 from sae_lens_multilayer.hooks import block_end
-from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.model import Model
+from sae_lens_multilayer.results import TENSORS_FILE
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.studies.interventions.controls import (
-    Clean,
-    latent_vectors,
-    make_controls,
-)
-from sae_lens_multilayer.studies.interventions.effects import (
-    Additions,
-    Effects,
-    PromptRuns,
-    direct_predictions,
-)
+from sae_lens_multilayer.studies.interventions.controls import CONTROLS
+from sae_lens_multilayer.studies.interventions.edits import TokenEdits
 from sae_lens_multilayer.studies.interventions.result import Interventions
-from sae_lens_multilayer.studies.interventions.sample import take_sample
+from sae_lens_multilayer.studies.interventions.sample import Sample, take_sample
+from sae_lens_multilayer.sweeps.cost import available_bytes
 from sae_lens_multilayer.text.prompts import Prompts, Tokens, take_prompts
-from sae_lens_multilayer.topk.sparse import TopKActs
-from sae_lens_multilayer.topk.tile import make_tile
+
+_FLOATS_PER_POSITION = 24
+"""Numbers that autograd keeps of each block, position and dimension, about."""
 
 
 def interventions(
@@ -49,11 +48,13 @@ def interventions(
     n_prompts: int | None = None,
     batch_size_prompts: int = 8,
     exclude_positions: Sequence[int] = (),
+    null: Null | None = None,
+    parts: str | Path | None = None,
 ) -> Interventions:
     """Scale latents where they are active, one layer and token at a time.
 
-    Each edit takes `6 + n_steps` runs from the middle of its prompt, five of them for
-    the edit and its controls, the others with gradients for the predictions.
+    Each edit takes `5 + n_steps` runs from the middle of its prompt, up to its token:
+    five for the edit and its controls, and `n_steps` with gradients.
 
     Args:
         sae: A multi-layer SAE on the residual stream.
@@ -67,44 +68,75 @@ def interventions(
         max_edits: Most prompts in one call of a block.
         seed: Of latents, tokens and controls.
         n_prompts, batch_size_prompts, exclude_positions: See `PassOptions`.
+        null: See `PassOptions`. "random_weights" are those of the edited runs too. With
+            the others, a latent is edited at the layers, and by the activations, that
+            the null gives it at a token, along its own decoder row.
+        parts: Folder for the edits of each prompt that is done, from which an
+            interrupted call with the same arguments continues; None: none.
 
     Raises:
         ValueError: If `alpha` is not finite or 1, a hook is not at the residual stream,
-            or a latent in `latents` is never active.
+            a latent in `latents` is never active, or the edits do not fit the memory.
     """
     _check(sae, alpha)
-    lm, encoder = as_model(model), LayerEncoder(sae)
+    lm = as_model(model)
     prompts = take_prompts(
         lm, tokens, n_prompts, batch_size_prompts, None, exclude_positions
     )
+    of_pass: Any = {"batch_size_prompts": batch_size_prompts, "null": null}
     sizes = n_latents, n_tokens, seed
-    sample = take_sample(
-        sae, model, prompts, latents, *sizes, batch_size_prompts=batch_size_prompts
-    )
-    splicer = make_splicer(lm, encoder.hook_names, max_edits, None)
-    edits = _Edits(sae, lm, alpha, n_steps, n_top, seed)
-    for prompt in tqdm(sample.pairs[:, 1].unique().tolist(), desc="Editing"):
-        one = prompts[prompt : prompt + 1]
-        runs = PromptRuns(lm, splicer, encoder.hook_names, one.ids, max_edits)
-        edits.add(runs, one, sample.pairs[sample.pairs[:, 1] == prompt])
+    sample = take_sample(sae, model, prompts, latents, *sizes, **of_pass)
+    _check_memory(sample, lm, len(prompts.ids[0]), n_top, max_edits)
+    is_random = null == "random_weights"
+    with RandomWeights(lm.module).applied() if is_random else nullcontext():
+        options: Any = {"alpha": alpha, "n_steps": n_steps, "n_top": n_top}
+        edits = TokenEdits(sae, lm, **options, max_edits=max_edits, seed=seed)
+        columns = _all_columns(edits, sample, prompts, parts)
     counts = sample.active_layers.n_active_tokens
     return Interventions(
-        hook_names=encoder.hook_names,
+        hook_names=hook_names_of(sae),
         alpha=alpha,
         seed=seed,
+        null=null or "",
         latents=sample.latents,
         probs=sample.distributions.probs[:, sample.latents],
         hit_rate=(counts / sample.distributions.n_tokens)[sample.latents],
-        **edits.columns(),
+        **columns,
     )
 
 
-def _acts_of_pairs(
-    acts: TopKActs, pairs: Int[Tensor, "pair 3"]
-) -> Float[Tensor, "pair layer"]:
-    """Activations of the latent of each pair at its position; 0 if it is silent."""
-    indices, values = acts.indices[pairs[:, 2]], acts.values[pairs[:, 2]]
-    return (values * (indices == pairs[:, 0].view(-1, 1, 1).to(indices))).sum(-1)
+def _all_columns(
+    edits: TokenEdits, sample: Sample, prompts: Prompts, parts: str | Path | None
+) -> dict[str, Any]:
+    """The columns of all edits, prompt by prompt; those in `parts` are read."""
+    tables: list[dict[str, Tensor]] = []
+    for prompt in tqdm(sample.pairs[:, 1].unique().tolist(), desc="Editing"):
+        done = None if parts is None else Path(parts) / f"prompt-{prompt}"
+        if done is not None and done.exists():
+            tables.append(read_tensors(done / TENSORS_FILE))
+            continue
+        of_prompt = (sample.pairs[:, 1] == prompt).nonzero()[:, 0].tolist()
+        by_position = groupby(of_prompt, lambda i: int(sample.pairs[i, 2]))
+        one = prompts[prompt : prompt + 1]
+        found = [
+            edits.columns(one, prompt, position, *_rows(sample, list(rows)))
+            for position, rows in by_position
+        ]
+        tables.append(_joined(found))
+        if done is not None:
+            with complete_or_absent(done) as folder:
+                save_file(tables[-1], folder / TENSORS_FILE)
+    return _joined(tables)
+
+
+def _rows(
+    sample: Sample, rows: list[int]
+) -> tuple[Int[Tensor, " latent"], Float[Tensor, "latent layer"]]:
+    return sample.pairs[rows, 0], sample.acts[rows]
+
+
+def _joined(tables: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([t[name] for t in tables]) for name in tables[0]}
 
 
 def _check(sae: SAE[Any], alpha: float) -> None:
@@ -124,124 +156,30 @@ def _check(sae: SAE[Any], alpha: float) -> None:
         )
 
 
-class _Edits:
-    """Edits and controls, prompt by prompt."""
+def _check_memory(
+    sample: Sample, model: Model, n_positions: int, n_top: int, max_edits: int
+) -> None:
+    """Raise ValueError if the edits need more memory than is free.
 
-    def __init__(
-        self, sae: Any, model: Any, alpha: float, n_steps: int, n_top: int, seed: int
-    ) -> None:
-        self._sae, self._encoder, self._alpha = sae, LayerEncoder(sae), alpha
-        self._n_steps, self._n_top = n_steps, n_top
-        self._unembed = model.unembed()
-        self._generator = torch.Generator().manual_seed(seed)
-        self._parts: list[dict[str, Tensor]] = []
-
-    @torch.no_grad()
-    def add(
-        self, runs: PromptRuns, prompt: Prompts, pairs: Int[Tensor, "pair 3"]
-    ) -> None:
-        """Edit the latents of some pairs of latent, prompt and position."""
-        x = runs.x.transpose(0, 1).to(self._sae.device, self._sae.dtype)
-        acts = self._sae.encode_topk(x)
-        own = _acts_of_pairs(acts, pairs)
-        pair, layer = (axis.cpu() for axis in own.nonzero(as_tuple=True))
-        latent, position = pairs[pair, 0], pairs[pair, 2]
-        length = (self._alpha - 1) * own[pair, layer] * acts.std[position, layer, 0]
-        if not len(layer):
-            return
-        dx = length.unsqueeze(1) * latent_vectors(self._encoder, layer, latent)
-        edits = Additions(layer, position, dx.to(runs.x))
-        effects = runs.effects(edits)
-        controls = make_controls(
-            self._encoder,
-            edits,
-            latent,
-            Clean(x, acts, prompt.counted[0]),
-            1.0 if self._alpha > 1 else -1.0,
-            self._generator,
+    Counted are the columns of all edits, the logits and later vectors of those of one
+    token, and what autograd keeps of the runs that share a call of a block.
+    """
+    shape = model.shape
+    n_edits = int((sample.acts > 0).sum())
+    by_layers = 16 * sample.acts.shape[1]
+    _, token = sample.pairs[:, 1:].unique(dim=0, return_inverse=True)
+    of_token = (sample.acts > 0).sum(1)
+    of_one = of_token.new_zeros(len(of_token)).index_add(0, token, of_token)
+    n_runs = int(of_one.max()) * (1 + len(CONTROLS))
+    of_layers = sample.acts.shape[1] * shape.d_model
+    of_run = 4 * (2 * (shape.d_vocab or 0) + of_layers)
+    graph = max_edits * n_positions * shape.n_layers * shape.d_model
+    needed = n_edits * (12 * n_top + by_layers + 100) + n_runs * of_run
+    needed += 4 * _FLOATS_PER_POSITION * graph
+    free = available_bytes()
+    if needed > free:
+        raise ValueError(
+            f"{n_edits:,} edits need {needed / 2**30:.1f} GiB of memory; "
+            f"{free / 2**30:.1f} GiB are free. Reduce `max_edits` ({max_edits}), the "
+            f"length of prompts ({n_positions}), `n_latents` or `n_tokens`."
         )
-        top = effects.logits.abs().topk(min(self._n_top, effects.logits.shape[1]))
-        kl, target = self._effects_of_controls(runs, controls)
-        later, predicted = self._self_effect(runs, edits, latent, effects)
-        columns = {
-            "latent": latent,
-            "layer": layer,
-            "prompt": pairs[pair, 1],
-            "position": position,
-            "act": own[pair, layer],
-            "norm": dx.norm(dim=1),
-            "kl": torch.cat([effects.kl.unsqueeze(1), kl], 1),
-            "target": torch.cat([effects.target.unsqueeze(1), target], 1),
-            "predictions": self._predictions(runs, edits),
-            "self_effect": later,
-            "pass_through": predicted,
-            "effect_norm": effects.logits.norm(dim=1),
-            "top_ids": top.indices,
-            "top_values": effects.logits.gather(1, top.indices),
-        }
-        self._parts.append({name: v.detach().cpu() for name, v in columns.items()})
-
-    def columns(self) -> dict[str, Any]:
-        """The columns of all edits."""
-        names = self._parts[0]
-        return {n: torch.cat([part[n] for part in self._parts]) for n in names}
-
-    def _predictions(
-        self, runs: PromptRuns, edits: Additions
-    ) -> Float[Tensor, "edit 3"]:
-        last, targets = runs.last[edits.position], runs.targets[edits.position]
-        direct = direct_predictions(self._unembed, last, edits.dx.to(last), targets)
-        steps = [(i + 0.5) / self._n_steps for i in range(self._n_steps)]
-        gradient = runs.gradient_predictions(edits, [0.0])
-        integrated = runs.gradient_predictions(edits, steps)
-        return torch.stack([direct, gradient.to(direct), integrated.to(direct)], 1)
-
-    def _self_effect(
-        self,
-        runs: PromptRuns,
-        edits: Additions,
-        latent: Int[Tensor, " edit"],
-        effects: Effects,
-    ) -> tuple[Float[Tensor, "edit layer"], Float[Tensor, "edit layer"]]:
-        """Change of the latent's pre-activation at later layers, and its prediction."""
-        sae, n_layers = self._sae, len(runs.x)
-        found = sae.W_dec.new_full((2, len(edits), n_layers), torch.nan)
-        for hook in range(1, n_layers):
-            rows = edits.layer < hook
-            if not rows.any():
-                continue
-            of, dx = latent[rows], edits.dx[rows].to(sae.W_dec)
-            before = pre_acts(sae, runs.x[hook, edits.position[rows]], hook, of)
-            after = pre_acts(sae, effects.later[rows, hook], hook, of)
-            lens = lens_of(sae)
-            dz = dx if lens is None else lens.transform_difference(dx, hook)
-            found[0, rows, hook] = after[0] - before[0]
-            found[1, rows, hook] = (dz * sae.W_enc.T[of]).sum(1) / before[1]
-        return found[0], found[1]
-
-    def _effects_of_controls(
-        self,
-        runs: PromptRuns,
-        controls: Sequence[tuple[Additions, Bool[Tensor, " edit"]]],
-    ) -> tuple[Float[Tensor, "edit control"], Float[Tensor, "edit control"]]:
-        found: list[tuple[Tensor, Tensor]] = []
-        for additions, exists in controls:
-            effects = runs.effects(additions)
-            missing = ~exists.to(effects.kl.device)
-            nan = torch.nan
-            kl = effects.kl.masked_fill(missing, nan)
-            found.append((kl, effects.target.masked_fill(missing, nan)))
-        kl, target = (torch.stack(columns, 1) for columns in zip(*found, strict=True))
-        return kl, target
-
-
-def pre_acts(
-    sae: Any,
-    x: Float[Tensor, "row d_in"],
-    hook: int,
-    latents: Int[Tensor, " row"],
-) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """The pre-activation of one latent for each vector, and the vector's std."""
-    z = sae.into_lens(x.to(sae.W_enc), hook)
-    tile = make_tile(z, sae.b_dec, sae.standardizes)
-    return (tile.v * sae.W_enc.T[latents]).sum(1), tile.std[:, 0]

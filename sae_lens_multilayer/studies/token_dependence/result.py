@@ -8,6 +8,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lens_multilayer.analysis.nulls import NULL_TITLES
 from sae_lens_multilayer.pictures.description import (
     Axis,
     Panel,
@@ -16,16 +17,9 @@ from sae_lens_multilayer.pictures.description import (
     layer_axis,
 )
 from sae_lens_multilayer.results import Result
-from sae_lens_multilayer.studies.token_dependence.shares import interval
+from sae_lens_multilayer.studies.bootstrap import interval, intervals
 
-_N_RESAMPLES = 1000
 _LEAST_TOKENS = 10
-NULL_TITLES = {
-    "": "",
-    "random_weights": ", random weights",
-    "shuffled_layers": ", layers shuffled within tokens",
-    "matched_frequency": ", latents exchanged for others of about their frequency",
-}
 
 
 @dataclass
@@ -89,17 +83,10 @@ class TokenDependence(Result):
         share of `Var(tau)` that the predictors explain together. Intervals do not
         include the uncertainty of the means of latents.
         """
-        sums = self._prompt_sums()
-        rng = np.random.default_rng(0)
-        drawn = rng.integers(0, len(sums), (_N_RESAMPLES, len(sums)))
-        resampled = _metrics(sums[drawn].sum(1))
-        rows = {
-            name: (float(value), *interval(resampled[name]))
-            for name, value in _metrics(sums.sum(0)).items()
-        }
+        table = intervals(self._prompt_sums(), _metrics)
         low, high = interval(self.resampled_shares.sum(1).numpy())
-        rows["r2_predictors"] = self.shares.sum().item(), low, high
-        return pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high"])
+        table.loc["r2_predictors"] = [self.shares.sum().item(), low, high]
+        return table
 
     def _prompt_sums(self) -> Float[np.ndarray, "prompt 14"]:
         """Sums over the tokens of each prompt, for `_metrics`."""

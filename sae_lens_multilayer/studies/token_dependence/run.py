@@ -9,11 +9,9 @@ from typing import Any, ClassVar
 import pandas as pd
 from sae_lens.config import HfDataset
 
+from sae_lens_multilayer.analysis.nulls import NULL_TITLES
 from sae_lens_multilayer.studies.saved_sae import SavedSAESettings, saved_or_computed
-from sae_lens_multilayer.studies.token_dependence.result import (
-    NULL_TITLES,
-    TokenDependence,
-)
+from sae_lens_multilayer.studies.token_dependence.result import TokenDependence
 from sae_lens_multilayer.studies.token_dependence.study import layer_dependence
 from sae_lens_multilayer.studies.token_dependence.swaps import TokenSwaps, token_swaps
 

@@ -1,6 +1,6 @@
 """Shares of a variance that predictors explain (LMG), for tokens within prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import comb
 
 import numpy as np
@@ -87,9 +87,3 @@ def resampled_prompts(
     for _ in range(n_resamples):
         drawn = rng.integers(0, n_prompts, n_prompts)
         yield np.bincount(drawn, minlength=n_prompts)[prompt].astype(float)
-
-
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The central 95% of resampled values."""
-    low, high = np.quantile(np.asarray(values), [0.025, 0.975])
-    return float(low), float(high)

@@ -12,17 +12,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from sae_lens_multilayer.analysis.batch import TokenBatch
+from sae_lens_multilayer.analysis.nulls import NULL_TITLES
 from sae_lens_multilayer.analysis.stream import PassOptions, analyze
 from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, Series
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.studies.token_dependence.result import NULL_TITLES
-from sae_lens_multilayer.studies.token_dependence.shares import interval
+from sae_lens_multilayer.studies.bootstrap import ratio_intervals
 from sae_lens_multilayer.text.prompts import Prompts, Tokens, take_prompts
 
 FACTORS = ("token", "context", "position")
 _N_CELLS = 2 ** len(FACTORS)
-_N_RESAMPLES = 1000
 
 
 @dataclass
@@ -46,7 +45,8 @@ class TokenSwaps(Result):
     distances: Float[Tensor, "item change"]
     """Bit i of the index of a change is factor i: 0 changes nothing, 7 all."""
     by_chance: Float[Tensor, "item change"]
-    """Distances between different latents that are active in both prompts."""
+    """Distances between different latents that are active in both prompts; NaN where
+    fewer than two are."""
     shared: Float[Tensor, "item change"]
     """Share of the activation in both prompts by latents that are active in both."""
 
@@ -63,8 +63,11 @@ class TokenSwaps(Result):
         columns["effect"] = self.distances @ contrasts.T
         table = pd.DataFrame({n: v.nanmean(0).numpy() for n, v in columns.items()})
         for name in ("distance", "effect"):
-            low, high = _intervals(columns[name].numpy())
-            table[f"{name}_low"], table[f"{name}_high"] = low, high
+            of_items = enumerate(columns[name].numpy().T)
+            means = {str(i): (v, np.isfinite(v).astype(float)) for i, v in of_items}
+            found = ratio_intervals(means)
+            table[f"{name}_low"] = found["low"].to_numpy()
+            table[f"{name}_high"] = found["high"].to_numpy()
         names = [" x ".join(_factors(change)) for change in range(_N_CELLS)]
         return table.set_index(pd.Index(names, name="changed")).iloc[1:]
 
@@ -250,18 +253,24 @@ class _TokenLayers:
 def _compare(
     a: _TokenLayers, b: _TokenLayers, rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """Mean distance of the same and of different latents, and their share."""
+    """Mean distance of the same and of different latents, and their share.
+
+    NaN without a latent that is active at both tokens, and without a second one.
+    """
     _, in_a, in_b = np.intersect1d(a.latent, b.latent, True, return_indices=True)
     if not len(in_a):
         return np.nan, np.nan, 0.0
     weight = a.total[in_a] + b.total[in_b]
-    other = np.roll(in_b, rng.integers(1, max(2, len(in_b))))
-    distance, by_chance = (
-        np.average(np.abs(a.cdf[in_a] - b.cdf[chosen]).sum(1), weights=weight)
-        for chosen in (in_b, other)
-    )
-    shared = weight.sum() / (a.total.sum() + b.total.sum())
-    return float(distance), float(by_chance), float(shared)
+    shared = float(weight.sum() / (a.total.sum() + b.total.sum()))
+
+    def mean_distance(others: np.ndarray) -> float:
+        moved = np.abs(a.cdf[in_a] - b.cdf[others]).sum(1)
+        return float(np.average(moved, weights=weight))
+
+    if len(in_b) == 1:
+        return mean_distance(in_b), np.nan, shared
+    other = np.roll(in_b, rng.integers(1, len(in_b)))
+    return mean_distance(in_b), mean_distance(other), shared
 
 
 def _factors(change: int) -> list[str]:
@@ -276,12 +285,3 @@ def _contrasts() -> Float[np.ndarray, "effect change"]:
         n_unchanged = [bin(effect & ~cell).count("1") for cell in cells]
         rows.append(np.where(np.array(n_unchanged) % 2, -1.0, 1.0) / (_N_CELLS // 2))
     return np.stack(rows)
-
-
-def _intervals(values: np.ndarray) -> tuple[list[float], list[float]]:
-    """95% intervals of the means over items, for each column."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(values), (_N_RESAMPLES, len(values)))
-    means = np.nanmean(values[drawn], axis=1)
-    intervals = [interval(column) for column in means.T]
-    return [low for low, _ in intervals], [high for _, high in intervals]
