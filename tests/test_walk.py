@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from conftest import D_VOCAB, tiny_model
 from sae_lens.load_model import HookedProxyLM
 from saes import random_sae
@@ -131,6 +132,52 @@ def tokens() -> Tensor:
 def test_runs_from_the_middle_of_every_architecture(architecture, tokens):
     raw = random_model(architecture)
     names = block_names(raw.model)
+    assert largest_difference(raw, names, tokens) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "trunk"), [("Llama", "model"), ("GPT2", "transformer")]
+)
+def test_runs_from_the_middle_of_a_model_spread_over_devices(
+    architecture, trunk, tokens, tmp_path
+):
+    """By accelerate, as with `device_map`: every second block is on the disk."""
+    raw = random_model(architecture)
+    names = block_names(raw.model)
+    devices = {name: ("cpu", "disk")[i % 2] for i, name in enumerate(names)}
+    others = [n for n, _ in raw.model.get_submodule(trunk).named_children()]
+    devices |= {f"{trunk}.{n}": "cpu" for n in others if n not in ("layers", "h")}
+    dispatch_model(
+        raw.model,
+        devices | {"lm_head": "cpu"},
+        main_device="cpu",
+        offload_dir=str(tmp_path),
+        force_hooks=True,
+    )
+    assert next(raw.model.get_submodule(names[1]).parameters()).is_meta
+    assert largest_difference(raw, names, tokens) < 1e-5
+
+
+class Int8Linear(nn.Module):
+    """Weights in int8 with a scale for each row, as bitsandbytes and GPTQ hold them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter(
+            (linear.weight / self.scale).round().to(torch.int8), requires_grad=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight * self.scale).T
+
+
+def test_runs_from_the_middle_of_a_model_with_quantised_weights(tokens):
+    raw = random_model("Llama")
+    names = block_names(raw.model)
+    for layer in raw.model.model.layers:
+        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
+        layer.self_attn.q_proj = Int8Linear(layer.self_attn.q_proj)
     assert largest_difference(raw, names, tokens) < 1e-5
 
 

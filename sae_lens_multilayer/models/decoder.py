@@ -9,7 +9,8 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -222,7 +223,20 @@ def _shallow_copy(module: Any) -> Any:
     shallow = object.__new__(type(module))
     shallow.__dict__.update(module.__dict__)
     shallow.__dict__["_modules"] = dict(module._modules)
+    # accelerate, which spreads a model over devices, sets these on each module.
+    for name in ("forward", "_old_forward"):
+        if name in module.__dict__:
+            shallow.__dict__[name] = _bound_to(shallow, module, module.__dict__[name])
     return shallow
+
+
+def _bound_to(shallow: Any, module: Any, function: Any) -> Any:
+    """The method or partial function of a module as one of its copy."""
+    if isinstance(function, MethodType) and function.__self__ is module:
+        return MethodType(function.__func__, shallow)
+    if isinstance(function, partial) and function.args[:1] == (module,):
+        return partial(function.func, shallow, *function.args[1:], **function.keywords)
+    return function
 
 
 def _with_submodule(module: Any, path: list[str], replacement: nn.Module) -> Any:
