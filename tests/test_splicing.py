@@ -177,7 +177,8 @@ class TestOneResult:
             "sae_lens_multilayer.evaluation.scores._LOGITS_AT_A_TIME", 3 * 5 * D_VOCAB
         )
         monkeypatch.setattr(
-            "sae_lens_multilayer.evaluation.evaluation._PROMPTS_PER_BLOCK", 2
+            "sae_lens_multilayer.evaluation.evaluation._POSITIONS_PER_BLOCK",
+            {"cpu": 2 * N_CTX},
         )
         assert_same(evaluate(sae, model, tokens).to_dataframe(), whole)
 
@@ -251,23 +252,22 @@ class TestOneResult:
     def test_only_spliced_runs_are_compared_with_the_clean_one(
         self, model, tokens, monkeypatch
     ):
-        calls = count_calls(monkeypatch, scores.RunSums, "add_kl")
+        calls = count_calls(monkeypatch, scores, "score")
         evaluate(random_sae(), model, tokens, together="all")
         assert len(calls) == len(HOOKS) + 1
 
-    def test_divergences_over_a_large_vocabulary(self):
-        # Reference: float64. Sums over so many float32 numbers lose what they may.
-        logits = 6 * torch.randn(2, 3, 50_000)
-        log_p = logits.log_softmax(-1)
-        log_q = (logits + torch.randn_like(logits)).log_softmax(-1)
-        p, q = log_p.double().exp(), log_q.double().exp()
-        difference = log_p.double() - log_q.double()
-        sums, everywhere = scores.RunSums(), torch.ones(2, 3, dtype=torch.bool)
-        sums.add_kl(log_p.exp(), log_p, log_q, everywhere)
-        kl = (p * difference).sum(-1).mean().item()
-        assert sums.kl_div() == pytest.approx(kl, abs=5e-7)
-        reverse = -(q * difference).sum(-1).mean().item()
-        assert sums.kl_div_reverse() == pytest.approx(reverse, abs=5e-7)
+    def test_only_the_scored_positions_have_logits(self, model, tokens, monkeypatch):
+        tokens[:, 2] = 7
+        tokens = tokens.masked_fill(tokens == 9, 8)
+        sae, options = random_sae(), {"exclude_tokens": [7, 9], "keep_positions": [4]}
+        expected = evaluate(sae, model, tokens, **options).to_dataframe()
+        forward, n_rows = model.unembed.forward, []
+        monkeypatch.setattr(
+            model.unembed, "forward", lambda x: n_rows.append(len(x)) or forward(x)
+        )
+        found = evaluate(sae, model, tokens, **options).to_dataframe()
+        assert_same(found, expected)
+        assert max(n_rows) <= (tokens != 7).sum()
 
     def test_tokens_may_come_from_a_store(self, model, make_config, token_dataset):
         cfg = make_config()

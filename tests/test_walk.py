@@ -27,6 +27,7 @@ from sae_lens_multilayer.evaluation.splicing import (
     make_splicer,
 )
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.models.walk import Alike
 
 N_LAYERS, N_POS = 4, 12
 LLAMA = {"num_key_value_heads": 2, "head_dim": 8}
@@ -441,16 +442,52 @@ def test_ablated_runs_of_blocks_that_read_the_tokens_again_keep_their_prompts():
         pad_token_id=0,
     )
     hf_model = AutoModelForCausalLM.from_config(config).eval()
+    assert_ablation_is_that_of_whole_passes(
+        hf_model, Alike(prompts=False, positions=False)
+    )
+
+
+def test_ablated_runs_of_softmax_attention_need_one_position():
+    hf_model = random_model("Llama").model
+    assert_ablation_is_that_of_whole_passes(
+        hf_model, Alike(prompts=True, positions=True)
+    )
+
+
+def assert_ablation_is_that_of_whole_passes(hf_model: Any, alike: Alike) -> None:
     names = ["model.layers.0", "model.layers.1"]
     model = as_model(HookedProxyLM(hf_model, None, names))
     assert model.walk_obstacle is None
-    assert not model.reads_stream_only
-    assert as_model(random_model("Llama")).reads_stream_only
+    assert model.alike == alike
     tokens = torch.randint(1, D_VOCAB, (3, N_POS))
-    sae = random_sae(d_in=32)
+    sae = random_sae(d_in=model.shape.d_model)
     sae.cfg.metadata.hook_names = names
-    found, expected = (
-        evaluate(sae, model.module, tokens, from_middle=from_middle).ce_loss_ablated
-        for from_middle in (True, False)
+    for ablation in ("zero", "mean"):
+        found, expected = (
+            evaluate(
+                sae, model.module, tokens, from_middle=from_middle, ablation=ablation
+            ).ce_loss_ablated
+            for from_middle in (True, False)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ablated_runs_of_blocks_that_count_positions_keep_their_positions():
+    """Attention sinks take a share that falls with the position; as above."""
+    config = transformers.GptOssConfig(
+        vocab_size=D_VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        intermediate_size=64,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["full_attention", "full_attention"],
+        initializer_range=0.3,
     )
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    hf_model = AutoModelForCausalLM.from_config(config).eval()
+    assert_ablation_is_that_of_whole_passes(
+        hf_model, Alike(prompts=True, positions=False)
+    )

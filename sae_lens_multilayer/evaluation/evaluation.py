@@ -22,7 +22,8 @@ from sae_lens_multilayer.text.prompts import (
     take_prompts,
 )
 
-_PROMPTS_PER_BLOCK = 64
+_POSITIONS_PER_BLOCK = {"cpu": 2**11, "cuda": 2**14}
+"""Positions in one call of a block; more would not fit the cache of a CPU."""
 
 Ablation = Literal["zero", "mean"]
 
@@ -85,7 +86,6 @@ def evaluate(
     if ablation not in get_args(Ablation):
         raise ValueError(f"`ablation` must be in {get_args(Ablation)}; got {ablation}.")
     hook_names = encoder.hook_names
-    splicer = make_splicer(model, hook_names, _PROMPTS_PER_BLOCK, from_middle)
     prompts = take_prompts(
         model, tokens, n_prompts, batch_size_prompts, exclude_tokens, exclude_positions
     )
@@ -95,13 +95,15 @@ def evaluate(
             "The evaluation needs at least one predicted token: prompts of two tokens "
             "or more, not all of them excluded."
         )
+    most = _POSITIONS_PER_BLOCK.get(model.device.type, 2**13) // prompts.ids.shape[1]
+    splicer = make_splicer(model, hook_names, max(1, most), from_middle)
     prompts = prompts.to(model.device)
     batches = prompts.split(batch_size_prompts)
     chosen = _find_hooks(hook_names, together)
-    runs = EvaluationRuns(encoder, splicer, chosen, use_error_term)
+    runs = EvaluationRuns(model, encoder, splicer, chosen, use_error_term)
     if ablation == "mean":
         ids = [batch.ids for batch in batches]
-        runs.means = mean_vectors(splicer, len(hook_names), ids)
+        runs.means = mean_vectors(model, hook_names, ids)
     for batch in tqdm(batches, desc="Splicing", unit="batch"):
         replaced = counted_positions(batch.ids, keep_tokens, keep_positions)
         runs.add(batch.ids, batch.counted, ~(batch.counted & replaced))

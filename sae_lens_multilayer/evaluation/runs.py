@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,39 +10,27 @@ from torch import Tensor
 
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder, ReconstructionSums
 from sae_lens_multilayer.evaluation.metrics import SpliceMetrics
-from sae_lens_multilayer.evaluation.scores import RunSums, add_scores
+from sae_lens_multilayer.evaluation.scores import (
+    RunSums,
+    add_scores,
+    add_shared_scores,
+)
 from sae_lens_multilayer.evaluation.splicing import Edit, ResidualSplicer, Splicer
+from sae_lens_multilayer.models.model import Model
+from sae_lens_multilayer.topk.tile import sum_dtype
 
 
 def mean_vectors(
-    splicer: Splicer, n_hooks: int, batches: Sequence[Int[Tensor, "_ pos"]]
+    model: Model, hook_names: Sequence[str], batches: Sequence[Int[Tensor, "_ pos"]]
 ) -> list[Float[Tensor, " d_in"]]:
     """The mean vector of each hook over all positions of these batches."""
-    sums = [torch.zeros(())] * n_hooks
+    dtype = sum_dtype(model.device)
+    sums: list[Any] = [0.0] * len(hook_names)
     for batch in batches:
-        vectors = clean_vectors(splicer, n_hooks, batch)
-        sums = [
-            total.to(x.device) + x.flatten(0, 1).double().sum(0)
-            for total, x in zip(sums, vectors, strict=True)
-        ]
+        for hook, x in enumerate(model.vectors(batch, hook_names)):
+            sums[hook] = sums[hook] + x.flatten(0, 1).to(dtype).sum(0)
     n_tokens = sum(batch.numel() for batch in batches)
     return [total / n_tokens for total in sums]
-
-
-def clean_vectors(
-    splicer: Splicer, n_hooks: int, tokens: Int[Tensor, "_ pos"]
-) -> list[Float[Tensor, "prompt pos d_in"]]:
-    """The vectors of each hook in a clean run."""
-    vectors: dict[int, Tensor] = {}
-
-    def keep(hook: int, x: Tensor) -> Tensor:
-        vectors[hook] = x
-        return x
-
-    edit = {hook: partial(keep, hook) for hook in range(n_hooks)}
-    for _ in splicer.runs(tokens, [edit]):
-        pass
-    return [vectors[hook] for hook in range(n_hooks)]
 
 
 class EvaluationRuns:
@@ -49,13 +38,15 @@ class EvaluationRuns:
 
     def __init__(
         self,
+        model: Model,
         encoder: LayerEncoder,
         splicer: Splicer,
         together: Sequence[int],
         use_error_term: bool,
     ) -> None:
         """Start with no prompt; `together` has the indices of the hooks replaced."""
-        n_hooks = len(encoder.hook_names)
+        self._model, self._hooks = model, encoder.hook_names
+        n_hooks = len(self._hooks)
         self._splicer = splicer
         self._ablates_once = (
             isinstance(splicer, ResidualSplicer) and splicer.forgets_prompts
@@ -87,9 +78,7 @@ class EvaluationRuns:
                 reconstruction.
         """
         n_hooks = len(self._spliced)
-        self._reconstruction.start(
-            lambda: clean_vectors(self._splicer, n_hooks, tokens)
-        )
+        self._reconstruction.start(lambda: self._model.vectors(tokens, self._hooks))
         edits: list[Edit] = [
             {hook: partial(self._splice, hook, kept, ~kept)} for hook in range(n_hooks)
         ]
@@ -117,11 +106,11 @@ class EvaluationRuns:
         """
         if not self._ablates_once:
             return
-        sums = dict(enumerate(self._ablated))
         assert isinstance(self._splicer, ResidualSplicer)
-        of_any = self._splicer.runs_of_any_prompt(tokens, self._ablations)
-        for clean, runs in of_any:
-            add_scores(sums, None, clean, runs, tokens, scored)
+        n_pos = tokens.shape[1]
+        n_rows, runs = self._splicer.runs_of_any_prompt(n_pos, self._ablations)
+        for i, run in runs.items():
+            add_shared_scores(self._ablated[i], run, n_rows, tokens, scored)
 
     def _splice(
         self,

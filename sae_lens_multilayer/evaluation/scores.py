@@ -1,6 +1,6 @@
 """Cross-entropy and KL divergence of runs, as sums over chunks of positions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +8,56 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_multilayer.evaluation.splicing import Run
+from sae_lens_multilayer.topk.tile import sum_dtype
 
 _LOGITS_AT_A_TIME = 2**24
 """Logits of one run held at a time: 64 MiB of float32."""
+_LOGITS_IN_CACHE = 2**16
+"""Logits scored at a time on a CPU: 256 KiB of float32, which stay in its cache."""
+
+
+@dataclass
+class Scores:
+    """Scores of some positions of a run, in nats, in float64."""
+
+    ce: Float[Tensor, " row"]
+    """Cross-entropy of the next token."""
+    kl: Float[Tensor, " row"] | None = None
+    """KL(clean ‖ this run); None: not compared."""
+    kl_reverse: Float[Tensor, " row"] | None = None
+    """KL(this run ‖ clean)."""
+
+
+@dataclass
+class Softmax:
+    """The next-token distribution at some positions: `weights / total`."""
+
+    shifted: Float[Tensor, "row d_vocab"]
+    """Logits minus the largest one of the position, in float32 or wider."""
+    weights: Float[Tensor, "row d_vocab"]
+    """exp(shifted)."""
+    total: Float[Tensor, "row 1"]
+    """Sum of the weights, in float64: in float32, log-probabilities over 50,000 tokens
+    would be off by 2e-6, all in one direction."""
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "row d_vocab"]) -> "Softmax":
+        """The distribution with these logits."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        shifted = wide - wide.amax(-1, keepdim=True)
+        weights = shifted.exp()
+        return cls(shifted, weights, _sum(weights).unsqueeze(1))
+
+    def cross_entropy(self, targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """Of these tokens, nats."""
+        chosen = self.shifted.gather(1, targets.long().unsqueeze(1))
+        return (self.total.log() - chosen).squeeze(1)
+
+    def split(self, n_rows: int) -> "list[Softmax]":
+        """The distributions of so many rows at a time, without copies."""
+        fields = (self.shifted, self.weights, self.total)
+        parts = zip(*(tensor.split(n_rows) for tensor in fields), strict=True)
+        return [Softmax(*part) for part in parts]
 
 
 @dataclass
@@ -30,36 +77,14 @@ class RunSums:
     n_compared: int = 0
     """Positions whose distribution was compared."""
 
-    def add_ce(
-        self,
-        log_p: Float[Tensor, "run_prompt chunk d_vocab"],
-        targets: Int[Tensor, "prompt next"],
-        keep: Bool[Tensor, "prompt chunk"],
-    ) -> None:
-        """Add the cross-entropy of the next tokens; the last position has none."""
-        n = targets.shape[1]
-        log_p = log_p[:, :n].expand(len(targets), -1, -1)
-        keep = keep[:, :n]
-        chosen = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        self.ce -= chosen[keep].double().sum().item()
-        self.n_predicted += int(keep.sum())
-
-    def add_kl(
-        self,
-        p: Float[Tensor, "prompt chunk d_vocab"],
-        log_p: Float[Tensor, "prompt chunk d_vocab"],
-        log_q: Float[Tensor, "prompt chunk d_vocab"],
-        keep: Bool[Tensor, "prompt chunk"],
-    ) -> None:
-        """Add both divergences; `log_q` is overwritten."""
-        difference = log_p - log_q
-        # In place for speed; `sum` adds up pairwise, which a product of matrices does
-        # not, and would be off by 1e-4 over 50,000 tokens.
-        kl_reverse = -log_q.exp_().mul_(difference).sum(-1)
-        kl = difference.mul_(p).sum(-1)
-        self.kl += kl[keep].double().sum().item()
-        self.kl_reverse += kl_reverse[keep].double().sum().item()
-        self.n_compared += int(keep.sum())
+    def add(self, scores: Scores, has_next: Bool[Tensor, " row"]) -> None:
+        """Add the scores of some positions; those without a next token have no CE."""
+        self.ce += scores.ce[has_next].sum().item()
+        self.n_predicted += int(has_next.sum())
+        if scores.kl is not None and scores.kl_reverse is not None:
+            self.kl += scores.kl.sum().item()
+            self.kl_reverse += scores.kl_reverse.sum().item()
+            self.n_compared += len(scores.kl)
 
     def ce_loss(self) -> float:
         """Mean cross-entropy over predicted tokens, nats."""
@@ -86,23 +111,110 @@ def add_scores(
     """Add the scores of a batch of prompts, holding few logits at a time.
 
     Args:
-        sums: Sums of each run of `runs`. A run may have one prompt for all of `tokens`.
+        sums: Sums of each run of `runs`.
         clean_sums: Sums of the clean run; None: it is not scored.
-        scored: Positions that count.
+        scored: Positions that count; only their logits are computed.
     """
-    first = clean(slice(0, 1))
-    chunk = max(1, _LOGITS_AT_A_TIME // first.numel())
-    tokens, scored = tokens.to(first.device), scored.to(first.device)
-    for start in range(0, tokens.shape[1], chunk):
-        positions = slice(start, start + chunk)
-        targets = tokens[:, start + 1 : start + 1 + chunk]
-        keep = scored[:, positions]
-        log_p = clean(positions).float().log_softmax(-1)
+    has_next = torch.ones_like(scored)
+    has_next[:, -1] = False
+    for rows in _chunks(clean, scored.flatten().nonzero().flatten()):
+        targets, keep = tokens.roll(-1).flatten()[rows], has_next.flatten()[rows]
+        of_clean = Softmax.of(clean(rows))
+        targets, keep = (
+            targets.to(of_clean.total.device),
+            keep.to(of_clean.total.device),
+        )
         if clean_sums is not None:
-            clean_sums.add_ce(log_p, targets, keep)
-        p = log_p.exp()
+            clean_sums.add(Scores(of_clean.cross_entropy(targets)), keep)
         for i, run in runs.items():
-            log_q = run(positions).float().log_softmax(-1)
-            sums[i].add_ce(log_q, targets, keep)
-            if sums[i].is_compared:
-                sums[i].add_kl(p, log_p, log_q, keep)
+            compared = of_clean if sums[i].is_compared else None
+            sums[i].add(score(run(rows), targets, compared), keep)
+
+
+@torch.no_grad()
+def add_shared_scores(
+    sums: RunSums,
+    run: Run,
+    n_rows: int,
+    tokens: Int[Tensor, "prompt pos"],
+    scored: Bool[Tensor, "prompt pos"],
+) -> None:
+    """Add the cross-entropy of a run that is the same for all prompts.
+
+    Args:
+        n_rows: Positions of the run: as many as a prompt has, or 1 if they are alike.
+    """
+    prompt, position = scored[:, :-1].nonzero(as_tuple=True)
+    targets, own_row = tokens[prompt, position + 1], position % n_rows
+    for rows in _chunks(run, torch.arange(n_rows)):
+        logits = run(rows)
+        log_q = logits.to(sum_dtype(logits.device)).log_softmax(-1)
+        is_here = (own_row >= rows[0]) & (own_row <= rows[-1])
+        at = (own_row[is_here] - rows[0]).to(log_q.device)
+        chosen = log_q[at, targets[is_here].long().to(log_q.device)]
+        sums.ce -= chosen.sum().item()
+        sums.n_predicted += len(chosen)
+
+
+def score(
+    logits: Float[Tensor, "row d_vocab"],
+    targets: Int[Tensor, " row"],
+    clean: Softmax | None = None,
+) -> Scores:
+    """The scores of some positions; `score_reference` is the definition.
+
+    On a CPU, few rows at a time, which stay in its cache through all steps.
+
+    Args:
+        targets: The next tokens.
+        clean: The clean run's distributions; None: no KL.
+    """
+    n = len(logits)
+    if logits.device.type == "cpu":
+        n = max(1, _LOGITS_IN_CACHE // logits.shape[1])
+    rows = zip(logits.split(n), targets.split(n), strict=True)
+    if clean is None:
+        return Scores(torch.cat([Softmax.of(x).cross_entropy(t) for x, t in rows]))
+    pairs = zip(rows, clean.split(n), strict=True)
+    parts = [_compare(Softmax.of(x), t, p) for (x, t), p in pairs]
+    return Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _compare(
+    q: Softmax, targets: Int[Tensor, " row"], p: Softmax
+) -> tuple[Float[Tensor, " row"], ...]:
+    """Cross-entropy, KL(p ‖ q) and KL(q ‖ p); `q` is overwritten."""
+    ce = q.cross_entropy(targets)
+    log_ratio = (q.total.log() - p.total.log()).squeeze(1)
+    difference = q.shifted.sub_(p.shifted)  # log q - log p + log_ratio
+    kl_reverse = _sum(q.weights.mul_(difference)) / q.total.squeeze(1) - log_ratio
+    kl = log_ratio - _sum(difference.mul_(p.weights)) / p.total.squeeze(1)
+    return ce, kl, kl_reverse
+
+
+def score_reference(
+    logits: Float[Tensor, "row d_vocab"],
+    targets: Int[Tensor, " row"],
+    clean_logits: Float[Tensor, "row d_vocab"],
+) -> Scores:
+    """`score` from its definition, in float64."""
+    log_q = logits.double().log_softmax(-1)
+    log_p = clean_logits.double().log_softmax(-1)
+    return Scores(
+        torch.nn.functional.nll_loss(log_q, targets, reduction="none"),
+        (log_p.exp() * (log_p - log_q)).sum(-1),
+        (log_q.exp() * (log_q - log_p)).sum(-1),
+    )
+
+
+def _chunks(run: Run, rows: Int[Tensor, " row"]) -> Iterator[Int[Tensor, " row"]]:
+    """Split rows so that few logits are held at a time."""
+    if len(rows) > 0:
+        d_vocab = run(rows[:1]).shape[-1]
+        yield from rows.split(max(1, _LOGITS_AT_A_TIME // d_vocab))
+
+
+def _sum(x: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+    # Not a product of matrices, which does not add up pairwise and would be off by 1e-4
+    # over 50,000 tokens.
+    return x.sum(-1).to(sum_dtype(x.device))

@@ -16,8 +16,10 @@ logger = logging.getLogger(__name__)
 
 Edit = Mapping[int, Replace]
 """The replacement at each edited hook, by its index on the layer axis."""
-Run = Callable[[slice], Float[Tensor, "prompt chunk d_vocab"]]
-"""A run of a batch of prompts: computes its logits at a slice of the positions."""
+Positions = slice | Int[Tensor, " row"]
+"""Positions of all prompts, or rows of `prompt * n_pos + pos`."""
+Run = Callable[[Positions], Float[Tensor, "*position d_vocab"]]
+"""A run of a batch of prompts: computes its logits at some positions."""
 
 
 def make_splicer(
@@ -88,16 +90,23 @@ class ResidualSplicer:
     @property
     def forgets_prompts(self) -> bool:
         """Whether replacing the whole stream leaves nothing of a prompt."""
-        return self._model.reads_stream_only
+        return self._model.alike.prompts
 
     def runs_of_any_prompt(
-        self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
-    ) -> Iterator[tuple[Run, Mapping[int, Run]]]:
-        """Runs of one prompt of this length, for edits that replace all of it."""
+        self, n_pos: int, edits: Sequence[Edit]
+    ) -> tuple[int, Mapping[int, Run]]:
+        """Runs of one prompt, for edits that set all positions to the same vector.
+
+        Returns:
+            The number of positions of the prompt, 1 if all are alike, and the runs.
+        """
+        n_pos = 1 if self._model.alike.positions else n_pos
         tokenizer = self._model.tokenizer
         # Any token except padding, which would be masked.
         token = int(tokenizer is not None and tokenizer.pad_token_id == 0)
-        return self.runs(torch.full_like(tokens[:1], token), edits)
+        tokens = torch.full((1, n_pos), token, device=self._model.device)
+        ((_, runs),) = self.runs(tokens, edits)
+        return n_pos, runs
 
 
 class _Walks:
@@ -130,9 +139,15 @@ class _Walks:
 
 
 def _head(
-    logits: Callable[[Tensor], Tensor], stream: Tensor, positions: slice
-) -> Tensor:
-    return logits(stream[:, positions])
+    logits: Callable[[Tensor], Tensor],
+    stream: Float[Tensor, "prompt pos d_model"],
+    at: Positions,
+) -> Float[Tensor, "*position d_vocab"]:
+    if isinstance(at, slice):
+        return logits(stream[:, at])
+    # As prompts of one position, since a prompt may not be longer than a context.
+    rows = stream.flatten(0, 1)[at.to(stream.device)].unsqueeze(1)
+    return logits(rows).squeeze(1)
 
 
 class HookSplicer:
@@ -162,5 +177,9 @@ with clean activations unless an earlier hook was edited too.
 """
 
 
-def _logits_at(logits: Tensor, positions: slice) -> Tensor:
-    return logits[:, positions]
+def _logits_at(
+    logits: Float[Tensor, "prompt pos d_vocab"], at: Positions
+) -> Float[Tensor, "*position d_vocab"]:
+    if isinstance(at, slice):
+        return logits[:, at]
+    return logits.flatten(0, 1)[at.to(logits.device)]

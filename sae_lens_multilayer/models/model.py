@@ -20,7 +20,13 @@ from sae_lens_multilayer.hooks import (
     unknown_name,
 )
 from sae_lens_multilayer.models.padding import padding_mask
-from sae_lens_multilayer.models.walk import Walk, attached_hooks, walk_differs
+from sae_lens_multilayer.models.walk import (
+    Alike,
+    Walk,
+    attached_hooks,
+    find_alike,
+    walk_differs,
+)
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Computes the replacement of the activations at a hook, heads put end to end."""
@@ -210,19 +216,9 @@ class Model(ABC):
             return f"{type(error).__name__}: {error}"
 
     @cached_property
-    def reads_stream_only(self) -> bool:
-        """Whether the blocks read nothing of a prompt beside the residual stream.
-
-        The blocks of Zamba and Gemma 4 read the tokens again. Two prompts with the same
-        stream must stay the same.
-        """
-        walk = self.walk(self._tokens_of_check())
-        stream = torch.linspace(-1, 1, self.shape.d_model).to(walk.residual)
-        stream = stream.expand_as(walk.residual)
-        tolerance = 100 * torch.finfo(stream.dtype).eps
-        with torch.no_grad():
-            ends = (walk.run_block(stream, b) for b in range(self.shape.n_layers))
-            return all(torch.allclose(a, b, tolerance, tolerance) for a, b in ends)
+    def alike(self) -> Alike:
+        """What the blocks leave the same if the residual stream is the same."""
+        return find_alike(self.walk(self._tokens_of_check()), self.shape.n_layers)
 
     def _tokens_of_check(self) -> Int[Tensor, "prompt pos"]:
         n_pos = min(8, self.shape.n_ctx or 8)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class Walk(ABC):
     ) -> Float[Tensor, "row chunk d_vocab"]:
         """Logits of a residual stream after the last block.
 
-        Each position is computed by itself, so any rows and positions may be given.
+        Each position is computed by itself, so any rows and positions may be given, up
+        to a context in each row.
         """
 
 
@@ -70,19 +72,50 @@ def walk_differs(
     for block in reversed(range(len(streams) - 1)):
         clean = streams[block]
         stream = walk.run_block(torch.cat([4 * clean.flip(-1), clean]), block)
-        if not _agree(stream[n:], streams[block + 1]):
+        if not _same(stream[n:], streams[block + 1]):
             return f"block {block} gives other vectors when it is called alone"
-    if not _agree(walk.residual[n:], streams[0]):
+    if not _same(walk.residual[n:], streams[0]):
         return "the residual stream before the first block was not found"
-    if not _agree(walk.logits(streams[-1]), logits):
+    # Each position by itself, as only the scored ones are computed.
+    alone = walk.logits(streams[-1].flatten(0, 1).unsqueeze(1))
+    if not _same(alone.view(*logits.shape[:2], -1), logits):
         return "the part after the last block gives other logits when it runs alone"
     return None
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax(-1, True)
+@dataclass
+class Alike:
+    """What stays the same through all blocks if the residual stream is the same."""
+
+    prompts: bool
+    """Two prompts with the same stream. The blocks of Zamba and Gemma 4 read the tokens
+    again."""
+    positions: bool
+    """The positions of a prompt that has the same vector at all of them. So they do in
+    softmax attention, which averages equal values; not with attention sinks or in
+    state-space blocks, which count the positions before."""
+
+
+@torch.no_grad()
+def find_alike(walk: Walk, n_layers: int) -> Alike:
+    """Run each block on the same vector at all positions of at least two prompts."""
+    vector = torch.linspace(-1, 1, walk.residual.shape[-1]).to(walk.residual)
+    stream = vector.expand_as(walk.residual)
+    after = [walk.run_block(stream, block) for block in range(n_layers)]
+    return Alike(
+        prompts=all(_agree(x, x[:1].expand_as(x), 100.0) for x in after),
+        positions=all(_agree(x, x[:1, :1].expand_as(x), 8.0) for x in after),
+    )
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    n_eps = torch.finfo(expected.dtype).eps ** -0.5
+    return found.shape == expected.shape and _agree(found, expected, n_eps)
+
+
+def _agree(found: Tensor, expected: Tensor, n_eps: float) -> bool:
+    """Whether vectors agree within so many epsilons of their largest entries."""
+    tolerance = n_eps * torch.finfo(expected.dtype).eps * expected.abs().amax(-1, True)
     # NaN is a difference.
     return bool(((found - expected).abs() <= tolerance).all())
 
