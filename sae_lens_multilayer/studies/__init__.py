@@ -9,6 +9,7 @@ STUDIES = {
     "synthetic": "Recovery of known features of synthetic residual streams.",
     "paper": "The paper's tables, figures and claims for a chosen model and sizes.",
     "interventions": "Whether the layers of latents are those at which they matter.",
+    "circuits": "Which nodes a task needs, and how faithful circuits of them are.",
     "token_dependence": "What the layers of latents depend on, with nulls.",
 }
 """Modules and what they answer."""

@@ -1,0 +1,76 @@
+"""SAEs used with the k at which they reconstruct equally well."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lens_multilayer.evaluation.metrics import LayerSums
+from sae_lens_multilayer.models.model import Model
+
+_ROWS = 512
+
+
+@torch.no_grad()
+def vectors_of_text(
+    lm: Model, ids: Tensor, hook_names: Sequence[str], batch_size_prompts: int
+) -> Float[Tensor, "layer prompt pos d_in"]:
+    """The vectors of each hook, on the CPU."""
+    parts = [
+        torch.stack([x.cpu() for x in lm.vectors(batch, hook_names)])
+        for batch in ids.split(batch_size_prompts)
+    ]
+    return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def mean_fvu(
+    sae: Any, x: Float[Tensor, "layer token d_in"], hook_names: Sequence[str]
+) -> float:
+    """Fraction of variance unexplained in raw space, mean over layers."""
+    fvu: list[float] = []
+    for name, of_layer in zip(hook_names, x, strict=True):
+        rows = of_layer.to(sae.device, sae.dtype)
+        parts = [
+            sae.decode_topk(sae.encode_topk(part, name), name)
+            for part in rows.split(_ROWS)
+        ]
+        none = torch.zeros(0, dtype=torch.int64, device=rows.device)
+        sums = LayerSums.of_layer(
+            rows, torch.cat(parts), none, none.to(rows.dtype), sae.cfg.d_sae
+        )
+        fvu.append(float(sums.fvu))
+    return sum(fvu) / len(fvu)
+
+
+def match_fvu(
+    sae: Any,
+    x: Float[Tensor, "layer token d_in"],
+    hook_names: Sequence[str],
+    target: float,
+) -> float:
+    """Set `sae.cfg.k` to the k whose raw-space FVU is nearest to a target.
+
+    The FVU falls as k grows, so k is found by bisection.
+
+    Returns:
+        The FVU with this k.
+    """
+    found: dict[int, float] = {}
+
+    def at(k: int) -> float:
+        if k not in found:
+            sae.cfg.k = k
+            found[k] = mean_fvu(sae, x, hook_names)
+        return found[k]
+
+    low, high = 1, min(sae.cfg.d_sae, 2 * sae.cfg.k)
+    while at(high) > target and high < sae.cfg.d_sae:
+        low, high = high, min(sae.cfg.d_sae, 2 * high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle) <= target else (middle, high)
+    sae.cfg.k = min((low, high), key=lambda k: abs(at(k) - target))
+    return found[sae.cfg.k]

@@ -1,0 +1,63 @@
+"""Circuits of SAEs and prompts with different seeds compared."""
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from sae_lens_multilayer.studies.circuits.result import Circuits, jaccard
+from sae_lens_multilayer.studies.circuits.settings import CircuitPoint
+
+
+def compare_seeds(
+    found: Mapping[CircuitPoint, Circuits], share: float
+) -> list[dict[str, Any]]:
+    """The Jaccard index of the nodes of circuits that differ in one seed.
+
+    Circuits of two SAEs are compared by latents that stand for each other: those whose
+    decoder rows are nearest both ways.
+
+    Args:
+        share: Kept share of the nodes of the compared circuits.
+    """
+    rows: list[dict[str, Any]] = []
+    for a, b in _pairs(found):
+        latent_of = None if a.sae == b.sae else _matching(a.sae, b.sae)
+        value = jaccard(found[a].nodes(share), found[b].nodes(share), latent_of)
+        keys = {name: getattr(a, name) for name in ("label", "task", "ablation")}
+        between = "prompts" if a.sae == b.sae else "SAEs"
+        rows.append({**keys, "between": between, "jaccard": value})
+    return rows
+
+
+def _pairs(
+    points: Mapping[CircuitPoint, Circuits],
+) -> Iterator[tuple[CircuitPoint, CircuitPoint]]:
+    for a, b in combinations(points, 2):
+        same = (a.label, a.task, a.ablation) == (b.label, b.task, b.ablation)
+        if same and (a.index != b.index) + (a.seed != b.seed) == 1:
+            yield a, b
+
+
+def _matching(a: str, b: str) -> Int[np.ndarray, " latent"]:
+    rows = [SAE.load_from_disk(path).W_dec.detach() for path in (a, b)]
+    return mutual_nearest(rows[0], rows[1])
+
+
+def mutual_nearest(
+    a: Float[Tensor, "latent d_in"], b: Float[Tensor, "other d_in"]
+) -> Int[np.ndarray, " other"]:
+    """The latent of `a` for each of `b` with which it is nearest both ways; else -2.
+
+    Nearness is the cosine.
+    """
+    unit = [torch.nn.functional.normalize(one, dim=1) for one in (a, b)]
+    cosines = unit[0] @ unit[1].T
+    of_b, of_a = cosines.argmax(0), cosines.argmax(1)
+    is_mutual = of_a[of_b] == torch.arange(len(b))
+    return torch.where(is_mutual, of_b, -2).numpy()

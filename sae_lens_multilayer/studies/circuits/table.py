@@ -1,0 +1,142 @@
+"""The result of the study: a row for each SAE, task, seed and ablation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, Series
+from sae_lens_multilayer.results import Result
+
+_CONFIDENCE = 0.95
+_GROUPS = ["task", "ablation", "label"]
+_SHOWN = {
+    "cpr_log": "CPR (log shares)",
+    "cmd_log": "CMD (log shares)",
+    "size": "share of nodes\nwith f = 0.8",
+    "f_latents_only": "f of all latents\nwithout errors",
+    "error_share": "error nodes' share\nof all |effect|",
+    "nodes_per_latent_at_size": "nodes per\ndistinct latent",
+}
+"""Measures in the figure of labels, and the labels of their axes."""
+
+
+@dataclass
+class CircuitTable(Result):
+    """Measures of the circuits of several SAEs, by label."""
+
+    rows: list[dict[str, Any]]
+    """Label, index of the SAE, task, seed, ablation, `k`, `fvu`, and `Circuits.summary`
+    of each."""
+    curves: list[dict[str, Any]]
+    """`Circuits.to_dataframe` of each."""
+    jaccards: list[dict[str, Any]]
+    """Jaccard index of the nodes of two circuits that differ in one seed."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each SAE, task, seed and ablation."""
+        return pd.DataFrame(self.rows)
+
+    def summary(self) -> pd.DataFrame:
+        """Means over SAEs and seeds by task, ablation and label.
+
+        A column `*_half` is half of the 95% interval of the mean (Student's t over the
+        rows); NaN for one row.
+        """
+        table = self.to_dataframe().drop(columns=["index", "seed"])
+        return _means(table, _GROUPS)
+
+    def short_table(self) -> pd.DataFrame:
+        """The main columns of `summary`."""
+        table: Any = self.summary()
+        shown = ["k", "fvu", "cpr", "cmd", "cpr_log_random", *_SHOWN]
+        return table[[*_GROUPS, *shown]]
+
+    def jaccard_table(self) -> pd.DataFrame:
+        """Mean Jaccard index by task, ablation and label, between SAEs and prompts."""
+        if not self.jaccards:
+            return pd.DataFrame(columns=[*_GROUPS, "between", "jaccard"])
+        table: Any = pd.DataFrame(self.jaccards)
+        groups: Any = table.groupby([*_GROUPS, "between"], sort=False)
+        return groups["jaccard"].mean().reset_index()
+
+    def pictures(self, **context: Any) -> dict[str, Picture]:
+        """Curves of f by task and ablation, and the main measures by label."""
+        means = _means(pd.DataFrame(self.curves), [*_GROUPS, "share"])
+        choices: Any = means[["task", "ablation"]].drop_duplicates()
+        panels = [_curve_panel(means, row) for row in choices.to_dict("records")]
+        n_columns = len(choices.ablation.unique())
+        caption = "Means over SAEs and seeds of prompts, with 95% intervals."
+        table = self.summary()
+        bars = [_bar_panel(table, name, label) for name, label in _SHOWN.items()]
+        return {
+            "faithfulness": Picture(
+                "Faithfulness of circuits", panels, caption, n_columns
+            ),
+            "measures": Picture("Circuits by label", bars, caption, 3),
+        }
+
+
+def _means(table: pd.DataFrame, groups: Sequence[str]) -> pd.DataFrame:
+    numeric = [
+        name
+        for name in table.select_dtypes("number")
+        if name not in (*groups, "index", "seed")
+    ]
+    grouped: Any = table.groupby(list(groups), sort=False)[numeric]
+    n = grouped.count()
+    t = stats.t.ppf((1 + _CONFIDENCE) / 2, (n - 1).clip(lower=1))
+    half = grouped.std() / np.sqrt(n) * t
+    return pd.concat([grouped.mean(), half.add_suffix("_half")], axis=1).reset_index()
+
+
+def _curve_panel(means: pd.DataFrame, chosen: dict[Any, Any]) -> Panel:
+    rows: Any = means
+    for name, value in chosen.items():
+        rows = rows[rows[name] == value]
+    series: list[Series] = []
+    for i, label in enumerate(dict.fromkeys(rows.label)):
+        own = rows[rows.label == label]
+        x, f = own.share.to_numpy(), own.f.to_numpy()
+        half = own.f_half.fillna(0).to_numpy()
+        series += [
+            Series("", x, f - half, "band", top=f + half, colour=i),
+            Series(str(label), x, f, colour=i, style=i),
+        ]
+        random = own.f_random.to_numpy()
+        if i == 0 and np.isfinite(random).all():
+            name = f"random nodes ({label})"
+            series.append(Series(name, x, random, colour=7, style=3))
+    text = f"f: {chosen['task'].replace('_', ' ')},\n{chosen['ablation']} ablation"
+    axis = Axis("share of the nodes", log=True)
+    return Panel(axis, Axis(text, include_zero=True), series)
+
+
+def _bar_panel(table: pd.DataFrame, name: str, text: str) -> Panel:
+    """A point with its interval for each label, by task and ablation."""
+    rows: Any = table
+    kinds = [f"{t}\n{a}" for t, a in zip(rows.task, rows.ablation, strict=True)]
+    places = list(dict.fromkeys(kinds))
+    at = np.array([places.index(kind) for kind in kinds], dtype=float)
+    labels = list(dict.fromkeys(rows.label))
+    series: list[Series] = []
+    for i, label in enumerate(labels):
+        own = (rows.label == label).to_numpy()
+        x = at[own] + 0.6 * (i / max(1, len(labels) - 1) - 0.5) * (len(labels) > 1)
+        y, half = rows[name].to_numpy()[own], rows[f"{name}_half"].fillna(0)[own]
+        series += [
+            Series(
+                "",
+                x,
+                y - half.to_numpy(),
+                "intervals",
+                top=y + half.to_numpy(),
+                colour=i,
+            ),
+            Series(str(label), x, y, "points", colour=i),
+        ]
+    axis = Axis("", [place.replace("_", " ") for place in places], len(places))
+    return Panel(axis, Axis(text, include_zero=True), series)
