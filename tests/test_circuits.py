@@ -452,11 +452,11 @@ def test_areas_equal_a_fine_sum_over_the_curve(values):
     shares, f = [0.01, 0.1, 0.3, 1.0], np.array(values)
     found = areas(shares, f)
     for end, axis in (("", np.array(shares)), ("_log", np.log(shares))):
-        x = np.linspace(axis[0], axis[-1], 40_001)
+        x = np.linspace(axis[0], axis[-1], 4_001)
         x = (x[1:] + x[:-1]) / 2
         fine = np.interp(x, axis, f).mean(), np.interp(x, axis, np.abs(1 - f)).mean()
-        assert found[f"cpr{end}"] == pytest.approx(fine[0], abs=1e-4)
-        assert found[f"cmd{end}"] == pytest.approx(fine[1], abs=1e-4)
+        assert found[f"cpr{end}"] == pytest.approx(fine[0], abs=2e-3)
+        assert found[f"cmd{end}"] == pytest.approx(fine[1], abs=2e-3)
 
 
 def test_faithfulness_and_its_samples():

@@ -35,7 +35,7 @@ from sae_lens_multilayer.studies.circuits.streams import (
 )
 from sae_lens_multilayer.studies.circuits.study import chosen_hooks
 from sae_lens_multilayer.studies.circuits.tasks import Task
-from sae_lens_multilayer.studies.interventions.study import pre_acts
+from sae_lens_multilayer.studies.interventions.edits import pre_acts
 
 _PACKAGE = "sae-lens-multilayer"
 _LATENT = "cross layer transcoder"

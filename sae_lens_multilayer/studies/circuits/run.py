@@ -219,7 +219,9 @@ class _Study(ResumablePoints[CircuitPoint]):
             tokenizer = as_model(self.model).tokenizer
             bos = bool(self._metadata.prepend_bos)
             n_prompts = self.settings.n_prompts
-            self._tasks[key] = make_task(*key[:1], tokenizer, n_prompts, key[1], bos)
+            self._tasks[key] = make_task(
+                point.task, tokenizer, n_prompts, point.seed, bos
+            )
         return self._tasks[key]
 
     def _gradients(self, point: CircuitPoint) -> Gradients:

@@ -84,30 +84,16 @@ def circuits(
     lm.check_no_saes_attached()
     lm.check_tokens(torch.cat([task.clean, task.corrupted]))
     streams = Streams.of(lm, task, names, batch_size_prompts)
-    grads = found_gradients or gradients(
-        lm,
-        task,
-        names,
-        streams,
-        ablation=ablation,
-        method=method,
-        n_steps=n_steps,
-        batch_size_prompts=batch_size_prompts,
-    )
+    how: Any = {"ablation": ablation, "method": method, "n_steps": n_steps}
+    how["batch_size_prompts"] = batch_size_prompts
+    grads = found_gradients or gradients(lm, task, names, streams, **how)
     _check_gradients(grads, streams, names, ablation)
     nodes = find_nodes(sae, task, streams, grads, ablation, batch_size_prompts)
     columns = _columns(nodes)
     order = columns["effect"].abs().argsort(descending=True, stable=True)
     chosen = _Chosen(order, columns["latent"] == ERROR, shares, random_control, seed)
-    scores, full = run_circuits(
-        lm,
-        sae,
-        task,
-        nodes,
-        chosen.keep,
-        batch_size_prompts=batch_size_prompts,
-        max_prompts=max_prompts,
-    )
+    sizes = {"batch_size_prompts": batch_size_prompts, "max_prompts": max_prompts}
+    scores, full = run_circuits(lm, sae, task, nodes, chosen.keep, **sizes)
     return Circuits(
         task=task.name,
         ablation=ablation,
