@@ -7,7 +7,7 @@ import torch
 from conftest import D_MODEL, N_LAYERS, tiny_sae_config
 from sae_lens import SAE, SAETrainingRunner
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
-from saes import HOOK_NAMES, random_acts, random_lens, randomize
+from saes import HOOK_NAMES, random_acts, random_lens, random_sae, randomize
 
 from sae_lens_multilayer import (
     CrosscoderSAE,
@@ -18,6 +18,7 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
     view,
 )
+from sae_lens_multilayer.analysis import Suite, functional_layers
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 
 D_SAE = 64
@@ -243,3 +244,58 @@ def test_the_encoder_gives_the_activations_at_each_layer():
     dense[found.row, found.latent] = found.value
     expected = sae.encode(x).unsqueeze(1) * sae.decoders.norm(dim=-1)
     torch.testing.assert_close(dense.view(5, N_LAYERS, -1), expected)
+
+
+# Analyses
+
+
+def test_functional_layers_are_those_of_brute_force(model):
+    sae, tokens = random_crosscoder(), torch.randint(1, 500, (3, 16))
+    found = functional_layers(sae, model, tokens, batch_size_prompts=2)
+    _, cache = model.run_with_cache(tokens)
+    x = torch.stack([cache[name] for name in HOOK_NAMES], dim=2).flatten(0, 1)
+    acts = sae.encode(x)
+    v = sae.process_sae_in(x).unflatten(1, (N_LAYERS, D_MODEL))
+    h = torch.einsum("tld,lds->lts", v, sae.encoders) * (acts > 0)
+    counts = (acts > 0).sum(0)
+    assert torch.equal(found.counts, counts)
+    contribution = h.abs().sum(1) / counts
+    left_out = 1 - (acts - h).relu().sum(1) / acts.sum(0)
+    for actual, expected in (
+        (found.contribution, contribution),
+        (found.fall, left_out),
+        (found.decoder_norm, sae.decoders.norm(dim=-1)),
+    ):
+        torch.testing.assert_close(
+            actual.float(), expected, rtol=1e-3, atol=1e-4, equal_nan=True
+        )
+    p = contribution / contribution.sum(0)
+    torch.testing.assert_close(
+        found.n_functional.float(), (-(p * p.log()).sum(0)).exp(), equal_nan=True
+    )
+
+
+def test_a_latent_that_reads_one_layer_has_one_functional_layer(model):
+    sae = random_crosscoder()
+    sae.encoders[1].data.zero_()
+    found = functional_layers(sae, model, torch.randint(1, 500, (3, 16)))
+    active = found.counts > 0
+    assert active.any()
+    torch.testing.assert_close(
+        found.n_functional[active], torch.ones(int(active.sum())).double()
+    )
+    assert (found.fall[0][active] == 1).all()
+    assert (found.fall[1][active] == 0).all()
+
+
+def test_all_analyses_of_the_table_that_are_available_run(model):
+    sae, tokens = random_crosscoder(), torch.randint(1, 500, (3, 16))
+    sae.cfg.metadata.model_name = "tiny"
+    suite = Suite(sae, model, tokens)
+    results = suite.run()
+    assert "functional_layers" in results
+    assert "output_tokens" not in results
+    for result in results.values():
+        result.to_dataframe()
+        result.pictures()
+    assert Suite(random_sae(), model, tokens).missing("functional_layers")

@@ -22,6 +22,11 @@ from sae_lens_multilayer.analysis.distributions import (
 )
 from sae_lens_multilayer.analysis.examples import Examples
 from sae_lens_multilayer.analysis.first_position import first_position_warning
+from sae_lens_multilayer.analysis.functional_layers import (
+    FunctionalLayers,
+    FunctionalLayerSums,
+    functional_layers,
+)
 from sae_lens_multilayer.analysis.geometry import (
     DecoderSimilarity,
     TokenSimilarity,
@@ -93,6 +98,8 @@ __all__ = [
     "DistributionSums",
     "ExampleCollector",
     "Examples",
+    "FunctionalLayerSums",
+    "FunctionalLayers",
     "HistogramSums",
     "LayerDistributions",
     "Null",
@@ -119,6 +126,7 @@ __all__ = [
     "compare_with_single_layers",
     "decoder_similarity",
     "first_position_warning",
+    "functional_layers",
     "layer_distributions",
     "load_results",
     "max_activating_examples",

@@ -16,6 +16,7 @@ from sae_lens_multilayer.analysis.active import check_latents
 from sae_lens_multilayer.analysis.coactive import CoactiveSums
 from sae_lens_multilayer.analysis.direct_logits import output_tokens
 from sae_lens_multilayer.analysis.distributions import DistributionSums
+from sae_lens_multilayer.analysis.functional_layers import FunctionalLayerSums
 from sae_lens_multilayer.analysis.geometry import (
     decoder_similarity,
     token_embeddings,
@@ -45,6 +46,7 @@ from sae_lens_multilayer.lens.carrier import lens_of
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.record import Record
 from sae_lens_multilayer.results import Result
+from sae_lens_multilayer.sae.crosscoder import CrosscoderSAE, CrosscoderTrainingSAE
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Prompts
 
@@ -155,8 +157,12 @@ WHOLE_VECTORS = Need(
     lambda suite: suite.sae.cfg.metadata.hook_head_index is None,
 )
 RESIDUAL_WIDTH = Need(
-    "an SAE of the residual stream's width",
-    lambda suite: suite.sae.cfg.d_in == as_model(suite.model).shape.d_model,
+    "decoder rows of the residual stream's width",
+    lambda suite: suite.sae.W_dec.shape[1] == as_model(suite.model).shape.d_model,
+)
+CROSSCODER = Need(
+    "a crosscoder",
+    lambda suite: isinstance(suite.sae, (CrosscoderSAE, CrosscoderTrainingSAE)),
 )
 NO_NULL = Need("no null", lambda suite: "null" not in suite.options)
 SINGLE_LAYERS = Need("single-layer SAEs", lambda suite: bool(suite.single_layers))
@@ -231,6 +237,9 @@ ANALYSES: dict[str, Analysis] = {
         accumulator=lambda s: SampleCollector(s.sae, _N_SAMPLED_EXAMPLES)
     ),
     "act_histograms": Analysis(accumulator=lambda s: HistogramSums(s.sae)),
+    "functional_layers": Analysis(
+        accumulator=lambda s: FunctionalLayerSums(s.sae), needs=(CROSSCODER,)
+    ),
     "coactive_latents": Analysis(accumulator=lambda s: CoactiveSums(s.sae)),
     "token_classes": Analysis(_token_classes, uses=("layer_distributions",)),
     "residual_stream": Analysis(lambda s, _: _residual_stream(s, after_lens=False)),
