@@ -456,3 +456,13 @@ def test_law_splitting_over_layers_rises_with_the_angle_and_the_span(tmp_path):
     assert raw.layer_splitting > still + 0.1
     assert with_lens.layer_splitting == pytest.approx(still, abs=0.03)
     assert with_lens.mcc == pytest.approx(law(tmp_path, min_span=3).mcc, abs=0.05)
+
+
+@pytest.mark.slow
+def test_law_a_rotation_of_each_feature_does_not_split_a_crosscoders_latents(tmp_path):
+    """It has a decoder for each layer, and the MLSAE one for all."""
+    turned = {"min_span": 3, "rotation": "feature", "theta": 40.0}
+    found = law(tmp_path, "crosscoder", **turned)
+    assert found.layer_splitting < 0.05
+    assert found.mcc_cosine > 0.9
+    assert law(tmp_path, **turned).layer_splitting > found.layer_splitting + 0.1

@@ -1,13 +1,14 @@
 """The arms of the synthetic study: ways to find features in the same vectors."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from sae_lens import TrainingSAE
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
@@ -17,7 +18,11 @@ from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.lens.closed_form import fit_closed_form, rotation
 from sae_lens_multilayer.lens.config import LensConfig, LensKind
 from sae_lens_multilayer.lens.lens import LayerLens
-from sae_lens_multilayer.sae.config import MultiLayerTrainingSAEConfig
+from sae_lens_multilayer.sae.config import (
+    CrosscoderTrainingSAEConfig,
+    MultiLayerTrainingSAEConfig,
+)
+from sae_lens_multilayer.sae.crosscoder import CrosscoderTrainingSAE
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerTrainingSAE
 from sae_lens_multilayer.studies.synthetic.matching import chain, join_tokens
 from sae_lens_multilayer.studies.synthetic.source import SyntheticSource
@@ -64,16 +69,17 @@ class Bench:
         self._n_prompts = n_prompts
 
     def train(
-        self, lens: LayerLens | None = None, hook_names: list[str] | None = None
+        self,
+        lens: LayerLens | None = None,
+        hook_names: list[str] | None = None,
+        **changes: Any,
     ) -> TrainingSAE[Any]:
-        """Train an SAE on all layers or some."""
+        """Train an SAE on all layers or some; `changes` are of the run's settings."""
         source = SyntheticSource(
             self.stream, self._n_prompts, hook_names, vectors=self.vectors
         )
-        runner = MultiLayerSAETrainingRunner(
-            self._training(lens), override_source=source
-        )
-        return runner.run()
+        cfg = self._training(lens).replaced(**changes)
+        return MultiLayerSAETrainingRunner(cfg, override_source=source).run()
 
     @cached_property
     def mlsae(self) -> TrainingSAE[Any]:
@@ -135,6 +141,24 @@ class Bench:
         sizes = len(self.x), len(saes), decoder.shape[1]
         return Found(ActiveLatents(*sizes, *joined), decoder)
 
+    def crosscoder(self) -> Found:
+        """A crosscoder with as many latents, and k for a token instead of a vector.
+
+        It keeps `l0` latents, the mean number of features of a token. At a layer, a
+        latent has the token's activation times the norm of its decoder there, so its
+        distribution over layers is the same at all tokens.
+        """
+        cfg = self._training(None).sae
+        values: dict[str, Any] = {f.name: getattr(cfg, f.name) for f in fields(cfg)}
+        values |= {
+            "k": max(cfg.k, round(self.stream.cfg.l0)),
+            "metadata": SAEMetadata(),
+        }
+        sae = self.train(sae=CrosscoderTrainingSAEConfig(**values))
+        assert isinstance(sae, CrosscoderTrainingSAE)
+        acts = active_latents(LayerEncoder(sae, self.hook_names), self.x)
+        return Found(acts, sae.decoders.detach())
+
     def dictionary(self, layer: int) -> TrainingSAE[Any]:
         """An SAE of one layer with the true directions as decoder and as encoder.
 
@@ -193,6 +217,7 @@ ARMS: dict[str, Arm] = {
     ),
     "whitening": Arm("MLSAE, whitened layers", lambda b: _fitted(b, "whitening")),
     "single_layers": Arm("single-layer SAEs, joined", _single_layers),
+    "crosscoder": Arm("crosscoder", Bench.crosscoder),
     "ceiling": Arm("ceiling: true dictionary", _ceiling),
     "floor": Arm("floor: layers shuffled", _shuffled),
 }
