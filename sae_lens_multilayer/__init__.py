@@ -26,7 +26,6 @@ from sae_lens_multilayer.store.cache import ActivationCache
 from sae_lens_multilayer.store.harvest import MultiLayerCacheActivationsRunner
 from sae_lens_multilayer.store.source import NonFiniteActivationError
 from sae_lens_multilayer.store.store import MultiLayerActivationsStore
-from sae_lens_multilayer.sweeps.compare import SingleLayerRuns, train_and_compare
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import grid
 from sae_lens_multilayer.sweeps.resumable import PointsFailedError
@@ -57,7 +56,6 @@ __all__ = [
     "NonFiniteActivationError",
     "PointsFailedError",
     "Prompts",
-    "SingleLayerRuns",
     "SpliceMetrics",
     "SweepEvaluation",
     "Text",
@@ -73,7 +71,6 @@ __all__ = [
     "reconstruction_metrics",
     "releases",
     "sweep",
-    "train_and_compare",
     "view",
     "views",
 ]

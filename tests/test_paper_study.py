@@ -58,7 +58,9 @@ def test_runs_over_both_sizes_with_lens_and_single_layers(study, model, tmp_path
     for name in found.pictures():
         assert (folder / "figures" / f"{name}.png").exists()
         assert f"figures/{name}.png" in page
-    assert (folder / "single_layers/layer_1/sae").is_dir()
+    assert (
+        folder / "single_layers/seed42_single_layers_operations/layer_1/sae"
+    ).is_dir()
     claims = pd.read_csv(folder / "claims.csv")
     assert len(claims) == len(CLAIMS)
     assert all(claim in page for claim in claims.claim)

@@ -36,7 +36,6 @@ from sae_lens_multilayer.analysis import (
 from sae_lens_multilayer.analysis.transfer import COMPARED
 from sae_lens_multilayer.pictures import (
     Picture,
-    describe_costs,
     describe_sweep,
     draw,
     draw_interactive,
@@ -499,23 +498,3 @@ def test_unfinished_points_are_counted_and_not_drawn():
     assert "1 of 3 points are not done" in picture.caption
     with pytest.raises(ValueError, match="must be a point that is done"):
         describe_sweep(points.assign(status="failed"), ["k"])
-
-
-def test_costs_are_those_of_both_and_short_times_are_not_drawn_as_zero():
-    costs = pd.DataFrame(
-        {
-            "training_seconds": [0.134, 0.1, 0.2, 1234.6],
-            "training_peak_memory_mib": [1559.0, 7, 8, 10.0],
-        },
-        index=["multi_layer", "layer_0", "layer_1", "single_layers"],
-    )
-    picture = describe_costs(costs)
-    check_both_show(picture)
-    left, right = picture.panels
-    assert series_of(left) == {"": [0.134, 1234.6]}
-    assert series_of(right) == {"": [1559, 10]}
-    assert left.x.names == ["one SAE", "2 single-layer SAEs"]
-    texts = [[text.get_text() for text in axes.texts] for axes in draw(picture).axes]
-    assert texts == [["0.13", "1,235"], ["1,559", "10"]]
-    bars: list[Any] = [figure.data[0] for figure in draw_interactive(picture)]
-    assert [list(bar.text) for bar in bars] == texts

@@ -32,7 +32,6 @@ COMMANDS = {
     "report": "Write one HTML file with the evaluation, the analyses and the latents.",
     "serve": "Serve the report on this machine, and run the model on your own text.",
     "sweep": "Train, evaluate and analyse an SAE for each of many choices of settings.",
-    "compare": "Train one SAE for all layers and one for each, and compare them.",
     "study": "Run a study of several runs, with tables, figures and a page.",
     "evals": "Run SAELens' own evaluations on published SAEs.",
     "releases": "List the published SAEs that `SAE.from_pretrained` can load.",

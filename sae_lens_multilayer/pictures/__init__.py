@@ -7,11 +7,10 @@ renders a description with matplotlib, `draw_interactive` with plotly.
 from sae_lens_multilayer.pictures.description import Picture, pictures_of
 from sae_lens_multilayer.pictures.render_matplotlib import draw, save_figure
 from sae_lens_multilayer.pictures.render_plotly import draw_interactive
-from sae_lens_multilayer.pictures.sweeps import describe_costs, describe_sweep
+from sae_lens_multilayer.pictures.sweeps import describe_sweep
 
 __all__ = [
     "Picture",
-    "describe_costs",
     "describe_sweep",
     "draw",
     "draw_interactive",

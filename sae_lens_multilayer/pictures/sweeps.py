@@ -1,4 +1,4 @@
-"""Describes the pictures of sweeps and of the cost of training."""
+"""Describes the pictures of sweeps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,23 +59,6 @@ def describe_sweep(table: pd.DataFrame, varied: Sequence[str]) -> Picture:
         f"{not_done} of {len(table)} points are not done." if not_done else "",
         n_columns=len(columns),
     )
-
-
-def describe_costs(costs: pd.DataFrame) -> Picture:
-    """Training time and peak memory of one SAE beside single-layer ones, as in
-    `SingleLayerRuns.costs`."""
-    labels = {
-        "training_seconds": "training time (s)\n(single layers: the sum)",
-        "training_peak_memory_mib": "peak memory (MiB)\n(single layers: the highest)",
-    }
-    names = ["one SAE", f"{len(costs) - 2} single-layer SAEs"]
-    panels: list[Panel] = []
-    for column, label in labels.items():
-        values = costs.loc[["multi_layer", "single_layers"], column].to_numpy()
-        texts = [f"{v:,.0f}" if v >= 10 else f"{v:.2g}" for v in values]
-        bars = Series("", range(2), values, kind="bars", texts=texts)
-        panels.append(Panel(Axis("", names), Axis(label), [bars]))
-    return Picture("Cost of training", panels)
 
 
 def _lines(done: Any, column: str, x: str, others: Sequence[str]) -> Panel:

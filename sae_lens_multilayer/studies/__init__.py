@@ -7,6 +7,7 @@ resumes what an earlier call began in the folder, and returns tables to print.
 
 STUDIES = {
     "synthetic": "Recovery of known features of synthetic residual streams.",
+    "comparison": "MLSAE against other ways to see all layers, matched in cost.",
     "paper": "The paper's tables, figures and claims for a chosen model and sizes.",
     "interventions": "Whether the layers of latents are those at which they matter.",
     "circuits": "Which nodes a task needs, and how faithful circuits of them are.",

@@ -16,8 +16,11 @@ from sae_lens_multilayer.config_files import check_known, mapping
 from sae_lens_multilayer.files import write_whole
 from sae_lens_multilayer.pictures import draw, save_figure
 from sae_lens_multilayer.results import Result
+from sae_lens_multilayer.studies.comparison import (
+    ComparisonSettings,
+    comparison_study,
+)
 from sae_lens_multilayer.studies.paper_claims import ANALYSES, LENS, PaperStudy
-from sae_lens_multilayer.sweeps.compare import train_and_compare
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation
 from sae_lens_multilayer.sweeps.points import Settings
 from sae_lens_multilayer.sweeps.resumable import check_all_done
@@ -144,10 +147,10 @@ def paper_study(
     results = {p.name: load_results(runs.analysis_of(p)) for p in runs.points}
     single = None
     if settings.single_layers:
-        single = train_and_compare(
-            {**settings.base, **settings.default},
+        of_both = {**settings.base, **settings.default}
+        single = comparison_study(
+            ComparisonSettings(of_both, evaluation=evaluation),
             folder / "single_layers",
-            evaluation=evaluation,
             override_model=override_model,
             override_dataset=override_dataset,
             override_evaluation_dataset=override_evaluation_dataset,

@@ -9,7 +9,7 @@ import pandas as pd
 from sae_lens_multilayer.pictures import describe_sweep
 from sae_lens_multilayer.pictures.description import Picture
 from sae_lens_multilayer.results import Result
-from sae_lens_multilayer.sweeps.compare import SingleLayerRuns
+from sae_lens_multilayer.studies.comparison import ComparisonResult
 
 LENS = "lens"
 """Name of the run with a lens."""
@@ -35,7 +35,7 @@ class PaperStudy:
     """The same with a lens; empty without one."""
     prompt: Result
     """`LayerDistributions` over the single prompt."""
-    single_layers: SingleLayerRuns | None
+    single_layers: ComparisonResult | None
     """The comparison with single-layer SAEs; None if these were not trained."""
 
     def claims(self) -> pd.DataFrame:
@@ -56,7 +56,7 @@ class PaperStudy:
                 if name in results:
                     found[f"{name}{suffix}"] = results[name].pictures()[""]
         if self.single_layers is not None:
-            found["single_layers"] = self.single_layers.comparison.pictures()[""]
+            found["single_layers"] = self.single_layers.pictures()["layers"]
         return found
 
 
@@ -96,9 +96,9 @@ def _ratio_grows(study: PaperStudy) -> tuple[bool | None, str]:
 def _single_layers(study: PaperStudy) -> tuple[bool | None, str]:
     if study.single_layers is None:
         return None, "no single-layer SAEs"
-    means = study.single_layers.comparison.to_dataframe().mean()
+    table = study.single_layers.to_dataframe().set_index("contestant")
     fvu, ce = (
-        [means[name, which] for which in ("multi_layer", "single_layer")]
+        [table.loc[contestant, name] for contestant in ("mlsae", "single_layers")]
         for name in ("fvu_scalar", "delta_ce")
     )
     text = "FVU {:.3f} against {:.3f}, delta CE {:.3f} against {:.3f} nats"

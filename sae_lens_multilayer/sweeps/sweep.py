@@ -12,13 +12,14 @@ from sae_lens.config import HfDataset
 from typing_extensions import override
 
 from sae_lens_multilayer.analysis.suite import load_results, save_results
-from sae_lens_multilayer.config import LATEST
+from sae_lens_multilayer.config import LATEST, MultiLayerConfig
 from sae_lens_multilayer.files import check_writable, complete_or_absent, free_path
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import ModelShape
 from sae_lens_multilayer.pictures import describe_sweep, draw, save_figure
 from sae_lens_multilayer.record import RECORD_FILENAME, Record
+from sae_lens_multilayer.store.source import Source
 from sae_lens_multilayer.sweeps.cost import measured_in, read_cost
 from sae_lens_multilayer.sweeps.evaluation import SweepEvaluation, measure, numbers_of
 from sae_lens_multilayer.sweeps.points import (
@@ -37,7 +38,7 @@ from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 logger = logging.getLogger(__name__)
 
 _FIGURE_FILE = "sweep.png"
-_COST_FILE = "cost.json"
+COST_FILE = "cost.json"
 
 _ANALYSIS_KIND = "sweep analysis"
 
@@ -100,6 +101,28 @@ def sweep(
         # A picture from before the sweep began is not of this sweep.
         save_figure(draw(picture), path if is_resumed else free_path(path))
     return table
+
+
+def train_in(
+    folder: Path,
+    cfg: MultiLayerConfig[Any],
+    model: Any | None = None,
+    dataset: HfDataset | None = None,
+    source: Source | None = None,
+) -> None:
+    """Train an SAE in a folder, or continue from its newest checkpoint there.
+
+    The SAE is in `sae`, its checkpoints in `checkpoints`, the cost in `cost.json`.
+    """
+    own = cfg.replaced(
+        output_path=str(folder / "sae"),
+        checkpoint_path=str(folder / "checkpoints"),
+        resume_from_checkpoint=LATEST,
+    )
+    with measured_in(folder / COST_FILE):
+        MultiLayerSAETrainingRunner(
+            own, dataset, override_model=model, override_source=source
+        ).run()
 
 
 class Sweep(ResumablePoints[Point]):
@@ -243,16 +266,7 @@ class Sweep(ResumablePoints[Point]):
         self._analyse(point, model, prompts)
 
     def _train(self, point: Point, model: Any) -> None:
-        folder = self.folder / point.name
-        cfg = point.cfg.replaced(
-            output_path=str(folder / "sae"),
-            checkpoint_path=str(folder / "checkpoints"),
-            resume_from_checkpoint=LATEST,
-        )
-        with measured_in(folder / _COST_FILE):
-            MultiLayerSAETrainingRunner(
-                cfg, override_dataset=self._dataset, override_model=model
-            ).run()
+        train_in(self.folder / point.name, point.cfg, model, self._dataset)
 
     def _analyse(self, point: Point, model: Any, prompts: Prompts) -> None:
         results = measure(self.sae_of(point), model, prompts, self.evaluation)
@@ -271,7 +285,7 @@ class Sweep(ResumablePoints[Point]):
         numbers: dict[str, Any] = {}
         if self.is_done(point):
             numbers = numbers_of(load_results(self.analysis_of(point)))
-        cost = vars(read_cost(folder / _COST_FILE))
+        cost = vars(read_cost(folder / COST_FILE))
         return {
             **{n: point.setting(n) for n in (*varied_settings(self.points), *SIZES)},
             **numbers,

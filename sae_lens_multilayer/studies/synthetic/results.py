@@ -4,14 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, Series
 from sae_lens_multilayer.results import Result
-
-CONFIDENCE = 0.95
+from sae_lens_multilayer.studies.intervals import means_with_intervals
 
 FIGURES = {
     "recovery": {
@@ -68,17 +65,8 @@ class SyntheticResult(Result):
         columns; rows are factors and arms.
         """
         table = self.to_dataframe()
-        keys = [*self.varied, "arm"]
         columns = [name for name in METRICS if name in table]
-        groups: Any = table.groupby(keys, sort=False, dropna=False)[columns]
-        n = groups.count()
-        factor = pd.DataFrame(
-            stats.t.ppf((1 + CONFIDENCE) / 2, (n - 1).clip(lower=1)),
-            index=n.index,
-            columns=n.columns,
-        )
-        half = (groups.std() / np.sqrt(n) * factor).add_suffix("_half")
-        return pd.concat([groups.mean(), half], axis=1).reset_index()
+        return means_with_intervals(table, [*self.varied, "arm"], columns)
 
     def pictures(self, **context: Any) -> dict[str, Picture]:
         """Each metric over the first numeric factor that varies, by arm."""
