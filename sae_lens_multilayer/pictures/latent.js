@@ -99,8 +99,8 @@ function outputs(latent) {
   const fill = (row) => columns.replaceChildren(
     tokenList("Top", latent.top[row]), tokenList("Bottom", latent.bottom[row]));
   if (head.outputs.length > 1) {
-    const names = head.outputs.map((name, i) =>
-      i ? `layer ${name}, without the lens` : "through the lens");
+    const names = head.outputs.map((name) =>
+      name === "decoder" ? "through the lens" : `layer ${name}, without the lens`);
     const select = element("select", undefined, { ariaLabel: "row of output tokens" });
     select.append(...names.map((name, i) => element("option", name, { value: i })));
     select.addEventListener("change", () => fill(Number(select.value)));
