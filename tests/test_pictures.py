@@ -270,7 +270,7 @@ def test_latents_with_two_modes_are_at_the_end():
     picture = described(dists)
     assert picture.panels[0].x.names == ["0", "2", "1 (two modes)"]
     assert picture.panels[1].vertical_line == (1.5, "right of it: two modes")
-    assert "1 latents have two modes" in picture.caption
+    assert "Latents with two modes: 1" in picture.caption
     chosen = described(dists, latents=torch.tensor([1, 0]))
     assert chosen.panels[0].x.names == ["1 (two modes)", "0"]
     assert chosen.panels[0].vertical_line is None

@@ -145,7 +145,7 @@ class LayerDistributions(Result):
         if not len(chosen):
             raise ValueError("There must be a latent that was active; there is none.")
         has_two = self.has_two_modes[chosen]
-        caption = f"{int(has_two.sum()):,} latents have two modes."
+        caption = f"Latents with two modes: {int(has_two.sum()):,}."
         which = "latents" if latents is not None else "active latents, by mean layer"
         label = f"{len(chosen):,} {which}"
         if len(chosen) > _MOST_LATENTS:
