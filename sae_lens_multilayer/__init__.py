@@ -18,9 +18,12 @@ from sae_lens_multilayer.sae.config import (
     CrosscoderTrainingSAEConfig,
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
+    RoutedSAEConfig,
+    RoutedTrainingSAEConfig,
 )
 from sae_lens_multilayer.sae.crosscoder import CrosscoderSAE, CrosscoderTrainingSAE
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.routed import RoutedSAE, RoutedTrainingSAE
 from sae_lens_multilayer.sae.views import view, views
 from sae_lens_multilayer.store.cache import ActivationCache
 from sae_lens_multilayer.store.harvest import MultiLayerCacheActivationsRunner
@@ -56,6 +59,10 @@ __all__ = [
     "NonFiniteActivationError",
     "PointsFailedError",
     "Prompts",
+    "RoutedSAE",
+    "RoutedSAEConfig",
+    "RoutedTrainingSAE",
+    "RoutedTrainingSAEConfig",
     "SpliceMetrics",
     "SweepEvaluation",
     "Text",

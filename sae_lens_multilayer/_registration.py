@@ -33,19 +33,24 @@ from sae_lens_multilayer.sae.config import (
     CrosscoderTrainingSAEConfig,
     MultiLayerSAEConfig,
     MultiLayerTrainingSAEConfig,
+    RoutedSAEConfig,
+    RoutedTrainingSAEConfig,
 )
 from sae_lens_multilayer.sae.crosscoder import CrosscoderSAE, CrosscoderTrainingSAE
 from sae_lens_multilayer.sae.multi_layer_sae import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.sae.routed import RoutedSAE, RoutedTrainingSAE
 from sae_lens_multilayer.training.runner import MultiLayerSAETrainingRunner
 
 _MARK = "_sae_lens_multilayer"
 _CLASSES: list[tuple[type, type]] = [
     (MultiLayerSAE, MultiLayerSAEConfig),
     (CrosscoderSAE, CrosscoderSAEConfig),
+    (RoutedSAE, RoutedSAEConfig),
 ]
 _TRAINING_CLASSES: list[tuple[type, type]] = [
     (MultiLayerTrainingSAE, MultiLayerTrainingSAEConfig),
     (CrosscoderTrainingSAE, CrosscoderTrainingSAEConfig),
+    (RoutedTrainingSAE, RoutedTrainingSAEConfig),
 ]
 
 

@@ -12,6 +12,8 @@ ARCHITECTURE = "multilayer"
 """The name of this SAE in SAELens' registries."""
 CROSSCODER = "multilayer_crosscoder"
 """The name of the crosscoder, likewise."""
+ROUTED = "multilayer_routed"
+"""The name of the routed SAE, likewise."""
 
 
 @dataclass
@@ -112,6 +114,41 @@ class CrosscoderTrainingSAEConfig(MultiLayerTrainingSAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return CROSSCODER
+
+
+@dataclass
+class RoutedSAEConfig(MultiLayerSAEConfig):
+    """Configuration of a routed SAE for inference.
+
+    Args:
+        k: Number of latents kept for each token.
+        n_layers: Number of layers from which the router chooses.
+    """
+
+    n_layers: int | None = None
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ROUTED
+
+
+@dataclass
+class RoutedTrainingSAEConfig(MultiLayerTrainingSAEConfig):
+    """Configuration of a routed SAE for training, with the recipe of the MLSAE.
+
+    Args:
+        k: Number of latents kept for each token.
+        n_layers: Number of layers from which the router chooses; None: that of the
+            hooks of the run.
+    """
+
+    n_layers: int | None = None
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return ROUTED
 
 
 def check_sizes(cfg: Any, names: Sequence[str], most: int | None = None) -> None:

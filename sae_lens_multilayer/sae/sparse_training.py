@@ -54,10 +54,8 @@ class SparseTrainingSAE(TopKWeights[_T_CONFIG], TrainingSAE[_T_CONFIG]):
         """
         return training_step(
             x,
-            self.W_enc,
-            self.W_dec,
-            self.b_dec,
-            **self._loss_options(),
+            *self.loss_weights(),
+            **self.loss_options(),
             dead_latents=dead_latents,
             micro_batch_size=micro_batch_size,
             certified=self.cfg.certified_topk,
@@ -65,7 +63,12 @@ class SparseTrainingSAE(TopKWeights[_T_CONFIG], TrainingSAE[_T_CONFIG]):
             ranks=ranks,
         )
 
-    def _loss_options(self) -> dict[str, Any]:
+    def loss_weights(self) -> tuple[Tensor, ...]:
+        """The arguments of `dense_loss` after the vectors."""
+        return self.W_enc, self.W_dec, self.b_dec
+
+    def loss_options(self) -> dict[str, Any]:
+        """The settings of the loss."""
         return {
             "k": self.cfg.k,
             "k_aux": self.cfg.k_aux,
@@ -85,10 +88,8 @@ class SparseTrainingSAE(TopKWeights[_T_CONFIG], TrainingSAE[_T_CONFIG]):
         z = self.into_lens(x)
         losses: TopKLosses = type(self).dense_loss(
             z if z.ndim == 3 else z.unsqueeze(1),
-            self.W_enc,
-            self.W_dec,
-            self.b_dec,
-            **self._loss_options(),
+            *self.loss_weights(),
+            **self.loss_options(),
             dead_latents=step_input.dead_neuron_mask,
         )
         return TrainStepOutput(

@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ class TopKWeights(LensCarrier, CopyableLayerNorm, SAE[T_CONFIG]):
     def d_enc(self) -> int:
         """Width of what is encoded at once: a vector, or those of all layers."""
         return self.cfg.d_in
+
+    def encoded_at_once(
+        self, u: Float[Tensor, "token layer d_in"]
+    ) -> Float[Tensor, "act d_enc"]:
+        """What is encoded of standardised vectors, apart from the bias."""
+        return u.reshape(-1, self.d_enc)
 
     @override
     def initialize_weights(self) -> None:

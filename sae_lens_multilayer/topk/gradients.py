@@ -48,19 +48,24 @@ class LatentGradients:
         u_hat_gradient: Float[Tensor, "act d_in"],
         v: Float[Tensor, "act d_in"],
         W_dec: Float[Tensor, "latent d_in"],
-    ) -> None:
-        """Add the gradients of a tile, given the gradient of its decoder's output."""
+    ) -> SparseActs | DenseActs:
+        """Add the gradients of a tile, given the gradient of its decoder's output.
+
+        Returns:
+            The gradients of the pre-activations, at the entries of `acts`.
+        """
         h_gradient = acts.dots(u_hat_gradient, W_dec).mul_(acts.values > 0)
         acts.add_sums(self.h, h_gradient)
         if isinstance(acts, DenseActs):
             acts.add_transposed_matmul(self.W_dec, acts.values, u_hat_gradient)
             acts.add_transposed_matmul(self.W_enc_rows, h_gradient, v)
-            return
+            return acts.with_values(h_gradient)
         tile = acts.values, acts.indices, h_gradient, u_hat_gradient, v
         self._pending.append(tile)
         n_entries = sum(values.numel() for values, *_ in self._pending)
         if n_entries >= _ENTRIES_PER_LATENT * len(self.W_dec):
             self.flush()
+        return acts.with_values(h_gradient)
 
     def flush(self) -> None:
         """Add the tiles collected so far."""
@@ -91,7 +96,8 @@ class AuxK:
     the layer's last tile. If a tile has all tokens, its vectors are scaled. Otherwise,
     if each vector is encoded alone, the gradients of the layer are kept apart and
     scaled at its end; those of a crosscoder, whose encoder adds up layers with
-    different scales, are added in a second pass over the tiles.
+    different scales, are added in a second pass over the tiles, and so they are if the
+    gradient of the vectors is wanted.
     """
 
     def __init__(
@@ -116,8 +122,11 @@ class AuxK:
         selection: Selection,
         residual: Float[Tensor, "vector d_in"],
         n_layers: int,
+        z_gradient: Float[Tensor, "vector d_in"] | None = None,
     ) -> bool:
         """Add a tile of `n_layers`, given its residual `z_hat - z = -e`.
+
+        The gradient of its vectors, if wanted, is added to `z_gradient`.
 
         Returns:
             Whether `finish_group` will add its gradients, or has them; if not,
@@ -130,8 +139,9 @@ class AuxK:
         sums = per_vector.unflatten(1, (-1, n_layers)).sum(1)
         self._sums = sums if self._sums is None else self._sums + sums
         if len(residual) == self.n_tokens * n_layers:
-            self._add_gradients(tile, acts, difference, self._finish_layers())
-        elif len(residual) == len(tile.v):
+            scale = self._finish_layers()
+            self._add_gradients(tile, acts, difference, scale, z_gradient)
+        elif len(residual) == len(tile.v) and z_gradient is None:
             self._add_gradients(tile, acts, difference)
         else:
             return False
@@ -157,10 +167,11 @@ class AuxK:
         selection: Selection,
         residual: Float[Tensor, "vector d_in"],
         scale: Float[Tensor, " layer"],
+        z_gradient: Float[Tensor, "vector d_in"] | None = None,
     ) -> None:
         """Add the gradients of a tile whose sums were added by `add_tile`."""
         acts, difference = self._difference(tile, selection, residual)
-        self._add_gradients(tile, acts, difference, scale)
+        self._add_gradients(tile, acts, difference, scale, z_gradient)
 
     def finish(self, total: LatentGradients) -> None:
         """Add the gradients of all tiles whose vectors were scaled."""
@@ -183,6 +194,7 @@ class AuxK:
         acts: SparseActs | DenseActs,
         difference: Float[Tensor, "vector d_in"],
         scale: Float[Tensor, " layer"] | None = None,
+        z_gradient: Float[Tensor, "vector d_in"] | None = None,
     ) -> None:
         weight = tile.std
         if scale is not None:
@@ -191,7 +203,9 @@ class AuxK:
         if self._gradients is None:
             self._gradients = LatentGradients.zeros_like(self.dead.W_dec)
         gradient = difference.mul_(weight).view_as(tile.v)
-        self._gradients.add(acts, gradient, tile.v, self.dead.W_dec)
+        h = self._gradients.add(acts, gradient, tile.v, self.dead.W_dec)
+        if z_gradient is not None:
+            z_gradient += h.matmul(self.dead.W_enc_rows)
 
     def _finish_layers(self) -> Float[Tensor, " layer"]:
         """Store the losses of complete layers; returns the scales of gradients."""

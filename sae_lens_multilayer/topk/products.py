@@ -5,6 +5,7 @@ matrix products, which are faster if k is a sizeable share of the latents.
 """
 
 import warnings
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -32,6 +33,10 @@ class SparseActs:
     def matmul(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
         """Sum of the rows of the active latents, weighted by the activations."""
         return weighted_row_sum(self.values, self.indices, rows)
+
+    def with_values(self, values: Float[Tensor, "act k"]) -> "SparseActs":
+        """Other values at the same entries."""
+        return SparseActs(values, self.indices, self.n_latents)
 
     def dots(
         self, x: Float[Tensor, "act d_in"], rows: Float[Tensor, "latent d_in"]
@@ -88,6 +93,11 @@ class DenseActs:
     ) -> None:
         dense = values.new_zeros(values.shape[0], n_latents)
         self.values = dense.scatter_(1, indices, values)
+
+    def with_values(self, values: Float[Tensor, "act latent"]) -> "DenseActs":
+        other = copy(self)
+        other.values = values
+        return other
 
     def matmul(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
         return self.values @ rows

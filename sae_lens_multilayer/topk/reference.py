@@ -5,9 +5,10 @@ gradient with this file.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 STANDARDIZE_EPS = 1e-5
@@ -146,6 +147,66 @@ def crosscoder_loss(
         e_hat = torch.einsum("ts,sld->tld", acts, W_dec[dead_latents]) * std
         aux_loss = _normalized_mse(e_hat, (z - z_hat).detach())
     return TopKLosses(mse_loss + aux_coefficient * aux_loss, mse_loss, aux_loss)
+
+
+@dataclass
+class Route:
+    """The layer that a router chooses for each token."""
+
+    vectors: Float[Tensor, "*batch d_in"]
+    """The vector of the chosen layer, times its weight."""
+    layer: Int[Tensor, "*batch"]
+    """Index of the chosen layer."""
+    weight: Float[Tensor, "*batch"]
+    """Its probability."""
+    pooled: Float[Tensor, "*batch d_in"]
+    """Input of the router."""
+    probabilities: Float[Tensor, "*batch layer"]
+
+    def router_gradient(
+        self, vector_gradient: Float[Tensor, "token d_in"]
+    ) -> Float[Tensor, "d_in layer"]:
+        """The gradient of `W_router`, given that of `vectors`."""
+        # vectors = weight * u, so this is the gradient of the weight times the weight.
+        along = (vector_gradient * self.vectors).sum(1, keepdim=True)
+        logits = -along * self.probabilities
+        logits.scatter_add_(1, self.layer.unsqueeze(1), along)
+        return self.pooled.T @ logits
+
+
+def route(
+    u: Float[Tensor, "*batch layer d_in"], W_router: Float[Tensor, "d_in layer"]
+) -> Route:
+    """Choose the layer with the largest of `softmax(mean_l(u_l) W_router)`."""
+    pooled = u.mean(-2)
+    probabilities = (pooled @ W_router).softmax(-1)
+    weight, layer = probabilities.max(-1)
+    index = layer[..., None, None].expand(*layer.shape, 1, u.shape[-1])
+    vectors = weight.unsqueeze(-1) * u.gather(-2, index).squeeze(-2)
+    return Route(vectors, layer, weight, pooled, probabilities)
+
+
+def routed_loss(
+    z: Float[Tensor, "token layer d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    W_router: Float[Tensor, "d_in layer"],
+    *,
+    standardize_inputs: bool = True,
+    **options: Any,
+) -> TopKLosses:
+    """Training loss of a routed SAE: `training_loss` of the chosen vectors.
+
+    They are `p u` with u standardised and p the routing weight, which gives the router
+    its gradient. `options` are those of `training_loss`.
+
+    References:
+        Shi et al. (2025), arXiv:2503.08200.
+    """
+    u, _, _ = _standardized(z, standardize_inputs)
+    v = route(u, W_router).vectors.unsqueeze(1)
+    return training_loss(v, W_enc, W_dec, b_dec, standardize_inputs=False, **options)
 
 
 def _standardized(

@@ -34,9 +34,7 @@ class TopKActs:
 
     def __getitem__(self, some: slice) -> "TopKActs":
         """Those of some vectors or tokens, by the first axis of the batch."""
-        return TopKActs(
-            self.values[some], self.indices[some], self.mean[some], self.std[some]
-        )
+        return type(self)(**{name: value[some] for name, value in vars(self).items()})
 
 
 @torch.no_grad()

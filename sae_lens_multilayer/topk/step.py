@@ -1,8 +1,9 @@
 """One training step: losses, gradients and statistics from the k active latents."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import repeat
 from operator import add
 
 import torch
@@ -19,15 +20,15 @@ from sae_lens_multilayer.topk.select import (
     make_encoder,
 )
 from sae_lens_multilayer.topk.tile import (
+    LayerGroup,
     LayerMoments,
     Tile,
+    Transform,
     compute_dtype,
+    layer_groups,
     make_tile,
     squared_norms,
 )
-
-Transform = Callable[[Tensor, int], Tensor]
-"""Maps raw vectors [act, d_in] of a layer, given the layer's index in the batch."""
 
 
 @dataclass
@@ -72,6 +73,7 @@ def training_step(
     certified: bool | None = None,
     transform: Transform | None = None,
     ranks: Ranks = ALONE,
+    z_gradient: Float[Tensor, "token 1 d_in"] | None = None,
 ) -> TopKStep:
     """Add the gradients of `reference.training_loss` to `.grad` of the parameters.
 
@@ -95,7 +97,10 @@ def training_step(
         transform: Applied first to each tile, such as a tuned lens.
         ranks: Each rank passes equally many tokens of the batch; losses, gradients and
             statistics are those of all ranks, and previous `.grad` are summed too.
+        z_gradient: The gradient of `z` is written to it; for one layer of vectors that
+            are not standardised.
     """
+    assert z_gradient is None or not standardize_inputs
     dtype = compute_dtype(W_enc)
     dead = _gather_dead(W_enc, W_dec, dead_latents, k_aux)
     n_acts = z.numel() // len(b_dec)
@@ -115,14 +120,18 @@ def training_step(
         None if dead is None else AuxK(dead, aux_coefficient, ranks, z.shape),
         standardize_inputs,
         ranks,
+        z_gradient,
     )
     if len(b_dec) == z.shape[2]:
-        groups = _layer_groups(z, micro_batch_size, dtype, transform)
+        groups = layer_groups(z, micro_batch_size, dtype, transform)
     else:
-        groups = [_LayerGroup(z, 0, micro_batch_size, dtype, transform)]
+        groups = [LayerGroup(z, 0, micro_batch_size, dtype, transform)]
     batch.add(groups)
     batch.write_gradients(W_enc, W_dec, b_dec)
-    return batch.result(aux_coefficient)
+    step = batch.result(aux_coefficient)
+    if z_gradient is not None:
+        _add_gradient_of_variance(step, z, z_gradient)
+    return step
 
 
 @dataclass
@@ -136,6 +145,7 @@ class _Batch:
     aux: AuxK | None
     standardize_inputs: bool
     ranks: Ranks
+    z_gradient: Float[Tensor, "token 1 d_in"] | None = None
 
     def __post_init__(self) -> None:
         self.b_dec_gradient = torch.zeros_like(self.b_dec)
@@ -143,7 +153,7 @@ class _Batch:
         self.fire_counts = torch.zeros_like(self.max_acts, dtype=torch.int64)
         self.sums: list[Tensor] = []
 
-    def add(self, groups: list["_LayerGroup"]) -> None:
+    def add(self, groups: list["LayerGroup"]) -> None:
         """Add groups of layers, which together are all layers of the batch."""
         own = [reduce(add, map(LayerMoments.of, group.tiles())) for group in groups]
         self.moments = LayerMoments.cat(own).over_ranks(self.ranks)
@@ -155,26 +165,33 @@ class _Batch:
         if self.aux is not None:
             self.aux.finish(self.gradients)
 
-    def _add_group(self, group: "_LayerGroup", weight: Float[Tensor, " layer"]) -> None:
-        sums, again = 0, list[tuple[Tensor, Selection]]()
-        for z in group.tiles():
+    def _add_group(self, group: "LayerGroup", weight: Float[Tensor, " layer"]) -> None:
+        sums, again = 0, list[tuple[Tensor, Selection, Tensor | None]]()
+        for z, z_gradient in zip(
+            group.tiles(), self._z_gradients(group.tokens_per_tile), strict=False
+        ):
             tile = self._tile(z)
             selection = self.encoder(tile.v)
-            residual, sums_of_tile = self._add_tile(tile, selection, weight)
-            sums = sums + sums_of_tile
+            residual, of_tile = self._add_tile(tile, selection, weight, z_gradient)
+            sums = sums + of_tile
             if self.aux is not None and not self.aux.add_tile(
-                tile, selection, residual, group.n_layers
+                tile, selection, residual, group.n_layers, z_gradient
             ):
-                again.append((z, selection))
+                again.append((z, selection, z_gradient))
         if self.aux is not None:
             scale = self.aux.finish_group(self.gradients)
-            for z, selection in again:
+            for z, selection, z_gradient in again:
                 assert scale is not None
                 tile = self._tile(z)
                 residual = self._residual(tile, self._acts(selection))
-                self.aux.add_again(tile, selection, residual, scale)
+                self.aux.add_again(tile, selection, residual, scale, z_gradient)
         assert isinstance(sums, Tensor)
         self.sums.append(sums)
+
+    def _z_gradients(self, n: int) -> Iterable[Float[Tensor, "vector d_in"] | None]:
+        if self.z_gradient is None:
+            return repeat(None)
+        return self.z_gradient.squeeze(1).split(n)
 
     def _tile(self, z: Float[Tensor, "token layer d_in"]) -> Tile:
         return make_tile(z.flatten(0, 1), self.b_dec, self.standardize_inputs)
@@ -188,7 +205,11 @@ class _Batch:
         return u_hat.mul_(tile.std).sub_(tile.centred)
 
     def _add_tile(
-        self, tile: Tile, selection: Selection, weight: Float[Tensor, " layer"]
+        self,
+        tile: Tile,
+        selection: Selection,
+        weight: Float[Tensor, " layer"],
+        z_gradient: Float[Tensor, "vector d_in"] | None,
     ) -> tuple[Float[Tensor, "vector d_in"], Float[Tensor, "3 layer"]]:
         """Add one tile without AuxK.
 
@@ -199,7 +220,9 @@ class _Batch:
         values, residual = acts.values, self._residual(tile, acts)
         weights = weight.repeat(len(residual) // n_layers).unsqueeze(1)
         gradient = (residual * (tile.std * weights)).view_as(tile.v)
-        self.gradients.add(acts, gradient, tile.v, self.W_dec)
+        h = self.gradients.add(acts, gradient, tile.v, self.W_dec)
+        if z_gradient is not None:
+            z_gradient.copy_(h.matmul(self.encoder.W_enc_rows) - gradient)
         self.b_dec_gradient += gradient.sum(dim=0)
         active, flat = values > 0, selection.indices.flatten()
         vectors_per_act = len(residual) // len(values)
@@ -247,49 +270,13 @@ class _Batch:
         )
 
 
-@dataclass
-class _LayerGroup:
-    """Some layers of the batch, in tiles of tokens."""
-
-    z: Float[Tensor, "token layer d_in"]
-    first_layer: int
-    tokens_per_tile: int
-    dtype: torch.dtype
-    transform: Transform | None
-
-    @property
-    def n_layers(self) -> int:
-        return self.z.shape[1]
-
-    def tiles(self) -> Iterator[Float[Tensor, "token layer d_in"]]:
-        for tile in self.z.split(self.tokens_per_tile):
-            wide = tile.to(self.dtype)
-            if self.transform is not None:
-                layers = enumerate(wide.unbind(1), self.first_layer)
-                wide = torch.stack([self.transform(x, i) for i, x in layers], dim=1)
-            yield wide
-
-
-def _layer_groups(
-    z: Float[Tensor, "token layer d_in"],
-    micro_batch_size: int,
-    dtype: torch.dtype,
-    transform: Transform | None,
-) -> list[_LayerGroup]:
-    """Groups of as many layers as fit one tile; single layers if none does.
-
-    Few vectors are slow to multiply, and a token activates similar latents at
-    neighbouring layers, so rows of weights are read from the cache.
-    """
-    n_tokens, n_layers = z.shape[:2]
-    per_group = max(1, micro_batch_size // n_tokens)
-    n_groups = -(-n_layers // per_group)
-    groups, first_layer = [], 0
-    for part in z.chunk(n_groups, dim=1):
-        group = _LayerGroup(part, first_layer, micro_batch_size, dtype, transform)
-        groups.append(group)
-        first_layer += part.shape[1]
-    return groups
+def _add_gradient_of_variance(
+    step: TopKStep, z: Float[Tensor, "token 1 d_in"], z_gradient: Tensor
+) -> None:
+    """Add that of the variance of `z`, by which the loss is divided."""
+    variance = step.moments.variance * (step.moments.n_entries - 1)
+    scale = (-2 * step.mse_loss / variance).to(z.dtype)
+    z_gradient += scale * (z - step.moments.mean.mean().to(z.dtype))
 
 
 def _gather_dead(

@@ -1,7 +1,7 @@
 """Inputs of the encoder in tiles, and moments of layers; for inference and training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sae_lens_multilayer.ranks import Ranks
 from sae_lens_multilayer.topk.reference import STANDARDIZE_EPS
+
+Transform = Callable[[Tensor, int], Tensor]
+"""Maps raw vectors [act, d_in] of a layer, given the layer's index in the batch."""
 
 _CHUNK_ELEMENTS = 2**17
 
@@ -132,3 +135,48 @@ class LayerMoments:
             for part in ranks.gather(packed)
         ]
         return reduce(add, parts)
+
+
+@dataclass
+class LayerGroup:
+    """Some layers of the batch, in tiles of tokens."""
+
+    z: Float[Tensor, "token layer d_in"]
+    first_layer: int
+    tokens_per_tile: int
+    dtype: torch.dtype
+    transform: Transform | None
+
+    @property
+    def n_layers(self) -> int:
+        return self.z.shape[1]
+
+    def tiles(self) -> Iterator[Float[Tensor, "token layer d_in"]]:
+        for tile in self.z.split(self.tokens_per_tile):
+            wide = tile.to(self.dtype)
+            if self.transform is not None:
+                layers = enumerate(wide.unbind(1), self.first_layer)
+                wide = torch.stack([self.transform(x, i) for i, x in layers], dim=1)
+            yield wide
+
+
+def layer_groups(
+    z: Float[Tensor, "token layer d_in"],
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    transform: Transform | None,
+) -> list[LayerGroup]:
+    """Groups of as many layers as fit one tile; single layers if none does.
+
+    Few vectors are slow to multiply, and a token activates similar latents at
+    neighbouring layers, so rows of weights are read from the cache.
+    """
+    n_tokens, n_layers = z.shape[:2]
+    per_group = max(1, micro_batch_size // n_tokens)
+    n_groups = -(-n_layers // per_group)
+    groups, first_layer = [], 0
+    for part in z.chunk(n_groups, dim=1):
+        group = LayerGroup(part, first_layer, micro_batch_size, dtype, transform)
+        groups.append(group)
+        first_layer += part.shape[1]
+    return groups

@@ -56,7 +56,7 @@ def median_of_inputs(
         for rows, into in zip(*blocks, strict=True):
             z = sae.into_lens(rows.float(), layer)
             into.copy_(standardize(z)[0] if sae.standardizes else z)
-    return geometric_median(vectors.view(-1, sae.d_enc), ranks=ranks)
+    return geometric_median(sae.encoded_at_once(vectors), ranks=ranks)
 
 
 def _step(

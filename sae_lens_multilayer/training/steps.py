@@ -59,6 +59,8 @@ class StepStats:
     def to_log_dict(self, labels: list[str]) -> dict[str, float]:
         """All values: `losses/...`, `metrics/...`, and `label/...` for each layer."""
         by_layer = self.by_layer()
+        if len(self.sums.l0) != len(labels):
+            labels = ["routed"]  # a routed SAE encodes one vector of each token
         return {
             **{f"losses/{name}": loss.item() for name, loss in self.losses.items()},
             **{f"metrics/{name}": v.mean().item() for name, v in by_layer.items()},
