@@ -520,7 +520,7 @@ def test_jaccard_by_hand():
     assert mutual_nearest(rows, near).tolist() == [-2, 0]
 
 
-def test_k_is_moved_to_the_nearest_fvu():
+def test_k_is_moved_to_the_nearest_fvu(caplog):
     """Reference: every k, with the dense decoder and FVU by its definition."""
     metadata = SAEMetadata(hook_names=NAMES[:2])
     sae = random_sae(d_sae=16, k=3, metadata=metadata, dtype="float64")
@@ -548,6 +548,8 @@ def test_k_is_moved_to_the_nearest_fvu():
         best = min(expected, key=lambda k: abs(expected[k] - target))
         assert abs(fvu - target) == pytest.approx(abs(expected[best] - target))
         assert expected[sae.cfg.k] == pytest.approx(fvu)
+        assert ("more than 0.005" in caplog.text) == (abs(fvu - target) > 0.005)
+        caplog.clear()
 
 
 # Graphs

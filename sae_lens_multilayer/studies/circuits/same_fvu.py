@@ -1,5 +1,6 @@
 """SAEs used with the k at which they reconstruct equally well."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,11 @@ from torch import Tensor
 from sae_lens_multilayer.evaluation.metrics import LayerSums
 from sae_lens_multilayer.models.model import Model
 
+TOLERANCE = 0.005
+"""SAEs whose FVU differs by more are not compared at equal reconstruction."""
 _ROWS = 512
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -53,7 +58,8 @@ def match_fvu(
 ) -> float:
     """Set `sae.cfg.k` to the k whose raw-space FVU is nearest to a target.
 
-    The FVU falls as k grows, so k is found by bisection.
+    The FVU falls as k grows, so k is found by bisection. A warning is logged if no k
+    comes within `TOLERANCE`.
 
     Returns:
         The FVU with this k.
@@ -73,4 +79,11 @@ def match_fvu(
         middle = (low + high) // 2
         low, high = (low, middle) if at(middle) <= target else (middle, high)
     sae.cfg.k = min((low, high), key=lambda k: abs(at(k) - target))
-    return found[sae.cfg.k]
+    fvu = found[sae.cfg.k]
+    if abs(fvu - target) > TOLERANCE:
+        logger.warning(
+            "The FVU with the nearest k = %s is %.4f, not %.4f: they differ by more "
+            "than %s, so reconstructions are not equally good.",
+            *(sae.cfg.k, fvu, target, TOLERANCE),
+        )
+    return fvu
