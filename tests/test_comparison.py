@@ -32,6 +32,7 @@ from sae_lens_multilayer.studies.comparison import (
     Size,
     comparison_study,
 )
+from sae_lens_multilayer.studies.comparison import study as study_module
 from sae_lens_multilayer.studies.comparison.bits import (
     bits_of_separate_latents,
     bits_of_shared_latents,
@@ -56,13 +57,13 @@ from sae_lens_multilayer.topk.sparse import TopKActs
 
 N_LAYERS = 3
 SIZES = {"sae": {"expansion_factor": 2, "k": 4, "k_aux": 8}}
-ALL = ("mlsae", "single_layers", "residualised", "pca", "crosscoder")
+ALL = ("mlsae", "single_layers", "residualised", "pca", "crosscoder", "routed")
 
 
 def test_sizes_and_costs_are_those_computed_by_hand():
     # d = 10, L = 5, n = 40, k = 3.
     mlsae, cost = Size(40, 3), (5, 10)
-    one, singles, residualised, pca, crosscoder = (CONTESTANTS[n] for n in ALL)
+    one, singles, residualised, pca, crosscoder, routed = (CONTESTANTS[n] for n in ALL)
     assert one.parameters(*cost, mlsae) == 2 * 10 * 40 == 800
     assert one.operations(*cost, mlsae) == 2 * 5 * 10 * 40 == 4000
     assert one.size("parameters", 5, mlsae, 0.0, 4) == mlsae
@@ -90,7 +91,13 @@ def test_sizes_and_costs_are_those_computed_by_hand():
     assert crosscoder.operations(*cost, Size(40, 3)) == 4000
     assert crosscoder.size("bits", 5, mlsae, 95.2, 4) == Size(40, 15)
     assert crosscoder.size("parameters", 5, mlsae, 0.0, 4) == Size(8, 3)
-    assert pca.size("bits", 5, mlsae, 120.0, 4) == Size(40, 6)
+    # One layer of 5 is encoded, and a router of 10 x 5 weights chooses it.
+    many = routed.size("operations", 5, mlsae, 0.0, 4)
+    assert many == Size(200, 3)
+    assert routed.operations(*cost, many) == 4000 + 100
+    assert routed.size("parameters", 5, mlsae, 0.0, 4) == mlsae
+    assert routed.parameters(*cost, mlsae) == 800 + 50
+    assert pca.size("bits", 5, mlsae, 120.0, 4) == Size(0, 6)
 
 
 def test_bits_are_counts_of_all_possible_codes():
@@ -352,8 +359,9 @@ def test_every_contestant_and_matching_runs_and_the_study_resumes(
     }
     trainings = count_calls(monkeypatch, MultiLayerSAETrainingRunner, "run")
     found = run(ALL, **changes)
-    # For each seed an MLSAE, two SAEs of two contestants each, and a crosscoder.
-    n_trained = 2 * (1 + 2 * 2 + 1)
+    # For each seed an MLSAE, two SAEs of two contestants each, a crosscoder and a
+    # routed SAE.
+    n_trained = 2 * (1 + 2 * 2 + 2)
     assert len(trainings) == n_trained
     table = found.to_dataframe()
     assert len(table) == 2 * len(ALL)
@@ -379,6 +387,16 @@ def test_every_contestant_and_matching_runs_and_the_study_resumes(
     pd.testing.assert_frame_equal(again.to_dataframe(), table)
     with pytest.raises(ValueError, match=r"(?s)made with other.*`lr`"):
         run(ALL, lr=0.5, **changes)
+
+
+def test_what_has_the_same_sizes_in_two_matchings_is_measured_once(run, monkeypatch):
+    measured = count_calls(monkeypatch, study_module, "measure")
+    changes: dict[str, Any] = {"layers": [0, 1], "budgets": (60,)}
+    rows = run(("mlsae", "pca"), matchings=("operations", "parameters"), **changes).rows
+    assert len(measured) == 2
+    of_pca = [row for row in rows if row["contestant"] == "pca"]
+    assert [row["matching"] for row in of_pca] == ["operations", "parameters"]
+    assert of_pca[0]["fvu"] == of_pca[1]["fvu"]
 
 
 def test_the_mean_vectors_have_an_fvu_of_one():

@@ -9,7 +9,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_multilayer.hooks import layer_labels
-from sae_lens_multilayer.sae.config import CROSSCODER
+from sae_lens_multilayer.sae.config import CROSSCODER, ROUTED
 from sae_lens_multilayer.studies.comparison.bits import k_of_bits
 from sae_lens_multilayer.studies.comparison.codecs import (
     Codec,
@@ -17,6 +17,7 @@ from sae_lens_multilayer.studies.comparison.codecs import (
     LayersCodec,
     PCACodec,
     ResidualCodec,
+    RoutedCodec,
     SharedCodec,
 )
 from sae_lens_multilayer.studies.comparison.residuals import (
@@ -35,6 +36,7 @@ class Size:
     """Sizes of an SAE, or of each of several."""
 
     d_sae: int
+    """0 for PCA."""
     k: int
     """For each vector, or for each token if all layers have one code."""
 
@@ -134,7 +136,7 @@ class Contestant:
         if matching == "bits" and self is not CONTESTANTS[MLSAE]:
             n_codes = n_layers if self.has_code_per_layer else 1
             k = self._k_of_bits(bits, d_sae, n_codes, q)
-        return Size(d_sae, min(k, d_sae))
+        return Size(d_sae, min(k, d_sae)) if self.has_dictionary else Size(0, k)
 
     def _k_of_bits(self, bits: float, d_sae: int, n_codes: int, q: int) -> int:
         if not self.has_dictionary:
@@ -146,8 +148,8 @@ def _sizes(size: Size) -> dict[str, Any]:
     return {"d_sae": size.d_sae, "k": size.k}
 
 
-def _crosscoder(size: Size) -> dict[str, Any]:
-    return {"architecture": CROSSCODER, **_sizes(size)}
+def _of_tokens(bench: Bench, size: Size, architecture: str) -> SAE[Any]:
+    return bench.train("sae", {"architecture": architecture, **_sizes(size)})
 
 
 def _mlsae(bench: Bench, size: Size) -> Codec:
@@ -182,8 +184,15 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "crosscoder": Contestant(
         "a crosscoder",
-        lambda bench, size: CrosscoderCodec(bench.train("sae", _crosscoder(size))),
+        lambda bench, size: CrosscoderCodec(_of_tokens(bench, size, CROSSCODER)),
         has_code_per_layer=False,
+    ),
+    "routed": Contestant(
+        "a routed SAE",
+        lambda bench, size: RoutedCodec(_of_tokens(bench, size, ROUTED)),
+        has_dictionary_per_layer=False,
+        has_code_per_layer=False,
+        is_routed=True,
     ),
     "pca": Contestant(
         "PCA of each layer",

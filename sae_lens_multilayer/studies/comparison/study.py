@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +141,32 @@ class _Study(ResumablePoints[Entry]):
 
     @override
     def run_point(self, point: Entry) -> None:
-        contestant, size = CONTESTANTS[point.contestant], self._size(point)
+        size = self._size(point)
+        row = self._row_of_size(point, size) or self._train_and_measure(point, size)
+        row = {**row, **asdict(point)}
+        self._result([row]).save(self.folder / point.name / _RESULT)
+
+    def _row_of_size(self, point: Entry, size: Size) -> dict[str, Any] | None:
+        """The row of another matching that gives this contestant the same sizes."""
+        for other in self.points:
+            alike = replace(other, matching=point.matching) == point
+            if alike and other != point and self.is_done(other):
+                row = self._rows(other)[0]
+                if asdict(size).items() <= row.items():
+                    return row
+        return None
+
+    def _train_and_measure(self, point: Entry, size: Size) -> dict[str, Any]:
+        contestant = CONTESTANTS[point.contestant]
         bench = OwnBench(self.data, self.folder / point.name, point.seed)
         codec = contestant.make(bench, size)
-        row = {
-            **asdict(point),
+        return {
             **asdict(size),
             **self._costs(contestant, size),
             **self._measure(codec, size, bench.fitted_on),
             **codec.numbers(self.data.model, self.data.prompts),
             **_training_cost(self.folder / point.name),
         }
-        self._result([row]).save(self.folder / point.name / _RESULT)
 
     def _size(self, point: Entry) -> Size:
         bits = 0.0
