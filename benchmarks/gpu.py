@@ -35,6 +35,7 @@ from benchmarks._common import announced, synchronize, time_in_turns
 from benchmarks._step_case import Case
 from examples.smollm2 import load_smollm2
 from sae_lens_multilayer import evaluate
+from sae_lens_multilayer.models.kinds import as_model
 
 PACKAGES = ("torch", "sae-lens", "transformer-lens", "transformers", "eai-sparsify")
 Turns = Mapping[str, Callable[[], object]]
@@ -203,7 +204,7 @@ def time_evaluation(results: Results, device: str, small: bool) -> None:
     d_vocab, rounds = (1_024, 2) if small else (50_257, 5)
     kind = "HookedTransformer"
     model = evaluation.make_models(d_vocab)[kind].to(device)
-    sae = evaluation.make_sae(kind).to(device)
+    sae = evaluation.make_sae(kind, as_model(model).shape).to(device)
     tokens = torch.randint(1, d_vocab, (16, evaluation.CONTEXT), device=device)
     turns: Turns = {
         "from the middle": lambda: evaluate(sae, model, tokens).to_dataframe(),

@@ -63,10 +63,12 @@ def main() -> None:
     print(f"{MODEL_NAME}: {model.cfg.n_layers} blocks, d_model {model.cfg.d_model}")
 
     cfg = make_config(settings, model)
-    sae = LanguageModelSAETrainingRunner(
+    runner = LanguageModelSAETrainingRunner(
         cfg, override_dataset=english_text("train"), override_model=model
-    ).run()
-    print(f"Trained in {time.perf_counter() - start:.0f} s, including model loading.\n")
+    )
+    loaded, forward = time.perf_counter(), ForwardSeconds(model)
+    sae = runner.run()
+    trained, harvest = time.perf_counter(), forward.total
 
     tokens = held_out_tokens(cfg, model, settings.held_out_tokens)
     metrics = reconstruction_metrics(
@@ -85,10 +87,33 @@ def main() -> None:
     (settings.output / "held_out.json").write_text(json.dumps(metrics.to_log_dict()))
     print(f"SAE and picture: {settings.output}, {picture}\n")
 
+    evaluated = time.perf_counter()
     print("In a new process:", flush=True)
     script = [sys.executable, "-m", "examples.splice_views", str(settings.output)]
     subprocess.run(script, check=True)
-    print(f"Done in {time.perf_counter() - start:.0f} s.")
+    end = time.perf_counter()
+    print(
+        f"Done in {end - start:.0f} s: loading {loaded - start:.0f} s, forward passes "
+        f"{harvest:.0f} s, training steps {trained - loaded - harvest:.0f} s, "
+        f"evaluation {evaluated - trained:.0f} s, new process {end - evaluated:.0f} s."
+    )
+
+
+class ForwardSeconds:
+    """Measures the time that a model spends in forward passes."""
+
+    def __init__(self, model: Any) -> None:
+        """Start with 0 seconds."""
+        self.total = 0.0
+        """Seconds."""
+        model.register_forward_pre_hook(self._start)
+        model.register_forward_hook(self._stop)
+
+    def _start(self, *_: Any) -> None:
+        self.total -= time.perf_counter()
+
+    def _stop(self, *_: Any) -> None:
+        self.total += time.perf_counter()
 
 
 def parse_args(args: list[str]) -> Settings:
