@@ -84,7 +84,7 @@ def run(options: Options) -> None:
             print_table(table(result))
     output = save_somewhere(output, lambda path: _write(results, path, inputs, options))
     for name, result in results.items():
-        print(f"{name}: a {type(result).__name__}")
+        print(f"{name}: {type(result).__name__}")
     print(f"Written: {output}, a folder and pictures for each result.")
 
 
