@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.load_model import load_model
-from saes import HOOK_NAMES, random_sae
+from saes import HOOK_NAMES, random_acts, random_lens, random_sae
 from scipy.linalg import orthogonal_procrustes
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
@@ -391,6 +391,32 @@ def test_training_is_that_on_vectors_mapped_beforehand(
     with_lens.lens = None
     for name, tensor in beforehand.state_dict().items():
         torch.testing.assert_close(with_lens.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_a_fitted_lens_is_saved(kind, start, make_config, lens_of_kind):
+    """The object itself, which no file of a lens has made contiguous."""
+    lens = lens_of_kind(kind)
+    config = make_config(lens=lens, training_tokens=128)
+    trained = start(config).run()
+    loaded: Any = SAE.load_from_disk(config.output_path)
+    assert loaded.lens.is_same(lens)
+    x = random_acts(3, N_LAYERS)
+    torch.testing.assert_close(loaded(x), trained(x))
+
+
+def test_a_lens_of_other_strides_is_saved_with_its_sae(tmp_path):
+    sae = random_sae()
+    lens = random_lens()
+    tensors = {
+        n: t.T.contiguous().T if t.ndim == 2 else t
+        for n, t in lens.state_dict().items()
+    }
+    sae.lens = LayerLens.from_tensors(lens.config, tensors)
+    assert not sae.state_dict()["lens.0.weight"].is_contiguous()
+    sae.save_model(tmp_path)
+    loaded: Any = SAE.load_from_disk(tmp_path)
+    assert loaded.lens.is_same(lens)
 
 
 @pytest.mark.parametrize("kind", [*CLOSED_FORMS])

@@ -132,8 +132,10 @@ class LayerLens(nn.Module):
         """The lens `z = x A + b` in float32, with a matrix and a bias for each hook."""
         tensors: dict[str, Tensor] = {}
         for i, (a, b) in enumerate(zip(maps, biases, strict=True)):
-            tensors[f"{i}.weight"] = (a.T - torch.eye(len(a)).to(a)).float()
-            # safetensors refuses shared memory.
+            # safetensors refuses shared memory, and strides such as those of a.T.
+            tensors[f"{i}.weight"] = (
+                (a.T - torch.eye(len(a)).to(a)).float().contiguous()
+            )
             tensors[f"{i}.bias"] = b.float().clone()
         return cls.from_tensors(config, tensors)
 

@@ -67,7 +67,7 @@ class TopKWeights(LensCarrier, CopyableLayerNorm, SAE[T_CONFIG]):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         # safetensors saves contiguous tensors only.
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+        state_dict.update({name: t.contiguous() for name, t in state_dict.items()})
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
