@@ -520,34 +520,49 @@ def test_jaccard_by_hand():
     assert mutual_nearest(rows, near).tolist() == [-2, 0]
 
 
-def test_k_is_moved_to_the_nearest_fvu(caplog):
-    """Reference: every k, with the dense decoder and FVU by its definition."""
-    metadata = SAEMetadata(hook_names=NAMES[:2])
-    sae = random_sae(d_sae=16, k=3, metadata=metadata, dtype="float64")
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.linalg.qr(torch.randn(16, 16))[0])
-        sae.W_enc.copy_(sae.W_dec.T)
-    x = torch.randn(2, 200, 16, dtype=torch.float64)
-
-    def by_definition(k: int) -> float:
+@torch.no_grad()
+def fvu_of_each_k(sae: Any, x: Tensor) -> dict[int, float]:
+    """By the dense decoder and the definition."""
+    found: dict[int, float] = {}
+    total = (x - x.mean(1, keepdim=True)).square().sum((1, 2))
+    for k in range(1, sae.cfg.d_sae + 1):
         sae.activation_fn.k = k
         x_hat = torch.stack([sae.decode(sae.encode(one)) for one in x])
-        error = (x_hat - x).square().sum((1, 2))
-        return float(
-            (error / (x - x.mean(1, keepdim=True)).square().sum((1, 2))).mean()
-        )
+        found[k] = float(((x_hat - x).square().sum((1, 2)) / total).mean())
+    return found
 
+
+@pytest.mark.parametrize("is_noisy", [False, True])
+def test_k_is_moved_to_the_nearest_fvu(is_noisy, caplog):
+    """Reference: every k. With noise the FVU rises again after its minimum."""
+    d_in = 64 if is_noisy else 16
+    d_sae = 2 * d_in if is_noisy else 16
+    metadata = SAEMetadata(hook_names=NAMES[:2])
+    settings = {"d_in": d_in, "d_sae": d_sae, "k": 3, "dtype": "float64"}
+    sae = random_sae(metadata=metadata, normalize_activations="none", **settings)
     with torch.no_grad():
-        expected = {k: by_definition(k) for k in range(1, 17)}
+        sae.b_dec.zero_()
+        if not is_noisy:
+            sae.W_dec.copy_(torch.linalg.qr(torch.randn(16, 16))[0])
+        sae.W_enc.copy_(sae.W_dec.T)
+        chosen = torch.rand(2, 300, d_sae, dtype=torch.float64).topk(3).indices
+        acts = torch.zeros(2, 300, d_sae, dtype=torch.float64)
+        size = 1 + torch.rand(chosen.shape, dtype=torch.float64)
+        x = acts.scatter(2, chosen, size) @ sae.W_dec
+        x = x + 0.1 * torch.randn_like(x)
+    expected = fvu_of_each_k(sae, x)
+    best = min(expected, key=expected.__getitem__)
+    assert (3 <= best < 8) == (expected[d_sae] > expected[best] + 0.1) == is_noisy
     for k in (1, 3, 7):
         sae.cfg.k = k
         assert mean_fvu(sae, x, NAMES[:2]) == pytest.approx(expected[k])
-    for target in (0.8, 0.55, 0.5, 0.0):
+    for target in (0.9, 0.7, 0.4, 0.0):
         sae.cfg.k = 3
         fvu = match_fvu(sae, x, NAMES[:2], target)
-        best = min(expected, key=lambda k: abs(expected[k] - target))
-        assert abs(fvu - target) == pytest.approx(abs(expected[best] - target))
+        least = min(abs(expected[k] - target) for k in range(1, best + 1))
+        assert abs(fvu - target) == pytest.approx(least)
         assert expected[sae.cfg.k] == pytest.approx(fvu)
+        assert sae.cfg.k <= best
         assert ("more than 0.005" in caplog.text) == (abs(fvu - target) > 0.005)
         caplog.clear()
 

@@ -56,10 +56,11 @@ def match_fvu(
     hook_names: Sequence[str],
     target: float,
 ) -> float:
-    """Set `sae.cfg.k` to the k whose raw-space FVU is nearest to a target.
+    """Set `sae.cfg.k` to a k whose raw-space FVU is nearest to a target.
 
-    The FVU falls as k grows, so k is found by bisection. A warning is logged if no k
-    comes within `TOLERANCE`.
+    As k grows from 1, the FVU falls to its minimum, at or above the k of training, and
+    then may rise, as weak activations are mostly noise; k is found by bisection where it
+    falls. A warning is logged if no k there comes within `TOLERANCE`.
 
     Returns:
         The FVU with this k.
@@ -72,13 +73,17 @@ def match_fvu(
             found[k] = mean_fvu(sae, x, hook_names)
         return found[k]
 
-    low, high = 1, min(sae.cfg.d_sae, 2 * sae.cfg.k)
+    low, high = 1, sae.cfg.k
     while at(high) > target and high < sae.cfg.d_sae:
-        low, high = high, min(sae.cfg.d_sae, 2 * high)
-    while high - low > 1:
+        more = min(sae.cfg.d_sae, high + max(1, high // 8))
+        if at(more) >= at(high):
+            break  # past the minimum
+        low, high = high, more
+    while at(high) <= target and high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if at(middle) <= target else (middle, high)
-    sae.cfg.k = min((low, high), key=lambda k: abs(at(k) - target))
+    at(low)
+    sae.cfg.k = min(found, key=lambda k: abs(found[k] - target))
     fvu = found[sae.cfg.k]
     if abs(fvu - target) > TOLERANCE:
         logger.warning(
