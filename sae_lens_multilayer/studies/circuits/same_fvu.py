@@ -59,8 +59,8 @@ def match_fvu(
     """Set `sae.cfg.k` to a k whose raw-space FVU is nearest to a target.
 
     As k grows from 1, the FVU falls to its minimum, at or above the k of training, and
-    then may rise, as weak activations are mostly noise; k is found by bisection where it
-    falls. A warning is logged if no k there comes within `TOLERANCE`.
+    then may rise, as weak activations are mostly noise; k is found by bisection where
+    it falls. A warning is logged if no k there comes within `TOLERANCE`.
 
     Returns:
         The FVU with this k.
