@@ -25,13 +25,14 @@ from sae_lens_multilayer.analysis import (
     compare_with_single_layers,
 )
 from sae_lens_multilayer.cli.options import TextOptions
-from sae_lens_multilayer.cli.saved_sae import load_sae
 from sae_lens_multilayer.cli.train import parse_config
 from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.lens import fit
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.loading import load_by_name, shape_by_name
+from sae_lens_multilayer.published.saved_sae import load_sae
+from sae_lens_multilayer.studies.interventions import InterventionSettings
 
 SIZES = ["--d_in", str(D_MODEL), "--d_sae", "64"]
 
@@ -348,7 +349,7 @@ def test_long_first_positions_are_a_warning(offline, model, caplog):
     ("changes", "message"),
     [
         (["nowhere"], "nowhere must be the folder of a saved SAE"),
-        (["empty"], r"No such file .*empty/cfg\.json"),
+        (["empty"], r"folder of a saved SAE; it has no cfg\.json"),
         (["sae", "--device", "nope"], "--device nope cannot be used here: "),
         (["sae", "--n_tokens", "0"], "`n_tokens` must be at least 1"),
         (
@@ -502,6 +503,34 @@ def test_a_model_unknown_to_transformer_lens_is_a_one_line_error(
 def test_settings_missing_in_the_metadata_must_be_given(offline):
     with pytest.raises(SystemExit, match="`dataset_path`: give --dataset_path"):
         cli.main(["evaluate", "sae"])
+
+
+def test_a_folder_without_an_sae_is_named(offline, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "study.json").write_text(
+        '{"sae": "empty", "dataset_path": "text.parquet"}'
+    )
+    for command in (["report", "empty"], ["study", "interventions", "study.json"]):
+        options = ["--output", "out"] if command[0] == "study" else [*offline]
+        with pytest.raises(SystemExit, match="empty must be the folder of a saved SAE"):
+            cli.main([*command, *options])
+
+
+def test_studies_load_saes_and_models_as_commands_do(offline, tmp_path, monkeypatch):
+    file = tmp_path / "sae" / "cfg.json"
+    values = json.loads(file.read_text())
+    kwargs = {"revision": "main", "trust_remote_code": True}
+    values["metadata"]["model_from_pretrained_kwargs"] = kwargs
+    file.write_text(json.dumps(values))
+    loads = count_calls(monkeypatch, loading, "load_by_name")
+    settings = InterventionSettings(
+        "sae", "text.parquet", n_tokens=64, model_kwargs={"n_ctx": 16}
+    )
+    settings.inputs()
+    assert loads[-1][0][2] == {"revision": "main", "n_ctx": 16}
+    file.write_text(json.dumps({**values, "d_in": "16"}))
+    with pytest.raises(ValueError, match="`d_in`"):
+        settings.inputs()
 
 
 def test_the_option_traceback_shows_a_traceback():

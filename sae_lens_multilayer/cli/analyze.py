@@ -14,10 +14,10 @@ from sae_lens_multilayer.cli.options import (
     TextOptions,
 )
 from sae_lens_multilayer.cli.outputs import new_folder
-from sae_lens_multilayer.cli.saved_sae import load_sae
 from sae_lens_multilayer.cli.tables import print_table
 from sae_lens_multilayer.files import complete_or_absent, save_somewhere
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
+from sae_lens_multilayer.published.saved_sae import load_sae
 from sae_lens_multilayer.record import Record, hash_of_json, hash_of_tensors
 
 logger = logging.getLogger(__name__)

@@ -12,22 +12,11 @@ from sae_lens.saes.sae import SAEMetadata
 from simple_parsing import field as option
 
 from sae_lens_multilayer.analysis.first_position import first_position_warning
-from sae_lens_multilayer.cli.saved_sae import load_sae
-from sae_lens_multilayer.models import loading
-from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.model import check_widths
+from sae_lens_multilayer.published.saved_sae import check_model, load_model, load_sae
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Prompts, Text
 
 logger = logging.getLogger(__name__)
-
-_SAFE_KWARGS = {
-    *("revision", "subfolder", "variant", "dtype", "torch_dtype", "n_ctx"),
-    *("first_n_layers", "fold_ln", "center_writing_weights", "center_unembed"),
-    *("fold_value_biases", "refactor_factored_attn_matrices", "default_prepend_bos"),
-    *("default_padding_side", "low_cpu_mem_usage"),
-}
-"""Arguments for loading a model that an SAE's metadata may set: none can run code."""
 
 
 @dataclass
@@ -72,30 +61,14 @@ class ModelOptions:
         Args:
             hook_names: Hooks to install on a Hugging Face model; None: all.
         """
-        name = self.model_name or metadata.model_name
-        if name is None:
-            raise ValueError("The metadata has no `model_name`: give --model_name.")
-        saved_class = metadata.model_class_name or "HookedTransformer"
-        class_name = self.model_class_name or loading.usable_class(
-            saved_class, name, hook_names
+        return load_model(
+            metadata,
+            hook_names,
+            self.device,
+            model_name=self.model_name,
+            model_class_name=self.model_class_name,
+            trust_remote_code=self.trust_remote_code,
         )
-        # A model of another class or name has other arguments.
-        is_same = (class_name, name) == (saved_class, metadata.model_name)
-        saved = metadata.model_from_pretrained_kwargs if is_same else None
-        kwargs = self._allowed(saved or {})
-        logger.info("Loading the model %s (%s)", name, class_name)
-        return loading.load_by_name(class_name, name, kwargs, self.device, hook_names)
-
-    def _allowed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self.trust_remote_code:
-            return {**kwargs, "trust_remote_code": True}
-        if left_out := sorted(kwargs.keys() - _SAFE_KWARGS):
-            logger.warning(
-                "Arguments for loading the model that may run code are not used: %s. "
-                "--trust_remote_code uses them.",
-                {name: kwargs[name] for name in left_out},
-            )
-        return {n: value for n, value in kwargs.items() if n in _SAFE_KWARGS}
 
 
 @dataclass
@@ -146,12 +119,7 @@ class Inputs:
         text = options.text.text(metadata)
         model = model_options.load(metadata, names)
         prompts = text.prompts(model, options.text.n_tokens)
-        # The width of the SAE, at one position.
-        with torch.no_grad():
-            heads = [metadata.hook_head_index] * len(names)
-            vectors = as_model(model).vectors(prompts.ids[:1, :1], names, heads)
-        widths = {name: x.shape[-1] for name, x in zip(names, vectors, strict=True)}
-        check_widths(widths, sae.cfg.d_in)
+        check_model(sae, model, prompts)
         return cls(sae, model, text, prompts)
 
     @cached_property

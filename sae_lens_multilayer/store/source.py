@@ -236,7 +236,34 @@ class ModelSource(Source):
         return self.reader.get_batch_tokens(n_prompts)
 
 
-class CacheSource(Source):
+class IndexedSource(Source):
+    """A source with the same chunks in each epoch; a chunk is the index of one."""
+
+    chunks_per_epoch: int
+
+    def index_of(self, epoch: int, i: int) -> int:
+        """Index of the i-th chunk of an epoch."""
+        return i
+
+    @override
+    def next_chunk(self) -> Int[Tensor, "one index"]:
+        epoch, i = divmod(self.n_chunks, self.chunks_per_epoch)
+        self.n_chunks += 1
+        self.epoch_ended = i + 1 == self.chunks_per_epoch
+        return torch.tensor([[self.index_of(epoch, i)]])
+
+    @override
+    def state(self) -> dict[str, Tensor]:
+        return {"n_chunks": torch.tensor(self.n_chunks)}
+
+    @override
+    def resume(self, state: dict[str, Tensor]) -> None:
+        self.n_chunks = int(state["n_chunks"])
+        is_end = self.n_chunks % self.chunks_per_epoch == 0
+        self.epoch_ended = self.n_chunks > 0 and is_end
+
+
+class CacheSource(IndexedSource):
     """Reads a cache; a chunk is one of its blocks.
 
     Their order depends on the seed and on the index of the epoch.
@@ -267,7 +294,7 @@ class CacheSource(Source):
         self.fingerprint = cache.identity
         self.excluded_token_ids = settings["excluded_token_ids"]
         self._seed, self._ranks = seed, ranks
-        self._n_own = len(range(ranks.index, cache.n_blocks, ranks.count))
+        self.chunks_per_epoch = len(range(ranks.index, cache.n_blocks, ranks.count))
         self._order = 0, self._order_of(0)
 
     @classmethod
@@ -283,20 +310,17 @@ class CacheSource(Source):
         return cls(cache, hook_names, seed, ranks)
 
     @override
-    def next_chunk(self) -> Int[Tensor, "one block"]:
-        epoch, index = divmod(self.n_chunks, self._n_own)
+    def index_of(self, epoch: int, i: int) -> int:
         if self._order[0] != epoch:
             self._order = epoch, self._order_of(epoch)
-        self.n_chunks += 1
-        self.epoch_ended = index + 1 == self._n_own
-        return self._order[1][index].view(1, 1)
+        return int(self._order[1][i])
 
-    def _order_of(self, epoch: int) -> Int[Tensor, " block"]:
+    def _order_of(self, epoch: int) -> Int[np.ndarray, " block"]:
         order = np.arange(self.cache.n_blocks)
         if self._seed is not None:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
         # The order is the same on all ranks, so each block belongs to one rank.
-        return torch.from_numpy(order[self._ranks.index :: self._ranks.count])
+        return order[self._ranks.index :: self._ranks.count]
 
     @override
     def n_tokens(self, chunk: Chunk) -> int:
@@ -309,15 +333,6 @@ class CacheSource(Source):
         for vectors in self.cache.vectors(int(chunk), self.hook_names):
             # Indexing with brackets would start threads even for a few rows.
             yield vectors if rows is None else vectors.index_select(0, rows)
-
-    @override
-    def state(self) -> dict[str, Tensor]:
-        return {"n_chunks": torch.tensor(self.n_chunks)}
-
-    @override
-    def resume(self, state: dict[str, Tensor]) -> None:
-        self.n_chunks = int(state["n_chunks"])
-        self.epoch_ended = self.n_chunks > 0 and self.n_chunks % self._n_own == 0
 
     @override
     def evaluation_prompts(self, n_prompts: int) -> Int[Tensor, "prompt pos"]:

@@ -9,8 +9,12 @@ from sae_lens import SAE
 from sae_lens.config import HfDataset
 
 from sae_lens_multilayer.config_files import check_known
-from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.pictures import draw, save_figure
+from sae_lens_multilayer.published.saved_sae import (
+    check_model,
+    load_model,
+    load_sae,
+)
 from sae_lens_multilayer.record import Record, as_lines
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
@@ -29,7 +33,7 @@ class SavedSAESettings:
     without_effect: ClassVar[tuple[str, ...]] = ("batch_size_prompts", "device")
     """Settings on which no result depends."""
     sae: str
-    """Folder of a saved SAE."""
+    """Folder of a saved SAE or of published files."""
     dataset_path: str
     """Held-out text: a name on the Hugging Face hub, or a file or folder."""
     n_tokens: int = 4_096
@@ -42,7 +46,7 @@ class SavedSAESettings:
     """Name or folder of the model; None: as in training."""
     model_class_name: str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Arguments for loading the model; those in the SAE's metadata are not used."""
+    """Arguments for loading the model, besides those in the SAE's metadata."""
     batch_size_prompts: int = 8
     device: str = "cpu"
 
@@ -75,21 +79,23 @@ class SavedSAESettings:
         self, model: Any = None, dataset: HfDataset | None = None
     ) -> tuple[SAE[Any], Any, Prompts]:
         """The SAE, the model (or that given) and the prompts."""
-        sae = SAE.load_from_disk(self.sae, device=self.device)
+        sae = load_sae(self.sae, None, self.device)
         metadata = sae.cfg.metadata
         text = Text.from_settings(
             metadata, dataset_path=self.dataset_path, context_size=self.context_size
         )
         if model is None:
-            saved_class = metadata.model_class_name or "HookedTransformer"
-            model = loading.load_by_name(
-                self.model_class_name or saved_class,
-                self.model_name or metadata.model_name,
-                dict(self.model_kwargs),
-                self.device,
+            model = load_model(
+                metadata,
                 hook_names_of(sae),
+                self.device,
+                model_name=self.model_name,
+                model_class_name=self.model_class_name,
+                model_kwargs=self.model_kwargs,
             )
-        return sae, model, text.prompts(model, self.n_tokens, dataset)
+        prompts = text.prompts(model, self.n_tokens, dataset)
+        check_model(sae, model, prompts)
+        return sae, model, prompts
 
 
 def saved_or_computed(path: Path, kind: type[T], compute: Callable[[], T]) -> T:

@@ -104,11 +104,14 @@ class PromptRuns:
         self, part: Additions, edits: list[Edit]
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        clean_logits: dict[int, Tensor] = {}
         for clean, runs in self._splicer.runs(self._ids, edits):
             for i, run in runs.items():
                 position = int(part.position[i])
                 at = slice(position, position + 1)
-                before, after = clean(at)[0, 0].float(), run(at)[0, 0].float()
+                if position not in clean_logits:
+                    clean_logits[position] = clean(at)[0, 0].float()
+                before, after = clean_logits[position], run(at)[0, 0].float()
                 change = after - before
                 target = change[self.targets[position]]
                 found[i] = kl_div(before, after), target, change - change.mean()

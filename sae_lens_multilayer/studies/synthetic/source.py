@@ -12,7 +12,7 @@ from typing_extensions import override
 from sae_lens_multilayer.hooks import unknown_name
 from sae_lens_multilayer.models.model import Model, ModelShape
 from sae_lens_multilayer.record import hash_of_json, hash_of_tensors
-from sae_lens_multilayer.store.source import Chunk, Source
+from sae_lens_multilayer.store.source import Chunk, IndexedSource
 from sae_lens_multilayer.studies.synthetic.streams import (
     SyntheticStream,
     SyntheticTokens,
@@ -111,7 +111,7 @@ def _no_logits() -> ValueError:
     )
 
 
-class SyntheticSource(Source):
+class SyntheticSource(IndexedSource):
     """The first prompts of a synthetic stream, to train on; a chunk is one prompt."""
 
     def __init__(
@@ -134,17 +134,10 @@ class SyntheticSource(Source):
         self.d_in, self.dtype = cfg.d_in, torch.float32
         self.max_tokens_per_chunk = cfg.context_size
         self.excluded_token_ids = []
-        self._stream, self._n_prompts, self._vectors = stream, n_prompts, vectors
+        self._stream, self.chunks_per_epoch, self._vectors = stream, n_prompts, vectors
         drawn = hash_of_tensors(dict(stream.named_parameters()))
         settings = hash_of_json([drawn, vars(cfg), n_prompts, self.hook_names])
         self.fingerprint = 1 + int(settings[:15], 16)
-
-    @override
-    def next_chunk(self) -> Int[Tensor, "one prompt"]:
-        index = self.n_chunks % self._n_prompts
-        self.n_chunks += 1
-        self.epoch_ended = index + 1 == self._n_prompts
-        return torch.tensor([[index]])
 
     @override
     def n_tokens(self, chunk: Chunk) -> int:
@@ -161,12 +154,3 @@ class SyntheticSource(Source):
             x = self._vectors[index * size : (index + 1) * size]
         for layer in self._layers:
             yield x[:, layer] if rows is None else x[rows, layer]
-
-    @override
-    def state(self) -> dict[str, Tensor]:
-        return {"n_chunks": torch.tensor(self.n_chunks)}
-
-    @override
-    def resume(self, state: dict[str, Tensor]) -> None:
-        self.n_chunks = int(state["n_chunks"])
-        self.epoch_ended = self.n_chunks > 0 and self.n_chunks % self._n_prompts == 0
