@@ -479,7 +479,7 @@ def test_the_null_of_layer_profiles_is_that_of_all_permutations():
     row = call(n_permutations=5_000, seed=0).iloc[0]
     orders = [np.array(p) / 10 for p in permutations(effect)]
     w1 = [np.abs(np.cumsum(p - probs[0, :4])).sum() for p in orders]
-    rank = [scipy.stats.spearmanr(p, probs[0, :4])[0] for p in orders]
+    rank: Any = [scipy.stats.spearmanr(p, probs[0, :4])[0] for p in orders]
     assert row.w1_null == pytest.approx(np.mean(w1), abs=0.03)
     assert row.spearman_null == pytest.approx(np.mean(rank), abs=0.03)
     own = np.abs(np.cumsum(effect / 10 - probs[0, :4])).sum()
