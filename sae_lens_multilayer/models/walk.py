@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 _OWN_PACKAGES = ("transformer_lens.", "sae_lens.", "transformers.", "accelerate.")
+_MAX_DIFFERENCE = 1e-4
+"""Relative difference up to which vectors may be alike, in any dtype."""
 
 
 class Walk(ABC):
@@ -103,9 +105,15 @@ def find_alike(walk: Walk, n_layers: int) -> Alike:
     stream = vector.expand_as(walk.residual)
     after = [walk.run_block(stream, block) for block in range(n_layers)]
     return Alike(
-        prompts=all(_agree(x, x[:1].expand_as(x), 100.0) for x in after),
-        positions=all(_agree(x, x[:1, :1].expand_as(x), 8.0) for x in after),
+        prompts=all(_alike(x, x[:1].expand_as(x), 100.0) for x in after),
+        positions=all(_alike(x, x[:1, :1].expand_as(x), 8.0) for x in after),
     )
+
+
+def _alike(found: Tensor, expected: Tensor, n_eps: float) -> bool:
+    # 100 epsilons of bfloat16 would be 78% of the largest entry.
+    most = _MAX_DIFFERENCE / torch.finfo(expected.dtype).eps
+    return _agree(found, expected, min(n_eps, most))
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
