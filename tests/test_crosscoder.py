@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_MODEL, N_LAYERS, tiny_sae_config
-from sae_lens import SAE, SAETrainingRunner
+from sae_lens import SAE, SAETrainingRunner, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from saes import HOOK_NAMES, random_acts, random_lens, random_sae, randomize
 
@@ -18,8 +18,8 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
     view,
 )
-from sae_lens_multilayer.analysis import Suite, functional_layers
-from sae_lens_multilayer.evaluation.encoder import LayerEncoder
+from sae_lens_multilayer.analysis import Suite, functional_layers, transfer_matrix
+from sae_lens_multilayer.evaluation.encoder import LayerEncoder, ReconstructionSums
 
 D_SAE = 64
 
@@ -237,6 +237,12 @@ def test_each_layer_is_spliced_from_the_clean_vectors_of_all(model, from_middle)
     torch.testing.assert_close(alone.l1, metrics.l1)
 
 
+def test_the_vectors_of_a_model_on_several_devices_are_encoded_on_that_of_the_sae():
+    encoder = LayerEncoder(random_crosscoder(device="meta"))
+    x = random_acts(5, N_LAYERS)
+    ReconstructionSums(encoder).start(lambda: [x[:, 0].to("meta"), x[:, 1]])
+
+
 def test_the_encoder_gives_the_activations_at_each_layer():
     sae, x = random_crosscoder(), random_acts(5, N_LAYERS)
     found = LayerEncoder(sae).encode(x)
@@ -273,6 +279,42 @@ def test_functional_layers_are_those_of_brute_force(model):
     torch.testing.assert_close(
         found.n_functional.float(), (-(p * p.log()).sum(0)).exp(), equal_nan=True
     )
+
+
+@pytest.mark.parametrize("null", ["shuffled_layers", "matched_frequency"])
+def test_nulls_without_functional_layers_are_refused(model, null):
+    sae, tokens = random_crosscoder(), torch.randint(1, 500, (3, 16))
+    with pytest.raises(ValueError, match=rf"must be .*random_weights.*; got '{null}'"):
+        functional_layers(sae, model, tokens, null=null)
+    sae.cfg.metadata.model_name = "tiny"
+    assert Suite(sae, model, tokens, null=null).missing("functional_layers")
+    suite = Suite(sae, model, tokens, null="random_weights")
+    assert suite.missing("functional_layers") is None
+
+
+def test_functional_layers_leave_nothing_on_the_sae(model):
+    sae = random_crosscoder(normalize_activations="layer_norm")
+    functional_layers(sae, model, torch.randint(1, 500, (3, 16)))
+    assert not hasattr(sae, "ln_mu")
+
+
+def test_a_crosscoder_beside_single_layer_saes(model):
+    # Authority: the metrics of the crosscoder alone.
+    sae, tokens = random_crosscoder(), torch.randint(1, 500, (3, 16))
+    singles = [
+        StandardSAE(
+            StandardSAEConfig(
+                d_in=D_MODEL, d_sae=8, metadata=SAEMetadata(hook_name=name)
+            )
+        )
+        for name in HOOK_NAMES
+    ]
+    found = transfer_matrix(
+        singles, model, tokens, multi_layer=sae, batch_size_prompts=2
+    )
+    alone = reconstruction_metrics(sae, model, tokens)
+    assert found.multi_layer_fvu is not None
+    torch.testing.assert_close(found.multi_layer_fvu, alone.fvu, rtol=1e-5, atol=0)
 
 
 def test_a_latent_that_reads_one_layer_has_one_functional_layer(model):

@@ -4,13 +4,16 @@
 environment variable `TEST_DEVICE=cpu` runs them without one, to try the tests.
 """
 
+import copy
 import os
 
 import pytest
 import torch
 from conftest import N_LAYERS, tiny_model
 from sae_lens import LanguageModelSAETrainingRunner
-from saes import HOOK_NAMES, random_lens, random_sae
+from saes import HOOK_NAMES, random_acts, random_lens, random_sae
+from test_crosscoder import random_crosscoder
+from test_routed import random_routed
 from test_topk_sparse import (
     Weights,
     copies,
@@ -71,6 +74,26 @@ def test_step_is_that_of_autograd_in_float64(certified, dead_share, micro_batch_
     assert step.loss.item() == pytest.approx(losses.loss.item(), rel=1e-5)
     for actual, expected in zip(gradients(sparse), gradients(dense), strict=True):
         assert relative_error(actual.cpu(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("random_token_sae", [random_crosscoder, random_routed])
+@pytest.mark.parametrize("dead_share", [0.0, 0.3])
+def test_step_of_a_token_sae_is_that_of_autograd_in_float64(
+    random_token_sae, dead_share
+):
+    sae = random_token_sae(training=True)
+    dense = copy.deepcopy(sae).double()
+    x, dead = random_acts(300, N_LAYERS), some_dead(sae.cfg.d_sae, dead_share)
+    losses = dense.dense_loss(
+        x.double(), *dense.loss_weights(), **dense.loss_options(), dead_latents=dead
+    )
+    losses.loss.backward()
+    sae.to(DEVICE)
+    step = sae.accumulate_gradients(x.to(DEVICE), dead.to(DEVICE), 64)
+    assert step.loss.device.type == DEVICE
+    assert step.loss.item() == pytest.approx(losses.loss.item(), rel=1e-5)
+    for actual, expected in zip(sae.parameters(), dense.parameters(), strict=True):
+        assert relative_error(actual.grad.cpu(), expected.grad) < 1e-4
 
 
 @pytest.mark.parametrize("certified", [False, True])

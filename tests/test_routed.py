@@ -1,5 +1,6 @@
 """The routed SAE: gradients, and as an object of SAELens, in training, evaluated."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -160,6 +161,20 @@ def test_a_resumed_run_ends_with_the_same_bits_and_a_trained_router(train, tmp_p
         assert torch.equal(resumed.state_dict()[name], value)
     early = load_file(first / "sae_weights.safetensors")
     assert not torch.equal(whole.W_router, early["W_router"])
+
+
+def test_saved_frequencies_are_those_among_encoded_vectors(train, tmp_path):
+    train(output_path=str(tmp_path / "sae"), feature_sampling_window=1000)
+    saved = load_file(tmp_path / "sae" / "sparsity.safetensors")["sparsity"]
+    # All k activations of a vector are above 0 here, or nearly all.
+    assert 3.6 < (10 ** saved.double()).sum().item() < 4.001
+
+
+def test_a_copy_after_encode():
+    sae, x = random_routed(training=True), random_acts(5, N_LAYERS)
+    sae.encode(x)
+    copied = copy.deepcopy(sae)
+    assert torch.equal(copied(x), sae(x))
 
 
 def test_evaluation_is_of_the_reconstruction_at_each_layer(model):

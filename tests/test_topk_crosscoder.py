@@ -124,7 +124,9 @@ def test_statistics_count_an_activation_at_every_layer():
     assert acts.values.shape == (37, 7)
     n_active = int((acts.values > 0).sum())
     assert step.n_active.tolist() == [n_active] * 3
-    torch.testing.assert_close(step.sum_acts, acts.values.sum().expand(3))
+    norms = W_dec.unflatten(1, (3, -1)).norm(dim=-1)[acts.indices]
+    sum_acts = (acts.values.unsqueeze(-1) * norms).sum((0, 1))
+    torch.testing.assert_close(step.sum_acts, sum_acts)
     error = (decode_topk(acts, W_dec, b_dec) - z).square().sum((0, 2))
     torch.testing.assert_close(step.sum_sq_error, error)
     counts = acts.indices[acts.values > 0].bincount(minlength=101)

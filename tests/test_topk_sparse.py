@@ -20,6 +20,7 @@ from sae_lens_multilayer.topk.select import (
     CertifiedEncoder,
     Encoder,
     exact_topk,
+    make_encoder,
     select_topk,
 )
 from sae_lens_multilayer.topk.sparse import (
@@ -814,6 +815,14 @@ def test_selection_keeps_nan(kind, nan, is_native):
     with kernel_used(is_native):
         selection = kind(rows, 3, max_rows=5)(v)
     assert selection.values.isnan().any(1).all()
+
+
+@pytest.mark.parametrize(("d_in", "expected"), [(2**13, True), (2**13 + 1, False)])
+def test_wide_vectors_are_not_certified_by_default(d_in, expected, monkeypatch):
+    # Authority: measured, most rows of wider vectors are not proven.
+    monkeypatch.setattr(select, "_cpu_has_bfloat16", lambda: True)
+    encoder = make_encoder(torch.randn(64, d_in), 2, n_acts=256, certified=None)
+    assert isinstance(encoder, CertifiedEncoder) == expected
 
 
 def test_certified_float64_is_an_error():

@@ -18,6 +18,7 @@ from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, histo
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.crosscoder import CrosscoderSAE, CrosscoderTrainingSAE
 from sae_lens_multilayer.sae.views import hook_names_of
+from sae_lens_multilayer.topk.reference import standardize
 
 _GATHERED_ELEMENTS = 2**24
 
@@ -80,6 +81,9 @@ class FunctionalLayers(Result):
 class FunctionalLayerSums:
     """Adds up `FunctionalLayers` over tokens, for a crosscoder."""
 
+    nulls = ("random_weights",)
+    """The others change layers or latents, to which the encoder's parts belong."""
+
     def __init__(self, sae: SAE[Any]) -> None:
         if not isinstance(sae, (CrosscoderSAE, CrosscoderTrainingSAE)):
             raise ValueError(
@@ -97,8 +101,9 @@ class FunctionalLayerSums:
     def update(self, batch: TokenBatch) -> None:
         sae, pairs = self._sae, batch.active.by_token
         self._n_tokens += batch.active.n_tokens
-        v = sae.process_sae_in(batch.x.to(sae.device))
-        v = v.unflatten(1, (-1, sae.cfg.d_in))
+        z = sae.into_lens(batch.x.to(sae.device, sae.dtype))
+        u = standardize(z)[0] if sae.standardizes else z
+        v = u - sae.b_dec.view(u.shape[1:])
         size = max(1, _GATHERED_ELEMENTS // sae.d_enc)
         for token, latent in zip(
             pairs.token.split(size), pairs.latent.split(size), strict=True

@@ -158,6 +158,7 @@ class TokenStream:
     @torch.no_grad()
     def run(self, *accumulators: Accumulator[Any]) -> list[Any]:
         """Iterate once and return the result of each accumulator."""
+        self._check_null(accumulators)
         n_tokens = 0
         for batch in self:
             n_tokens += len(batch.x)
@@ -169,6 +170,15 @@ class TokenStream:
                 "All tokens are excluded. Give other prompts or exclude fewer tokens."
             )
         return [accumulator.compute() for accumulator in accumulators]
+
+    def _check_null(self, accumulators: Sequence[Accumulator[Any]]) -> None:
+        for accumulator in accumulators:
+            defined = getattr(accumulator, "nulls", get_args(Null))
+            if self._null is not None and self._null not in defined:
+                raise ValueError(
+                    f"`null` of {type(accumulator).__name__} must be None or one of "
+                    f"{list(defined)}; got {self._null!r}."
+                )
 
 
 def analyze(

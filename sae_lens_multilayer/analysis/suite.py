@@ -165,6 +165,10 @@ CROSSCODER = Need(
     lambda suite: isinstance(suite.sae, (CrosscoderSAE, CrosscoderTrainingSAE)),
 )
 NO_NULL = Need("no null", lambda suite: "null" not in suite.options)
+SAME_LATENTS = Need(
+    "no null that changes layers or latents",
+    lambda s: s.options.get("null", "random_weights") in FunctionalLayerSums.nulls,
+)
 SINGLE_LAYERS = Need("single-layer SAEs", lambda suite: bool(suite.single_layers))
 NO_SINGLE_LAYER_LENS = Need(
     "single-layer SAEs without a lens",
@@ -238,7 +242,8 @@ ANALYSES: dict[str, Analysis] = {
     ),
     "act_histograms": Analysis(accumulator=lambda s: HistogramSums(s.sae)),
     "functional_layers": Analysis(
-        accumulator=lambda s: FunctionalLayerSums(s.sae), needs=(CROSSCODER,)
+        accumulator=lambda s: FunctionalLayerSums(s.sae),
+        needs=(CROSSCODER, SAME_LATENTS),
     ),
     "coactive_latents": Analysis(accumulator=lambda s: CoactiveSums(s.sae)),
     "token_classes": Analysis(_token_classes, uses=("layer_distributions",)),

@@ -138,6 +138,7 @@ class TransferSums:
     def update(self, batch: TokenBatch) -> None:
         counted = torch.ones(len(batch.x), dtype=torch.bool, device=batch.x.device)
         for sums in self._sums:
+            sums.start(lambda: batch.x.unbind(1))
             for layer in range(batch.x.shape[1]):
                 sums.reconstruct(layer, batch.x[:, layer], counted)
 

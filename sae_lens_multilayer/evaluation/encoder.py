@@ -135,8 +135,9 @@ class ReconstructionSums:
         """
         sae = self.encoder.saes[0]
         if isinstance(sae, TokenSAE):
-            x = torch.stack([of_hook.flatten(0, -2) for of_hook in vectors()], dim=1)
-            self._acts = sae.encode_topk(x.to(sae.device))
+            # A model on several devices gives vectors on each.
+            x = [v.flatten(0, -2).to(sae.device) for v in vectors()]
+            self._acts = sae.encode_topk(torch.stack(x, dim=1))
 
     def reconstruct(
         self,

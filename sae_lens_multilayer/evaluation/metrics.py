@@ -217,8 +217,9 @@ class SpliceMetrics(LayerMetrics, Result):
     """Mean cross-entropy with the layer ablated at every position."""
     together: dict[str, float] | None = None
     """`ce_loss_spliced`, `delta_ce`, `kl_div` and `kl_div_reverse` of one run with
-    several layers replaced, each reconstructed from the vectors that the earlier
-    replacements led to; None if not requested."""
+    several layers replaced; None if not requested. Each is reconstructed from the
+    vectors that the earlier replacements led to, by an SAE that encodes all layers of a
+    token together from the clean ones."""
 
     @override
     def to_dataframe(self) -> pd.DataFrame:

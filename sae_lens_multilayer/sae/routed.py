@@ -42,6 +42,10 @@ class _RoutedWeights(TokenSAE, TopKWeights[T_CONFIG]):
     _route: Route | None = None
     """Of the last `encode`, for `decode`, as SAELens' mean and standard deviation."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies and pickles; tensors of a graph cannot be copied.
+        return {**self.__dict__, "_route": None}
+
     @override
     def initialize_weights(self) -> None:
         check_sizes(self.cfg, ["n_layers"])

@@ -22,6 +22,8 @@ _MIN_DEPTH = 2
 _BLOCK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
 _MIN_BLOCK_ROWS = 512
 _MIN_CERTIFIED_ROWS = 256
+_MAX_CERTIFIED = 2**13
+"""Width of vectors above which most are not proven."""
 _UNPROVEN_ROWS = 256
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -263,12 +265,15 @@ def is_certified_faster(
 ) -> bool:
     """Whether `certified=None` means True.
 
-    Needs float32 weights, k <= d_sae / 32, at least 256 vectors, and either a CPU with
-    bfloat16 instructions (AVX-512 BF16 or AMX) or a CUDA device of capability 8 or more
-    with a torch that returns float32 products of bfloat16 matrices.
+    Needs float32 weights, k <= d_sae / 32, at least 256 vectors of at most 2^13 entries
+    (the error bound grows with the width, so that most longer ones are not proven), and
+    either a CPU with bfloat16 instructions (AVX-512 BF16 or AMX) or a CUDA device of
+    capability 8 or more with a torch that returns float32 products of bfloat16
+    matrices.
     """
-    enough = n_acts >= _MIN_CERTIFIED_ROWS and 32 * k <= len(W_enc_rows)
-    if W_enc_rows.dtype != torch.float32 or not enough:
+    d_sae, d_in = W_enc_rows.shape
+    fits = n_acts >= _MIN_CERTIFIED_ROWS and 32 * k <= d_sae and d_in <= _MAX_CERTIFIED
+    if W_enc_rows.dtype != torch.float32 or not fits:
         return False
     if W_enc_rows.device.type == "cuda":
         has_wide_product = "dtype" in torch.ops.aten.mm.overloads()

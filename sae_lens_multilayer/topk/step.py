@@ -46,7 +46,8 @@ class TopKStep:
     n_active: Int[Tensor, " layer"]
     """Number of activations above 0; those of a crosscoder are at all layers."""
     sum_acts: Float[Tensor, " layer"]
-    """Sum of the activations (L1)."""
+    """Sum of the activations (L1), for a crosscoder times the norm of the latent's
+    decoder at the layer."""
     moments: LayerMoments
     """Mean and squared deviations of the vectors z of each layer."""
     max_acts: Float[Tensor, " d_sae"]
@@ -152,6 +153,7 @@ class _Batch:
         self.max_acts = self.W_dec.new_zeros(len(self.W_dec))
         self.fire_counts = torch.zeros_like(self.max_acts, dtype=torch.int64)
         self.sums: list[Tensor] = []
+        self._norms: Tensor | None = None
 
     def add(self, groups: list["LayerGroup"]) -> None:
         """Add groups of layers, which together are all layers of the batch."""
@@ -229,10 +231,22 @@ class _Batch:
         fired = active.flatten().to(torch.int64) * vectors_per_act
         self.fire_counts.index_add_(0, flat, fired)
         self.max_acts.scatter_reduce_(0, flat, values.flatten(), "amax")
-        of_acts = torch.stack([active.sum(1), values.sum(1)])
-        of_acts = of_acts.repeat_interleave(vectors_per_act, dim=1)
-        per_vector = torch.cat([squared_norms(residual).unsqueeze(0), of_acts])
+        n_active = active.sum(1).repeat_interleave(vectors_per_act)
+        sums = squared_norms(residual), n_active, self._sum_acts(acts, vectors_per_act)
+        per_vector = torch.stack(torch.broadcast_tensors(*sums))
         return residual, per_vector.unflatten(1, (-1, n_layers)).sum(1)
+
+    def _sum_acts(self, acts: SparseActs, n_layers: int) -> Float[Tensor, " vector"]:
+        if n_layers == 1:
+            return acts.values.sum(1)
+        by_layer = self._decoder_norms(n_layers)[acts.indices]
+        return (acts.values.unsqueeze(-1) * by_layer).sum(1).flatten()
+
+    def _decoder_norms(self, n_layers: int) -> Float[Tensor, "d_sae layer"]:
+        """Of a crosscoder, at each layer."""
+        if self._norms is None:
+            self._norms = self.W_dec.unflatten(1, (n_layers, -1)).norm(dim=-1)
+        return self._norms
 
     def write_gradients(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         """Sum over ranks, and add to `.grad` unless accumulated there already."""

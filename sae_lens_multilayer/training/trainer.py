@@ -243,7 +243,8 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.tokens_since_fired += stats.n_tokens
         self.tokens_since_fired[stats.max_acts > threshold] = 0
         self.act_freq_scores += stats.fire_counts
-        self.n_frac_active_samples += stats.n_tokens * len(self.cfg.hook_names)
+        # A routed SAE encodes one vector of each token.
+        self.n_frac_active_samples += stats.n_tokens * len(stats.sums.n_active)
         self.n_training_samples += stats.n_tokens
 
     @override
