@@ -20,6 +20,9 @@ from saes import HOOK_NAMES, random_acts, random_lens, random_sae, run_fresh
 from safetensors.torch import load_file, save_file
 
 from sae_lens_multilayer import MultiLayerSAE, MultiLayerTrainingSAE
+from sae_lens_multilayer.lens.carrier import saved_lens
+from sae_lens_multilayer.lens.closed_form import fit_closed_form
+from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.topk import reference
 
@@ -119,11 +122,57 @@ def test_hooks_of_the_sae_receive_raw_vectors():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_it_moves_with_the_sae(dtype):
     sae = sae_with_lens().to(dtype)
-    assert {tensor.dtype for tensor in sae.lens.buffers()} == {dtype}
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {tensor.dtype for tensor in sae.lens.buffers()} == {wide}
     x = random_acts(3, N, dtype=dtype)
     assert sae(x).dtype == dtype
     sae.lens = random_lens()
-    assert {tensor.dtype for tensor in sae.lens.buffers()} == {dtype}
+    assert {tensor.dtype for tensor in sae.lens.buffers()} == {wide}
+
+
+@pytest.mark.parametrize("way", ["set", "to", "load", "saved_lens", "view"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_sae_keeps_a_whitening_lens_in_float32(dtype, way, tmp_path):
+    """x of a scale of 500 is whitened by A near 0, so that W = A - I is near -I."""
+    x = torch.randn(400, N, D_MODEL) @ torch.randn(D_MODEL, D_MODEL) * 500
+    config = LensConfig(HOOK_NAMES, N, D_MODEL, kind="whitening")
+    lens = fit_closed_form([x], config)
+    wide = random_sae()
+    wide.lens = lens
+    narrow = copy.deepcopy(wide).to(dtype)
+    if way == "set":
+        narrow.lens = None
+        narrow.lens = lens
+    elif way in ("load", "saved_lens"):
+        narrow.save_model(tmp_path)
+        narrow = SAE.load_from_disk(tmp_path)
+        assert narrow.dtype == dtype
+    if way == "saved_lens":
+        narrow.lens = saved_lens(tmp_path)
+    elif way == "view":
+        narrow = narrow.view(0)
+        wide, x = wide.view(0), x[:, 0]
+        assert narrow.lens.is_same(wide.lens)
+    else:
+        assert narrow.lens.is_same(lens)
+    assert {tensor.dtype for tensor in narrow.lens.buffers()} == {torch.float32}
+    x = x.to(dtype).float()
+    # The transform, then the inverse; TopK may select others for a rounded z.
+    z, expected = narrow.into_lens(x.to(dtype)), wide.into_lens(x)
+    torch.testing.assert_close(z.float(), expected, rtol=2**-7, atol=2**-7)
+    x_hat, expected = narrow.out_of_lens(z), wide.out_of_lens(z.float())
+    torch.testing.assert_close(x_hat.float(), expected, rtol=2**-8, atol=1e-3)
+    error = [
+        (sae(v) - v).float().norm() / v.float().norm()
+        for sae, v in ((narrow, x.to(dtype)), (wide, x))
+    ]
+    torch.testing.assert_close(error[0], error[1], rtol=0.05, atol=0)
+
+
+def test_a_lens_that_is_rounded_on_loading_is_a_warning(tmp_path):
+    sae_with_lens().save_model(tmp_path)
+    with pytest.warns(UserWarning, match="rounded to torch.bfloat16"):
+        SAE.load_from_disk(tmp_path, dtype="bfloat16")
 
 
 # Putting it on and taking it off
@@ -211,7 +260,7 @@ def test_it_is_saved_in_the_checkpoint(training, dtype, tmp_path):
     assert loaded.lens.config == sae.lens.config
     for name, tensor in sae.lens.state_dict().items():
         found = loaded.lens.state_dict()[name]
-        assert found.dtype == sae.dtype
+        assert found.dtype == torch.promote_types(sae.dtype, torch.float32)
         assert torch.equal(found, tensor)
     x = random_acts(3, N, dtype=sae.dtype)
     assert torch.equal(loaded(x), sae(x))

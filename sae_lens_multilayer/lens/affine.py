@@ -13,8 +13,15 @@ MAX_CONDITION_NUMBER = 1e6
 """Of I + W in the 2-norm. Above it, float32 activations do not survive the inverse."""
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a lens for vectors of `dtype`: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class AffineMap(nn.Module):
     """`x + x W^T + b` and its inverse, with W and b as buffers: nothing trains them.
+
+    Conversion to a dtype narrower than float32, such as with an SAE, is to float32.
 
     The inverse uses LU factors of I + W, computed at its first call and again after
     W was loaded or converted. Change W with `load_state_dict`, not in place.
@@ -85,8 +92,14 @@ class AffineMap(nn.Module):
 
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> "AffineMap":
+        def convert(tensor: Tensor) -> Tensor:
+            # W = A - I may be near -I: in bfloat16 nothing of A would be left.
+            found = fn(tensor)
+            dtype = wide_dtype(found.dtype)
+            return found if found.dtype == dtype else tensor.to(found.device, dtype)
+
         before = self.weight
-        super()._apply(fn, recurse)
+        super()._apply(convert, recurse)
         if self.weight is not before:
             self._factors = []
         return self

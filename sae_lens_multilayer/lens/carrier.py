@@ -1,10 +1,12 @@
 """The base class of SAEs that can work in the space of a lens and store it."""
 
 import copy
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from sae_lens import SAE, SAEConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -13,12 +15,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_multilayer.files import read_json
+from sae_lens_multilayer.lens.affine import wide_dtype
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.model import Model
 
 LENS_PREFIX = "lens."
 """Prefix of the names of a lens' tensors in the state dict of an SAE."""
+BYTES_SUFFIX = ".bytes"
+"""Suffix of these names in the file of an SAE in a dtype narrower than float32."""
 
 
 class LensCarrier(SAE[Any]):
@@ -30,8 +35,9 @@ class LensCarrier(SAE[Any]):
     """
 
     lens: LayerLens | None
-    """The lens, or None, in the SAE's dtype and on its device. Setting it also replaces
-    `cfg`, which other SAEs may use, and copies only tensors that must be converted."""
+    """The lens, or None, on the SAE's device and in its dtype, or float32 if that is
+    narrower. Setting it also replaces `cfg`, which other SAEs may use, and copies only
+    tensors that must be converted."""
 
     def __init__(self, cfg: SAEConfig, use_error_term: bool = False) -> None:
         """Create the lens that `cfg` describes, to load tensors into."""
@@ -39,7 +45,9 @@ class LensCarrier(SAE[Any]):
         settings = cfg.metadata.lens
         self.lens = None
         if settings is not None:
-            self.lens = LayerLens(LensConfig(**settings), self.dtype, self.device)
+            self.lens = LayerLens(
+                LensConfig(**settings), wide_dtype(self.dtype), self.device
+            )
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -61,7 +69,7 @@ class LensCarrier(SAE[Any]):
                 self.cfg.metadata.lens = settings
         if lens is None:
             return None
-        return lens.select(lens.hook_names).to(self.device, self.dtype)
+        return lens.select(lens.hook_names).to(self.device, wide_dtype(self.dtype))
 
     def into_lens(
         self, x: Float[Tensor, "*batch d_in"], hook: int | str | None = None
@@ -83,6 +91,41 @@ class LensCarrier(SAE[Any]):
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
         return self.run_time_activation_norm_fn_in(self.into_lens(x, hook)) - self.b_dec
 
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        if self.dtype == wide_dtype(self.dtype):
+            return
+        # SAELens converts all tensors to the SAE's dtype on loading, which keeps bytes.
+        for name in [n for n in state_dict if n.startswith(LENS_PREFIX)]:
+            tensor = state_dict.pop(name).contiguous()
+            state_dict[name + BYTES_SUFFIX] = tensor.view(torch.uint8)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        tensors = {n: t for n, t in state_dict.items() if n.startswith(LENS_PREFIX)}
+        for name in tensors:
+            del state_dict[name]
+        state_dict.update(_from_bytes(tensors))
+        lost = {n for n in tensors if tensors[n].dtype != wide_dtype(tensors[n].dtype)}
+        if lost & state_dict.keys():
+            warnings.warn(
+                f"The saved lens was rounded to {self.dtype}, in which it may not be "
+                "accurate. Load the SAE in its own dtype and convert it with `to`.",
+                stacklevel=3,
+            )
+
+
+def _from_bytes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors; those with `BYTES_SUFFIX` are the bytes of float32, in any dtype."""
+    return {
+        name.removesuffix(BYTES_SUFFIX): (
+            t.to(torch.uint8).view(torch.float32) if name.endswith(BYTES_SUFFIX) else t
+        )
+        for name, t in tensors.items()
+    }
+
 
 def lens_of(sae: SAE[Any]) -> LayerLens | None:
     """The lens of an SAE of any class, or None."""
@@ -100,7 +143,7 @@ def saved_lens(folder: Path) -> LayerLens | None:
             for name in file.keys()  # noqa: SIM118  (not iterable)
             if name.startswith(LENS_PREFIX)
         }
-    return LayerLens.from_tensors(LensConfig(**settings["lens"]), tensors)
+    return LayerLens.from_tensors(LensConfig(**settings["lens"]), _from_bytes(tensors))
 
 
 def check_lenses(model: Model, saes: Iterable[SAE[Any]], stacklevel: int) -> None:

@@ -14,6 +14,7 @@ from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.files import read_json
+from sae_lens_multilayer.lens.affine import wide_dtype
 from sae_lens_multilayer.lens.carrier import LENS_PREFIX
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
@@ -92,10 +93,13 @@ def load(
     if cfg["architecture"] != ARCHITECTURE:
         tensors["W_enc"] = tensors["W_enc"].contiguous()
         tensors["b_enc"] = tensors["b_dec"].new_zeros(d_sae)
-    if lens is not None:
-        tensors.update(lens.to(device).state_dict(prefix=LENS_PREFIX))
     dtype = str_to_dtype(cfg["dtype"])
-    return cfg, {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if lens is not None:
+        tensors.update(
+            lens.to(device, wide_dtype(dtype)).state_dict(prefix=LENS_PREFIX)
+        )
+    return cfg, tensors
 
 
 def load_config(

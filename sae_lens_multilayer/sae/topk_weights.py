@@ -66,6 +66,7 @@ class TopKWeights(LensCarrier, CopyableLayerNorm, SAE[T_CONFIG]):
 
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
         # safetensors saves contiguous tensors only.
         state_dict.update({name: t.contiguous() for name, t in state_dict.items()})
 
