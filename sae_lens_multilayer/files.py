@@ -200,6 +200,20 @@ def check_writable(path: str | Path, what: str) -> None:
         ) from error
 
 
+def check_new_file(path: str | Path, what: str) -> Path:
+    """The path of a file that can be written and does not exist, not even as a folder.
+
+    FileExistsError if something is there; for the rest see `check_writable`.
+    """
+    file = Path(path).expanduser()
+    if file.exists():
+        raise FileExistsError(
+            f"`{what}` must be a new file; {path} exists, and nothing is overwritten."
+        )
+    check_writable(file, what)
+    return file
+
+
 def files_hash(path: str | Path | None) -> str | None:
     """Hash of names, sizes and 64 KiB at evenly spaced places of each file.
 

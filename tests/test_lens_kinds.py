@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_multilayer import LayerLens, cli, evaluate, fit_jacobian_lens, fit_lens
 from sae_lens_multilayer.analysis import output_tokens
+from sae_lens_multilayer.lens import jacobian
 from sae_lens_multilayer.lens.closed_form import (
     CLOSED_FORMS,
     Moments,
@@ -167,6 +168,21 @@ def test_a_map_that_is_not_invertible_is_refused():
         closed_form("least_squares", x)
 
 
+@pytest.mark.parametrize("kind", [*CLOSED_FORMS])
+def test_too_few_tokens_or_nan_are_an_error(kind):
+    for n_tokens in (0, 5):
+        with pytest.raises(
+            ValueError, match=f"more tokens than d_in = 5; got {n_tokens}"
+        ):
+            closed_form(kind, vectors(n_tokens), shrinkage=0.1)
+    for value in (torch.nan, torch.inf):
+        x = vectors()
+        x[7, 1, 2] = value
+        message = r"\['blocks\.1\.hook_mlp_out'\] must not hold NaN"
+        with pytest.raises(ValueError, match=message):
+            closed_form(kind, x)
+
+
 @pytest.mark.parametrize(
     ("kind", "shrinkage", "message"),
     [
@@ -281,6 +297,40 @@ def test_prompts_that_are_too_short_are_an_error(model):
     tokens = torch.ones(1, N_CTX).long()
     with pytest.raises(ValueError, match="`skip_first_positions` = 16 and before"):
         fit_jacobian_lens(model, tokens)
+
+
+def test_a_model_of_one_block_has_no_jacobian_lens(tokenizer):
+    model = tiny_model(tokenizer, n_layers=1)
+    with pytest.raises(ValueError, match=r"must have at least 2 blocks; .* has 1"):
+        fit_jacobian_lens(model, torch.ones(1, 4).long(), skip_first_positions=0)
+
+
+def test_inference_mode_changes_nothing(model):
+    tokens = torch.randint(1, 512, (1, 6))
+    expected = fit_jacobian_lens(model, tokens, skip_first_positions=0).state_dict()
+    with torch.inference_mode():
+        lens = fit_jacobian_lens(model, tokens.clone(), skip_first_positions=0)
+    for name, tensor in lens.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_a_jacobian_file_needs_a_new_path(model, tmp_path, monkeypatch):
+    """An empty folder, refused before the fit; or one that appears during it."""
+    tokens = torch.randint(1, 512, (1, 6))
+    with pytest.raises(FileExistsError, match="`output_path` must be a new file"):
+        fit_jacobian_lens(model, tokens, output_path=tmp_path)
+    path = tmp_path / "lens.pt"
+    mean_jacobians = jacobian._mean_jacobians
+
+    def slow(*args):
+        path.mkdir()
+        (path / "file").touch()
+        return mean_jacobians(*args)
+
+    monkeypatch.setattr(jacobian, "_mean_jacobians", slow)
+    fit_jacobian_lens(model, tokens, skip_first_positions=0, output_path=path)
+    (saved,) = tmp_path.glob("lens-*.pt")
+    assert sorted(read_jacobians(saved)) == [*range(N_LAYERS - 1)]
 
 
 def test_a_jacobian_file_is_read_again(model, tmp_path):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from simple_parsing import field as option
 
-from sae_lens_multilayer.cli.outputs import new_folder
+from sae_lens_multilayer.cli.outputs import new_file, new_folder
 from sae_lens_multilayer.config import MultiLayerConfig
 from sae_lens_multilayer.config_files import config_from_settings, read_settings_file
 from sae_lens_multilayer.files import save_somewhere
@@ -56,7 +56,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command."""
-    output = new_folder(options.output_path)
+    new = new_file if options.kind == "jacobian" else new_folder
+    output = new(options.output_path)
     cfg = config_from_settings(read_settings_file(options.config))
     if options.kind in ("tuned", "jacobian"):
         _fit_on_text(cfg, options, output)

@@ -2,16 +2,17 @@
 
 from pathlib import Path
 
-from sae_lens_multilayer.files import check_writable, save_somewhere, write_whole
+from sae_lens_multilayer.files import (
+    check_new_file,
+    check_writable,
+    save_somewhere,
+    write_whole,
+)
 
 
 def new_file(path: str) -> Path:
     """The path of a file to write, which must not exist."""
-    file = Path(path).expanduser()
-    if file.exists():
-        raise FileExistsError(f"{path} exists; nothing is overwritten.")
-    check_writable(file, "output_path")
-    return file
+    return check_new_file(path, "output_path")
 
 
 def new_folder(path: str) -> Path:

@@ -124,7 +124,8 @@ def fit_closed_form(
             "least_squares" and "whitening" of vectors that do not fill all dimensions.
 
     Raises:
-        ValueError: If a covariance has a condition number above 1e12, so that its root
+        ValueError: If there are not more tokens than `d_in`, a vector is not finite,
+            or a covariance has a condition number above 1e12, so that its root
             or inverse would not survive float32.
     """
     if config.kind not in CLOSED_FORMS:
@@ -137,7 +138,27 @@ def fit_closed_form(
     moments = Moments(len(config.hook_names), config.d_in)
     for x in batches:
         moments.update(x)
+    _check_moments(moments, config.hook_names)
     return _lens_of_moments(moments, config, shrinkage)
+
+
+def _check_moments(moments: Moments, hook_names: list[str]) -> None:
+    d_in = moments.mean.shape[1]
+    if moments.n_tokens <= d_in:
+        raise ValueError(
+            f"A lens in closed form needs more tokens than d_in = {d_in}; got "
+            f"{moments.n_tokens}. Give more text, or a higher `n_tokens`."
+        )
+    # NaN and infinity of one vector are in the mean.
+    if bad := [
+        n
+        for n, m in zip(hook_names, moments.mean, strict=True)
+        if not m.isfinite().all()
+    ]:
+        raise ValueError(
+            f"The vectors at {bad} must not hold NaN or infinity. Look for "
+            "an overflow in the model's dtype, or leave out these hooks."
+        )
 
 
 def _lens_of_moments(

@@ -1,5 +1,6 @@
 """Jacobian lenses: the mean derivative of the last layer by each layer before it."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer.files import beside, check_writable
+from sae_lens_multilayer.files import beside, check_new_file, save_somewhere
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.text.prompts import Prompts, take_prompts
 
+logger = logging.getLogger(__name__)
+
 Jacobians = Mapping[int, Float[Tensor, "d_in d_in"]]
 """`J[l]` with `h_final ~ J[l] h_l`, h_l the output of block l, for all but the last."""
 
 
+@torch.inference_mode(False)
 def fit_jacobian_lens(
     model: Any,
     tokens: Int[Tensor, "prompt pos"] | Prompts,
@@ -53,14 +57,20 @@ def fit_jacobian_lens(
     """
     lm = as_model(model)
     lm.check_no_saes_attached()
+    if lm.shape.n_layers < 2:
+        raise ValueError(
+            "A Jacobian lens maps the outputs of earlier blocks to the last one's: the "
+            f"model must have at least 2 blocks; {lm.name!r} has {lm.shape.n_layers}."
+        )
     if output_path is not None:
-        output_path = Path(output_path).expanduser()
-        check_writable(output_path, "output_path")
+        output_path = check_new_file(output_path, "output_path")
     prompts = take_prompts(lm, tokens, None, batch_size_prompts)
     prompts = _without_ends(prompts, skip_first_positions)
     jacobians = _mean_jacobians(lm, prompts.split(batch_size_prompts), rows_per_pass)
     if output_path is not None:
-        save_jacobians(output_path, jacobians, len(prompts))
+        n = len(prompts)
+        path = save_somewhere(output_path, lambda p: save_jacobians(p, jacobians, n))
+        logger.info("The Jacobians are saved at %s.", path)
     if hook_names is None:
         layers = range(lm.shape.n_layers)
         hook_names = [f"blocks.{layer}.hook_resid_post" for layer in layers]
@@ -178,8 +188,7 @@ def save_jacobians(path: str | Path, jacobians: Jacobians, n_prompts: int) -> No
     `torch.save` of `{"J": {layer: [d, d]}, "n_prompts", "source_layers", "d_model"}`,
     in float32.
     """
-    path = Path(path).expanduser()
-    check_writable(path, "path")
+    path = check_new_file(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = {
         "J": {layer: j.float().clone() for layer, j in jacobians.items()},
