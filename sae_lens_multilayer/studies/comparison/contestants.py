@@ -177,25 +177,25 @@ def _residualised(bench: Bench, size: Size) -> Codec:
 
 
 CONTESTANTS: dict[str, Contestant] = {
-    MLSAE: Contestant("one SAE for all layers", _mlsae, has_dictionary_per_layer=False),
-    "single_layers": Contestant("an SAE for each layer", _single_layers),
+    MLSAE: Contestant("MLSAE", _mlsae, has_dictionary_per_layer=False),
+    "single_layers": Contestant("single-layer SAEs", _single_layers),
     "residualised": Contestant(
-        "an SAE for each layer, residualised", _residualised, has_predictions=True
+        "residualised SAEs", _residualised, has_predictions=True
     ),
     "crosscoder": Contestant(
-        "a crosscoder",
+        "crosscoder",
         lambda bench, size: CrosscoderCodec(_of_tokens(bench, size, CROSSCODER)),
         has_code_per_layer=False,
     ),
     "routed": Contestant(
-        "a routed SAE",
+        "routed SAE",
         lambda bench, size: RoutedCodec(_of_tokens(bench, size, ROUTED)),
         has_dictionary_per_layer=False,
         has_code_per_layer=False,
         is_routed=True,
     ),
     "pca": Contestant(
-        "PCA of each layer",
+        "PCA",
         lambda bench, size: PCACodec(bench.fitted_on),
         has_dictionary=False,
     ),

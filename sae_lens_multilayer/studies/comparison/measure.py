@@ -17,7 +17,7 @@ from sae_lens_multilayer.evaluation.scores import RunSums, add_scores
 from sae_lens_multilayer.evaluation.splicing import Edit, make_splicer
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.studies.comparison.bits import Quantiser, n_distinct
-from sae_lens_multilayer.studies.comparison.codecs import Codec
+from sae_lens_multilayer.studies.comparison.codecs import Codec, SharedCodec
 from sae_lens_multilayer.text.prompts import Prompts
 
 _PROMPTS_PER_BLOCK = 64
@@ -160,7 +160,8 @@ class Measures:
         before = self._layers
         self._layers = sums if before is None else list(map(add, before, sums))
         self._bits += float(self.codec.bits(code, self._q).sum())
-        self._n_distinct += float(n_distinct(code.indices, code.values > 0).sum())
+        if isinstance(self.codec, SharedCodec):
+            self._n_distinct += float(n_distinct(code.indices, code.values > 0).sum())
         layers = range(x.shape[2])
         alone: list[Edit] = [{i: partial(put, x_hat[:, i], counted)} for i in layers]
         together = AllLayers(self.codec, self.k, x, counted)
@@ -172,10 +173,11 @@ class Measures:
         n_tokens, clean = self._layers[0].n_tokens, self.clean.ce_loss()
         delta_ce = [one.ce_loss() - clean for one in self.spliced]
         kl_div = [one.kl_div() for one in self.spliced]
+        shared = isinstance(self.codec, SharedCodec)
         return {
+            **({"n_distinct": self._n_distinct / n_tokens} if shared else {}),
             "n_tokens": n_tokens,
             "bits": self._bits / n_tokens,
-            "n_distinct": self._n_distinct / n_tokens,
             "fvu": [float(layer.fvu) for layer in self._layers],
             "fvu_scalar": [float(layer.fvu_scalar) for layer in self._layers],
             "ce_loss_clean": clean,

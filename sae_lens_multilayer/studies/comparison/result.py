@@ -46,7 +46,6 @@ _BARS = {
     "delta_ce_all": "ΔCE, all layers\nat once (nats)",
     "n_parameters": "parameters",
     "operations": "encoder operations\nper token",
-    "training_seconds": "training time (s)",
 }
 _N_RATES = 24
 """Points of a curve of rate and distortion."""
@@ -61,8 +60,8 @@ class ComparisonResult(Result):
     """Bits per token at which FVU is reported."""
     rows: list[dict[str, Any]]
     """A row for each contestant, matching and seed: sizes and costs; `bits` per token
-    at the trained k; `n_distinct` latents active at a token (U); FVU, delta CE and KL
-    by layer, and with all layers at once (see `measure`); `rates`."""
+    at the trained k; `n_distinct` latents of the MLSAE active at a token (U); FVU,
+    delta CE and KL by layer, and with all layers at once (see `measure`); `rates`."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each contestant, matching and seed; means over layers."""
@@ -126,6 +125,9 @@ class ComparisonResult(Result):
         """By layer, rate and distortion, and costs; a column for each matching."""
         n_seeds = len({row["seed"] for row in self.rows})
         caption = f"Means over {n_seeds} seeds with 95% intervals."
+        if left_out := sorted(self._worse_than_means()):
+            names = ", ".join(CONTESTANTS[name].description for name in left_out)
+            caption += f" Not drawn, as their FVU is above 1: {names}."
         matchings = [*dict.fromkeys(row["matching"] for row in self.rows)]
         n = len(matchings)
         layers = [
@@ -146,10 +148,21 @@ class ComparisonResult(Result):
             "costs": Picture("All layers at once, and costs", bars, "", n),
         }
 
+    def _worse_than_means(self) -> set[str]:
+        """Contestants with a mean FVU above that of the mean vectors, at any matching.
+
+        Next to them, the others could not be told apart.
+        """
+        table: Any = self.summary()
+        return set(table[table.fvu > 1].contestant)
+
     def _layers(self, column: str, label: str, matching: str) -> Panel:
         table = means_with_intervals(self.by_layer(), [*KEYS, "layer"], [column])
         series: list[Series] = []
+        left_out = self._worse_than_means()
         for colour, name in self._contestants(matching):
+            if name in left_out:
+                continue
             rows: Any = table[(table.matching == matching) & (table.contestant == name)]
             y = rows[column].to_numpy()
             half = rows[f"{column}_half"].fillna(0).to_numpy()

@@ -99,6 +99,8 @@ class _Study(ResumablePoints[Entry]):
         table = self.run_points(self.points, self.points)
         check_all_done(table, "These contestants have failed")
         rows = [row for point in self.points for row in self._rows(point)]
+        order = list(self.settings.matchings)
+        rows.sort(key=lambda row: order.index(row["matching"]))
         result = self._result(rows)
         path = self.folder / _RESULT
         if path.exists():  # of an earlier call, perhaps with fewer points
