@@ -55,7 +55,7 @@ class PaperSettings:
     expansion_factor: int | float = 64
     """R of the runs over k, with a lens, and at single layers."""
     lens: str | None = None
-    """Folder or name of a tuned lens; None: no run with a lens."""
+    """Of the run with a lens, as in the config; None: no such run."""
     single_layers: bool = True
     """Whether to train an SAE for each layer too."""
     prompt: str = "When John and Mary went to the store, John gave a drink to Mary."

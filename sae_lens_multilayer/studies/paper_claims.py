@@ -49,7 +49,8 @@ class PaperStudy:
 
     def pictures(self) -> dict[str, Picture]:
         """The figures by file name."""
-        found = {"sweep": describe_sweep(self.table, ["expansion_factor", "k"])}
+        plain = self.table.drop(index=LENS, errors="ignore")
+        found = {"sweep": describe_sweep(plain, ["expansion_factor", "k"])}
         found["prompt"] = self.prompt.pictures()[""]
         for suffix, results in (("", self.default), ("_lens", self.lens)):
             for name in ANALYSES:
