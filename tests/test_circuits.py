@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens.saes.sae import SAEMetadata
 from saes import random_lens, random_sae
+from scipy import stats
 from test_walk import block_names, bridge_of, random_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -698,7 +700,16 @@ def test_the_study_compares_labels_and_resumes(study, tmp_path, monkeypatch):
     means = found.summary()
     own = table[(table.label == "raw") & (table.task == "induction")]
     row = means[(means.label == "raw") & (means.task == "induction")].iloc[0]
-    assert row.cpr_log == pytest.approx(own.cpr_log.mean())
+    of_saes = own.groupby("index").cpr_log.mean()  # seeds of prompts first
+    assert row.n_saes == len(of_saes) == 2
+    assert row.cpr_log == pytest.approx(of_saes.mean())
+    half = stats.t.ppf(0.975, 1) * of_saes.sem()
+    assert row.cpr_log_half == pytest.approx(half)
+    saved = pd.read_csv(folder / "summary.csv")
+    assert saved.cpr_log_half.to_numpy() == pytest.approx(
+        means.cpr_log_half.to_numpy(), nan_ok=True
+    )
+    assert len(pd.read_csv(folder / "jaccard.csv")) == len(found.jaccard_table())
     found.save(tmp_path / "result")
     assert CircuitTable.load(tmp_path / "result").summary().equals(means)
     # A second call reads everything; one without a point computes only that one.
@@ -739,6 +750,10 @@ def test_bad_input_of_the_study(study, tokenizer, tmp_path):
         ({"ablations": ["zero"]}, "got 'zero'"),
         ({"method": "exact"}, "`method` must be in.*got 'exact'"),
         ({"n_prompts": 1}, "at least 2; got 1"),
+        ({"n_steps": 0}, "`n_steps` must be at least 1; got 0"),
+        ({"seeds": []}, "`seeds` must not be empty"),
+        ({"jaccard_share": 2.0}, r"in \(0, 1\]; got 2.0"),
+        ({"saes": {"raw": ["a", "a"]}}, "'raw' must differ"),
         ({"layer": [1]}, "layer"),
     ):
         with pytest.raises(ValueError, match=message):

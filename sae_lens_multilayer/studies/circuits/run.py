@@ -56,8 +56,9 @@ def circuits_study(
 ) -> CircuitTable:
     """Find circuits for each task, ablation, SAE and seed, and compare labels.
 
-    Each choice has a folder with its `Circuits`; beside them are `table.csv`, `result`,
-    the figures and the attribution graphs. A second call resumes the study.
+    Each choice has a folder with its `Circuits`; beside them are `circuits.csv` (a row
+    for each), `summary.csv` (means and intervals), `jaccard.csv`, the figures and the
+    attribution graphs. A second call resumes the study.
 
     Args:
         folder: Folder of the study; another study's is an error.
@@ -121,6 +122,8 @@ class _Study(ResumablePoints[CircuitPoint]):
         for name, picture in result.pictures().items():
             save_figure(draw(picture), self.folder / f"{name}.png")
         result.to_dataframe().to_csv(self.folder / "circuits.csv", index=False)
+        result.summary().to_csv(self.folder / "summary.csv", index=False)
+        result.jaccard_table().to_csv(self.folder / "jaccard.csv", index=False)
         return result
 
     # Points

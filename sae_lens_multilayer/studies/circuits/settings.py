@@ -64,6 +64,12 @@ class CircuitSettings:
                 "`saes` must name at least one label with the folder of an SAE or a "
                 f"list of folders; got {saes!r}."
             )
+        for name in ("tasks", "ablations", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must not be empty.")
+        for label, folders in self.folders.items():
+            if len({*folders}) < len(folders):
+                raise ValueError(f"The SAEs of {label!r} must differ; got {folders}.")
         for task in self.tasks:
             check_choice("tasks", task, [*TASKS])
         for ablation in self.ablations:
@@ -71,6 +77,12 @@ class CircuitSettings:
         check_choice("method", self.method, get_args(Method))
         if self.n_prompts < 2:
             raise ValueError(f"`n_prompts` must be at least 2; got {self.n_prompts}.")
+        if self.n_steps < 1:
+            raise ValueError(f"`n_steps` must be at least 1; got {self.n_steps}.")
+        if not 0 < self.jaccard_share <= 1:
+            raise ValueError(
+                f"`jaccard_share` must be in (0, 1]; got {self.jaccard_share}."
+            )
         check_shares(self.shares)
 
     @property

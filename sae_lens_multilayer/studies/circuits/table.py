@@ -41,19 +41,19 @@ class CircuitTable(Result):
         return pd.DataFrame(self.rows)
 
     def summary(self) -> pd.DataFrame:
-        """Means over SAEs and seeds by task, ablation and label.
+        """Means over SAEs by task, ablation and label, of means over seeds of prompts.
 
         A column `*_half` is half of the 95% interval of the mean (Student's t over the
-        rows); NaN for one row.
+        `n_saes` SAEs); NaN for one SAE.
         """
-        table = self.to_dataframe().drop(columns=["index", "seed"])
-        return _means(table, _GROUPS)
+        return _means(self.to_dataframe(), _GROUPS)
 
     def short_table(self) -> pd.DataFrame:
-        """The main columns of `summary`."""
+        """The main columns of `summary`, with half of the interval of each measure."""
         table: Any = self.summary()
-        shown = ["k", "fvu", "cpr", "cmd", "cpr_log_random", *_SHOWN]
-        return table[[*_GROUPS, *shown]]
+        measures = [n for name in _SHOWN for n in (name, f"{name}_half")]
+        shown = ["n_saes", "n_nodes", "k", "fvu", "m_full", "m_empty", "cpr", "cmd"]
+        return table[[*_GROUPS, *shown, "cpr_log_random", *measures]]
 
     def jaccard_table(self) -> pd.DataFrame:
         """Mean Jaccard index by task, ablation and label, between SAEs and prompts."""
@@ -69,7 +69,7 @@ class CircuitTable(Result):
         choices: Any = means[["task", "ablation"]].drop_duplicates()
         panels = [_curve_panel(means, row) for row in choices.to_dict("records")]
         n_columns = len(choices.ablation.unique())
-        caption = "Means over SAEs and seeds of prompts, with 95% intervals."
+        caption = "Means over SAEs, with 95% intervals."
         table = self.summary()
         bars = [_bar_panel(table, name, label) for name, label in _SHOWN.items()]
         return {
@@ -86,11 +86,14 @@ def _means(table: pd.DataFrame, groups: Sequence[str]) -> pd.DataFrame:
         for name in table.select_dtypes("number")
         if name not in (*groups, "index", "seed")
     ]
-    grouped: Any = table.groupby(list(groups), sort=False)[numeric]
+    # Rows of one SAE are not independent.
+    of_saes = table.groupby([*groups, "index"], sort=False)[numeric].mean()
+    grouped: Any = of_saes.groupby(list(groups), sort=False)
     n = grouped.count()
     t = stats.t.ppf((1 + _CONFIDENCE) / 2, (n - 1).clip(lower=1))
     half = grouped.std() / np.sqrt(n) * t
-    return pd.concat([grouped.mean(), half.add_suffix("_half")], axis=1).reset_index()
+    parts = [grouped.size().rename("n_saes"), grouped.mean(), half.add_suffix("_half")]
+    return pd.concat(parts, axis=1).reset_index()
 
 
 def _curve_panel(means: pd.DataFrame, chosen: dict[Any, Any]) -> Panel:
