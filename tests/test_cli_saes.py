@@ -165,7 +165,7 @@ def test_evaluate_gives_what_the_function_gives(
     table = pd.read_csv("new/e.csv", index_col=0)
     pd.testing.assert_frame_equal(table, expected, rtol=1e-6)
     assert "All layers replaced at once" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"evaluate: new/e\.csv exists"):
+    with pytest.raises(SystemExit, match=r"new file; new/e\.csv exists"):
         cli.main(["evaluate", "sae", *offline, "--output_path", "new/e.csv"])
 
 
