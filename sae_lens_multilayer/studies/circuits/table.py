@@ -87,8 +87,8 @@ def _means(table: pd.DataFrame, groups: Sequence[str]) -> pd.DataFrame:
         if name not in (*groups, "index", "seed")
     ]
     # Rows of one SAE are not independent.
-    of_saes = table.groupby([*groups, "index"], sort=False)[numeric].mean()
-    grouped: Any = of_saes.groupby(list(groups), sort=False)
+    by_sae: Any = table.groupby([*groups, "index"], sort=False)[numeric]
+    grouped: Any = by_sae.mean().groupby(list(groups), sort=False)
     n = grouped.count()
     t = stats.t.ppf((1 + _CONFIDENCE) / 2, (n - 1).clip(lower=1))
     half = grouped.std() / np.sqrt(n) * t
@@ -119,27 +119,22 @@ def _curve_panel(means: pd.DataFrame, chosen: dict[Any, Any]) -> Panel:
 
 
 def _bar_panel(table: pd.DataFrame, name: str, text: str) -> Panel:
-    """A point with its interval for each label, by task and ablation."""
+    """A bar with its interval for each label, by task and ablation."""
     rows: Any = table
     kinds = [f"{t}\n{a}" for t, a in zip(rows.task, rows.ablation, strict=True)]
     places = list(dict.fromkeys(kinds))
     at = np.array([places.index(kind) for kind in kinds], dtype=float)
     labels = list(dict.fromkeys(rows.label))
+    width = 0.8 / len(labels)
     series: list[Series] = []
     for i, label in enumerate(labels):
         own = (rows.label == label).to_numpy()
-        x = at[own] + 0.6 * (i / max(1, len(labels) - 1) - 0.5) * (len(labels) > 1)
+        x = at[own] + width * (i - (len(labels) - 1) / 2)
         y, half = rows[name].to_numpy()[own], rows[f"{name}_half"].fillna(0)[own]
+        low, high = y - half.to_numpy(), y + half.to_numpy()
         series += [
-            Series(
-                "",
-                x,
-                y - half.to_numpy(),
-                "intervals",
-                top=y + half.to_numpy(),
-                colour=i,
-            ),
-            Series(str(label), x, y, "points", colour=i),
+            Series(str(label), x, y, "bars", width=0.9 * width, colour=i),
+            Series("", x, low, "intervals", top=high),
         ]
     axis = Axis("", [place.replace("_", " ") for place in places], len(places))
     return Panel(axis, Axis(text, include_zero=True), series)
