@@ -131,16 +131,22 @@ def run_once(
 
 
 def check_equal(tables: dict[str, pd.DataFrame]) -> None:
-    """Raise AssertionError if results of models or methods differ."""
-    expected, *_ = (table.reset_index(drop=True) for table in tables.values())
+    """Raise AssertionError if results of methods, or of kinds of models, differ.
+
+    Vectors of two kinds differ by rounding, so at near ties they select other latents.
+    """
+    first, *_ = tables.values()
     for name, table in tables.items():
-        tolerance = 1e-4 if "run_evals" in name else 1e-5
-        pd.testing.assert_frame_equal(
-            table.reset_index(drop=True),
-            expected.loc[:, list(table.columns)],
-            atol=tolerance,
-            rtol=tolerance,
-        )
+        kind = name.split(",")[0]
+        own = tables.get(f"{kind}, from the middle", first)
+        methods = 1e-4 if "run_evals" in name else 1e-5
+        for expected, tolerance in ((own, methods), (first, 1e-3)):
+            pd.testing.assert_frame_equal(
+                table.reset_index(drop=True),
+                expected.reset_index(drop=True).loc[:, list(table.columns)],
+                atol=tolerance,
+                rtol=tolerance,
+            )
 
 
 def make_models(d_vocab: int) -> dict[str, Any]:
