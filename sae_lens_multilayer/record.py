@@ -149,6 +149,14 @@ def hash_of_json(value: Any) -> str:
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
+def sae_hash(sae: Any) -> str:
+    """Hash of an SAE's settings and hooks, and of all its tensors."""
+    values = sae.cfg.to_dict().items()
+    settings = {n: str(v) for n, v in values if n not in ("device", "metadata")}
+    hook_names = getattr(sae.cfg.metadata, "hook_names", None)
+    return hash_of_json([settings, hook_names, hash_of_tensors(sae.state_dict())])
+
+
 def weights_hash(module: torch.nn.Module) -> str:
     """Hash of up to `SAMPLES_PER_PARAMETER` entries of each of a model's parameters."""
     samples: dict[str, Tensor] = {}

@@ -2,6 +2,8 @@
 figures computed by hand, and the fields of the public graph schema."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from saes import random_lens, random_sae
 from scipy import stats
 from test_walk import block_names, bridge_of, random_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.models.kinds import as_model
@@ -35,6 +38,7 @@ from sae_lens_multilayer.studies.circuits import (
     jaccard,
     make_task,
 )
+from sae_lens_multilayer.studies.circuits import inputs as inputs_module
 from sae_lens_multilayer.studies.circuits import run as study_module
 from sae_lens_multilayer.studies.circuits.curves import (
     areas,
@@ -60,16 +64,21 @@ N_LAYERS, D_IN, D_SAE, K = 3, 32, 48, 6
 NAMES = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 
 
-def word_tokenizer(n_digits: int = 1) -> Any:
-    """One token for each word of the templates, and for each number of some digits."""
+def word_tokenizer(n_digits: int = 1, years: Sequence[str] = ()) -> Any:
+    """One token for each word of the templates, and for each number of some digits.
+
+    Args:
+        years: Numbers that are not split.
+    """
     words = ["The", "the", "lasted", "from", "year", "to", *PREPOSITIONS, *OF_EVENTS]
     words += [word for pair in (*NOUNS, *VERBS) for word in pair]
     numbers = [f"{i:0{n_digits}d}" for i in range(10**n_digits)]
-    names = ["[UNK]", "[BOS]", *words, *numbers]
+    names = ["[UNK]", "[BOS]", *words, *numbers, *years]
     tokenizer = Tokenizer(
         models.WordLevel({n: i for i, n in enumerate(names)}, "[UNK]")
     )
-    digits = pre_tokenizers.Split(Regex(rf"\d{{{n_digits}}}"), "isolated")
+    patterns = "|".join([*years, rf"\d{{{n_digits}}}"])
+    digits = pre_tokenizers.Split(Regex(patterns), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), digits]
     )
@@ -174,6 +183,42 @@ def test_the_metric_is_the_log_odds_of_correct_tokens():
         for mask in (one.is_correct, one.is_wrong)
     )
     torch.testing.assert_close(one.metric(logits), correct - wrong)
+
+
+def test_years_that_are_one_token_are_left_out():
+    """As in the data of Hanna et al.: GPT-2 has some years as one token."""
+    whole = ["1701", "1745", "1776", *(f"17{i}" for i in range(80, 100))]
+    tokenizer = word_tokenizer(2, whole)
+    task = make_task("greater_than", tokenizer, 60)
+    split = [i for i in range(100) if f"17{i:02d}" not in whole]
+    first = task.positions.index("year")
+    starts = {int(tokenizer.decode([i])) for i in task.clean[:, first]}
+    assert len(starts) > 20
+    assert starts <= {*split[10:-10]}
+    assert {tokenizer.decode([i]) for i in task.corrupted[:, first]} == {"00"}
+    for i, row in enumerate(task.clean):
+        year = int(tokenizer.decode([row[first]]))
+        masks = task.is_correct[i], task.is_wrong[i]
+        words = [tokenizer.decode(task.candidates[mask]).split() for mask in masks]
+        sides = [sorted(map(int, side)) for side in words]
+        assert sides == [[y for y in split if y > year], [y for y in split if y < year]]
+
+
+def test_too_few_years_are_an_error():
+    tokenizer = word_tokenizer(2, [f"17{i:02d}" for i in range(71)])
+    with pytest.raises(ValueError, match=r"29 of 00 to 99 \(needed are 30\)"):
+        make_task("greater_than", tokenizer, 4)
+
+
+def test_induction_has_no_special_tokens():
+    """Those that the tokenizer's file flags as special, with or without a role."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([AddedToken("<mark>", special=True), AddedToken("plain")])
+    mark, plain = tokenizer.convert_tokens_to_ids(["<mark>", "plain"])
+    assert mark not in tokenizer.all_special_ids
+    task = make_task("induction", tokenizer, 300)
+    assert plain in task.clean
+    assert not torch.isin(task.clean, torch.tensor([0, 1, mark])).any()
 
 
 def test_what_a_task_needs(tokenizer):
@@ -522,6 +567,21 @@ def test_jaccard_by_hand():
     assert mutual_nearest(rows, near).tolist() == [-2, 0]
 
 
+@pytest.mark.parametrize("n_at_once", [1, 7, 1024])
+def test_nearest_latents_are_found_in_blocks(n_at_once):
+    """Reference: the whole matrix of cosines."""
+    a, b = torch.randn(40, 8, dtype=torch.float64), torch.randn(30, 8).double()
+    cosines = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2)
+    expected = [
+        int(i) if cosines[i].argmax() == j else -2
+        for j, i in enumerate(cosines.argmax(0))
+    ]
+    assert expected.count(-2) not in (0, 30)
+    assert mutual_nearest(a, b, n_at_once).tolist() == expected
+    ties = torch.eye(3)[[0, 0]], torch.eye(3)[[1, 0, 0]]  # the first one counts
+    assert mutual_nearest(*ties, n_at_once).tolist() == [-2, 0, -2]
+
+
 @torch.no_grad()
 def fvu_of_each_k(sae: Any, x: Tensor) -> dict[int, float]:
     """By the dense decoder and the definition."""
@@ -633,6 +693,10 @@ def test_graphs_follow_the_schema_and_links_add_up(lens, make_case):
     own = [n for n in few["nodes"] if n["influence"] is not None]
     assert len(own) == 5
     assert max(n["influence"] for n in own) == pytest.approx(1)
+    for prompt in (-1, 3):
+        message = rf"`prompt` must be in \[0, 3\).*{prompt}"
+        with pytest.raises(ValueError, match=message):
+            attribution_graph(sae, model, task, prompt=prompt)
 
 
 def _along_the_stream(sae: Any, model: Any, ids: Tensor, node: dict[str, Any]) -> float:
@@ -692,7 +756,7 @@ def test_the_study_compares_labels_and_resumes(study, tmp_path, monkeypatch):
     assert set(jaccards.between) == {"prompts", "SAEs"}
     assert jaccards.jaccard.between(0, 1).all()
     check_schema(
-        json.loads((folder / "graph_lens_induction.json").read_text()),
+        json.loads((folder / "graphs" / "lens_induction.json").read_text()),
         json.loads(SCHEMA.read_text()),
     )
     assert (folder / "faithfulness.png").exists()
@@ -733,9 +797,82 @@ def test_the_study_compares_labels_and_resumes(study, tmp_path, monkeypatch):
         circuits_study(other, folder, override_model=model)
 
 
+def test_changed_inputs_are_an_error_and_nothing_of_them_is_reused(study, tmp_path):
+    model, settings = study
+    one = {**settings, "saes": {"raw": "a", "lens": "c"}, "seeds": [0]}
+    chosen, folder = CircuitSettings.from_settings(one), tmp_path / "out"
+    circuits_study(chosen, folder, override_model=model)
+    saes, names = folder / "saes.json", {p.name for p in folder.glob("gradients_*")}
+    assert len(names) == 1
+    assert len(json.loads(saes.read_text())) == 2
+    other = SAE.load_from_disk("c")
+    with torch.no_grad():
+        other.W_dec[0, 0] += 1e-6
+    other.save_model(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"lens-0.*\n.*`sae_hash`"):
+        circuits_study(chosen, folder, override_model=model)
+    shutil.rmtree(folder / "lens-0_induction-0_mean")
+    circuits_study(chosen, folder, override_model=model)
+    assert len(json.loads(saes.read_text())) == 3
+    assert {p.name for p in folder.glob("gradients_*")} == names
+    with torch.no_grad():
+        model.blocks[1].mlp.W_in[0, 0] += 1
+    with pytest.raises(ValueError, match=r"raw-0.*\n.*`weights_hash`"):
+        circuits_study(chosen, folder, override_model=model)
+    for point in folder.glob("*-0_induction-0_mean"):
+        shutil.rmtree(point)
+    circuits_study(chosen, folder, override_model=model)
+    assert len(json.loads(saes.read_text())) == 5
+    assert len([*folder.glob("gradients_*")]) == 2
+
+
+def test_a_model_that_is_loaded_later_is_compared_too(study, tmp_path, monkeypatch):
+    model, settings = study
+    one = {**settings, "saes": {"raw": "a"}, "seeds": [0]}
+    chosen, folder = CircuitSettings.from_settings(one), tmp_path / "out"
+    circuits_study(chosen, folder, override_model=model)
+    with torch.no_grad():
+        model.blocks[1].mlp.W_in[0, 0] += 1
+    monkeypatch.setattr(inputs_module.loading, "load_by_name", lambda *_: model)
+    circuits_study(chosen, folder)  # all is done, so the model is not loaded
+    (folder / "raw-0_induction-0_mean" / "circuits").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"raw-0.*\n.*`weights_hash`"):
+        circuits_study(chosen, folder)
+
+
+def test_graphs_fail_alone_and_are_made_again(study, tmp_path, monkeypatch, caplog):
+    model, settings = study
+    one = {**settings, "saes": {"raw": "a"}}
+    folder = tmp_path / "out"
+    original, calls = study_module.attribution_graph, list[int]()
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(options["n_nodes"])
+        if len(calls) == 1:
+            raise ValueError("no such graph")
+        return original(*args, **options)
+
+    def run(n_nodes: int) -> int:
+        chosen = CircuitSettings.from_settings({**one, "n_graph_nodes": n_nodes})
+        circuits_study(chosen, folder, override_model=model)
+        graph = json.loads((folder / "graphs" / "raw_induction.json").read_text())
+        return len([n for n in graph["nodes"] if n["influence"] is not None])
+
+    monkeypatch.setattr(study_module, "attribution_graph", failing)
+    with pytest.raises(FileNotFoundError):
+        run(5)
+    assert "no such graph" in caplog.text
+    assert (folder / "raw-0_induction-0_mean" / "circuits").is_dir()
+    assert (folder / "summary.csv").exists()
+    assert [run(5), run(5), run(8), run(8)] == [5, 5, 8, 8]
+    assert calls == [5, 5, 8]
+    listed = json.loads((folder / "graphs" / "graph-metadata.json").read_text())
+    assert [one["slug"] for one in listed["graphs"]] == ["raw_induction"]
+
+
 def test_the_command_runs_the_study(study, tmp_path, monkeypatch, capsys):
     model, settings = study
-    monkeypatch.setattr(study_module.loading, "load_by_name", lambda *_: model)
+    monkeypatch.setattr(inputs_module.loading, "load_by_name", lambda *_: model)
     small = {"saes": {"raw": "a"}, "seeds": [0], "n_graph_nodes": 0}
     (tmp_path / "study.json").write_text(json.dumps({**settings, **small}))
     cli.main(["study", "circuits", "study.json", "--output", "out"])

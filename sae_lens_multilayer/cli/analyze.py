@@ -18,7 +18,7 @@ from sae_lens_multilayer.cli.tables import print_table
 from sae_lens_multilayer.files import complete_or_absent, save_somewhere
 from sae_lens_multilayer.pictures import draw, pictures_of, save_figure
 from sae_lens_multilayer.published.saved_sae import load_sae
-from sae_lens_multilayer.record import Record, hash_of_json, hash_of_tensors
+from sae_lens_multilayer.record import Record, sae_hash
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,4 @@ def _absolute(value: Any) -> Any:
 
 
 def _fingerprints(inputs: Inputs) -> dict[str, str]:
-    values = inputs.sae.cfg.to_dict().items()
-    settings = {n: str(v) for n, v in values if n not in ("device", "metadata")}
-    sae = hash_of_json([settings, hash_of_tensors(inputs.sae.state_dict())])
-    return {"SAE": sae, "text": inputs.prompts.fingerprint}
+    return {"SAE": sae_hash(inputs.sae), "text": inputs.prompts.fingerprint}

@@ -54,6 +54,10 @@ class ResumablePoints(ABC, Generic[T]):
     def point_settings(self, point: T) -> dict[str, Any]:
         """The settings that its folder was made with."""
 
+    def point_fingerprints(self, point: T) -> dict[str, Any]:
+        """Hashes of the inputs that its folder was made of, if known."""
+        return {}
+
     @abstractmethod
     def is_done(self, point: T) -> bool:
         """Whether its results are complete."""
@@ -121,7 +125,8 @@ class ResumablePoints(ABC, Generic[T]):
         return {**self.values(point), **status, "error": error}
 
     def _record(self, point: T) -> Record:
-        return Record(self.point_kind, self.point_settings(point))
+        fingerprints = self.point_fingerprints(point)
+        return Record(self.point_kind, self.point_settings(point), fingerprints)
 
     def _write_table(self, rows: dict[str, dict[str, Any]]) -> None:
         write_whole(self.folder / TABLE_FILE, _table(rows).to_csv())

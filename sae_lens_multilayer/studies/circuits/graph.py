@@ -81,13 +81,20 @@ def attribution_graph(
 
     Args:
         layers: See `circuits`.
+        prompt: Index of the prompt in the task.
         n_nodes: Nodes beside tokens and logits.
         slug: Name of the graph.
 
     Raises:
-        ValueError: If the model cannot be run block by block.
+        ValueError: If the task has no such prompt, or the model cannot be run block by
+            block.
     """
     lm, names = as_model(model), chosen_hooks(sae, layers)
+    if not 0 <= prompt < len(task):
+        raise ValueError(
+            f"`prompt` must be in [0, {len(task)}), the prompts of {task.name!r}; got "
+            f"{prompt}."
+        )
     one = _of_prompt(task, prompt)
     streams = Streams.of(lm, one, names, 1)
     method: Method = "attribution_patching"
@@ -98,7 +105,13 @@ def attribution_graph(
     links = _Links(sae, lm, one, names, chosen).all(targets)
     return {
         "metadata": _metadata(lm, one, slug),
-        "qParams": {"linkType": "both", "pinnedIds": [], "supernodes": []},
+        "qParams": {
+            "linkType": "both",
+            "pinnedIds": [],
+            "supernodes": [],
+            "clickedId": "",
+            "sg_pos": "",
+        },
         "nodes": _nodes(lm, one, names, chosen, targets),
         "links": [
             {"source": source, "target": target, "weight": weight}
@@ -301,6 +314,7 @@ def _metadata(lm: Any, task: Task, slug: str) -> dict[str, Any]:
     return {
         "slug": slug,
         "scan": Path(lm.name).name,
+        "transcoder_list": [],
         "prompt": "".join(tokens),
         "prompt_tokens": tokens,
         "node_threshold": 1.0,

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ TOLERANCE = 0.005
 _ROWS = 512
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextVectors:
+    """The vectors of a text at each hook."""
+
+    vectors: Float[Tensor, "layer token d_in"]
+    fingerprint: str
+    """Of the text's tokens."""
 
 
 @torch.no_grad()

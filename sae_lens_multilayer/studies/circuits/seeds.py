@@ -50,14 +50,28 @@ def _matching(a: str, b: str) -> Int[np.ndarray, " latent"]:
 
 
 def mutual_nearest(
-    a: Float[Tensor, "latent d_in"], b: Float[Tensor, "other d_in"]
+    a: Float[Tensor, "latent d_in"],
+    b: Float[Tensor, "other d_in"],
+    n_at_once: int = 1024,
 ) -> Int[np.ndarray, " other"]:
     """The latent of `a` for each of `b` with which it is nearest both ways; else -2.
 
-    Nearness is the cosine.
+    Nearness is the cosine; of equally near latents, the first one counts.
+
+    Args:
+        n_at_once: Rows of `b` whose cosines with all of `a` are in memory at once.
     """
-    unit = [torch.nn.functional.normalize(one, dim=1) for one in (a, b)]
-    cosines = unit[0] @ unit[1].T
-    of_b, of_a = cosines.argmax(0), cosines.argmax(1)
-    is_mutual = of_a[of_b] == torch.arange(len(b))
-    return torch.where(is_mutual, of_b, -2).numpy()
+    a, b = (torch.nn.functional.normalize(one, dim=1) for one in (a, b))
+    of_b = torch.empty(len(b), dtype=torch.int64, device=b.device)
+    of_a = torch.zeros(len(a), dtype=torch.int64, device=a.device)
+    nearest = torch.full_like(a[:, 0], -torch.inf)
+    for start in range(0, len(b), n_at_once):
+        rows = slice(start, start + n_at_once)
+        cosines = a @ b[rows].T
+        of_b[rows] = cosines.argmax(0)
+        found = cosines.max(1)
+        is_nearer = found.values > nearest
+        of_a = torch.where(is_nearer, found.indices + start, of_a)
+        nearest = torch.where(is_nearer, found.values, nearest)
+    is_mutual = of_a[of_b] == torch.arange(len(b), device=b.device)
+    return torch.where(is_mutual, of_b, -2).cpu().numpy()

@@ -1,7 +1,7 @@
 """The settings of the study of circuits, and its points."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from sae_lens_multilayer.config_files import check_known
@@ -86,19 +86,17 @@ class CircuitSettings:
         check_shares(self.shares)
 
     @property
+    def reference(self) -> str:
+        """The folder of the first SAE, whose FVU and hooks are those of the study."""
+        return next(iter(self.folders.values()))[0]
+
+    @property
     def folders(self) -> dict[str, list[str]]:
         """The folders of each label."""
         return {
             label: [one] if isinstance(one, str) else list(one)
             for label, one in self.saes.items()
         }
-
-    @property
-    def of_prompts(self) -> dict[str, Any]:
-        """The settings on which gradients depend, beside task, seed and ablation."""
-        names = "model_name", "model_class_name", "layers", "n_prompts"
-        values = asdict(self)
-        return {n: values[n] for n in (*names, "method", "n_steps", "model_kwargs")}
 
 
 @dataclass(frozen=True)

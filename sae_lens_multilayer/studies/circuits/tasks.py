@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lens_multilayer.record import hash_of_tensors
 from sae_lens_multilayer.studies.circuits.words import (
     NOUNS,
     OF_EVENTS,
@@ -60,6 +61,12 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the prompts and their answers."""
+        names = "clean", "corrupted", "candidates", "is_correct", "is_wrong"
+        return hash_of_tensors({name: getattr(self, name) for name in names})
 
     @property
     def classes(self) -> list[str]:
@@ -151,25 +158,33 @@ def greater_than(tokenizer: Any, n_prompts: int, seed: int, bos: int | None) -> 
 
     With tokens of two digits, correct are years greater than yy and wrong ones smaller;
     with tokens of one digit, correct are greater decades and wrong ones smaller. The
-    corrupted prompt has the year 1701 (decade 0).
+    corrupted prompt has the year 1701, or decade 0. Years that the tokenizer does not
+    split into 17 and yy, as some of GPT-2's, are neither prompts nor answers; if 1701
+    is one of them, the first year that is split takes its place.
 
     References:
-        Hanna et al. (2023), arXiv:2305.00586.
+        Hanna et al. (2023), arXiv:2305.00586, whose data has only years that GPT-2
+        splits so. Theirs has prompts from all centuries.
     """
     words, rng = Vocabulary(tokenizer, "greater_than"), np.random.default_rng(seed)
     nouns = words.singles("The", OF_EVENTS, "nouns of events", 1)
-    numbers = words.numbers_after("The war lasted from the year 17")
-    low, n_digits = (2, 1) if len(numbers) == 10 else (10, 2)
+    tokens = words.numbers_after("The war lasted from the year 17")
+    low, n_digits = (2, 1) if len(tokens) == 10 else (10, 2)
+    years = [*tokens]
+    early = 1 if n_digits == 2 and 1 in tokens else years[0]
     prompts: list[tuple[list[Part], list[Part]]] = []
     answers: list[tuple[list[int], list[int]]] = []
     for _ in range(n_prompts):
-        start = int(rng.integers(low, len(numbers) - low))
+        at = int(rng.integers(low, len(years) - low))
         unit = "" if n_digits == 2 else str(rng.integers(2, 9))
         noun = nouns[rng.integers(len(nouns))]
-        years = [f"{start:0{n_digits}d}", "01" if n_digits == 2 else "0"]
-        pair = [_years(noun, year, unit) for year in years]
+        pair = [
+            _years(noun, f"{year:0{n_digits}d}", unit) for year in (years[at], early)
+        ]
         prompts.append((pair[0], pair[1]))
-        answers.append((numbers[start + 1 :], numbers[:start]))
+        answers.append(
+            tuple([tokens[y] for y in part] for part in (years[at + 1 :], years[:at]))
+        )
     return _of_pairs("greater_than", words, prompts, answers, bos)
 
 

@@ -15,6 +15,8 @@ VERBS = (("is", "are"), ("was", "were"), ("has", "have"))
 PREPOSITIONS = ("near", "behind", "beside", "with", "by")
 OF_EVENTS = ("war", "siege", "strike", "project", "study", "work", "trial", "series")
 """Nouns of what lasts from one year to another."""
+LEAST_NUMBERS = 30
+"""Numbers from 00 to 99 that need a token of their own after the century."""
 
 
 class Part(NamedTuple):
@@ -80,9 +82,11 @@ class Vocabulary:
         return found
 
     def ordinary_ids(self, least: int) -> list[int]:
-        """Ids of tokens that are not special."""
-        special = set(self._tokenizer.all_special_ids)
-        found = [i for i in range(len(self._tokenizer)) if i not in special]
+        """Ids of tokens that the tokenizer does not flag as special, ascending."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {*self._tokenizer.all_special_ids}
+        special |= {i for i, token in added if token.special}
+        found = sorted({*self._tokenizer.get_vocab().values()} - special)
         if len(found) < least:
             raise ValueError(
                 f"The task {self._task!r} needs at least {least} tokens that are not "
@@ -90,22 +94,31 @@ class Vocabulary:
             )
         return found
 
-    def numbers_after(self, prefix: str) -> list[int]:
-        """The tokens of 00 to 99 after a number if each is one, else those of 0 to 9.
+    def numbers_after(self, prefix: str) -> dict[int, int]:
+        """Tokens after a number that are one more number: 00 to 99, or else 0 to 9.
+
+        A number of two digits is left out if the tokenizer does not split it off, as it
+        has the whole year or splits it otherwise; all numbers of one digit are needed.
 
         Raises:
-            ValueError: If neither are single, distinct tokens.
+            ValueError: If fewer than `LEAST_NUMBERS` numbers of two digits and not all
+                digits are single, distinct tokens.
         """
-        for n_digits in (2, 1):
-            texts = [f"{i:0{n_digits}d}" for i in range(10**n_digits)]
-            parts = [self._after(prefix, text) for text in texts]
-            ids = [own[0] for own in parts if own is not None and len(own) == 1]
-            if len(set(ids)) == len(texts):
-                return ids
+        counts: list[int] = []
+        for n_digits, least in ((2, LEAST_NUMBERS), (1, 10)):
+            found: dict[int, int] = {}
+            for i in range(10**n_digits):
+                own = self._after(prefix, f"{i:0{n_digits}d}")
+                if own is not None and len(own) == 1:
+                    found[i] = own[0]
+            counts.append(len(found))
+            if len(found) >= least and len({*found.values()}) == len(found):
+                return found
         raise ValueError(
             f"The task {self._task!r} needs a tokenizer that splits years, such as "
-            f"1745, into 17 and 45 or into digits; after {prefix!r} it has no single "
-            "tokens for 00 to 99, nor for 0 to 9."
+            f"1745, into 17 and 45 or into digits; after {prefix!r} it has single "
+            f"tokens for {counts[0]} of 00 to 99 (needed are {LEAST_NUMBERS}), and for "
+            f"{counts[1]} of 0 to 9 (needed are all)."
         )
 
     def encode(self, parts: Sequence[Part]) -> tuple[list[int], list[str]]:
