@@ -441,6 +441,56 @@ def test_all_nodes_have_f_1_and_none_0(ablation, make_case, tmp_path):
     draw(found)
 
 
+@pytest.mark.parametrize("ranking", ["absolute", "signed"])
+def test_circuits_of_a_number_of_nodes_have_the_first_by_rank(ranking, make_case):
+    """Reference: dense whole passes with the nodes that have these effects."""
+    model, make_sae = make_case()
+    sae, task = make_sae(), make_task("induction", model.tokenizer, 3)
+    method: Any = {"method": "attribution_patching"}
+    streams, nodes = effects_of(model, task, sae, "mean", **method)
+    effects = torch.cat([layer.effect for layer in nodes])
+    counts = [7, 40, 10**6]
+    found = circuits(sae, model, task, counts=counts, ranking=ranking, **method)
+    assert found.counts == counts[:2]
+    gain = effects.abs() if ranking == "absolute" else -effects
+    for n, score in zip(found.counts, found.by_count, strict=True):
+        keep = gain >= gain.topk(n).values[-1]
+        assert int(keep.sum()) == n
+        expected = run_densely(model, task, sae, streams, nodes, keep, "mean")
+        torch.testing.assert_close(score, expected.double())
+    assert found.ranking == ranking
+    table = found.counts_table()
+    assert table.n_nodes.tolist() == [7, 40]
+    assert (table.f_low <= table.f + 1e-9).all()
+
+
+def test_no_numbers_of_nodes(make_case):
+    model, make_sae = make_case()
+    task = make_task("agreement", model.tokenizer, 4)
+    options: Any = {"method": "attribution_patching", "n_bootstrap": 2}
+    found = circuits(make_sae(), model, task, counts=[], **options)
+    assert found.counts_table().empty
+
+
+def test_a_task_that_is_not_done_is_a_warning(make_case, caplog):
+    model, make_sae = make_case()
+    task = make_task("agreement", model.tokenizer, 4)
+    options: Any = {"method": "attribution_patching", "n_bootstrap": 2}
+    is_done = []
+    for correct, wrong in (
+        (task.is_correct, task.is_wrong),
+        (task.is_wrong, task.is_correct),
+    ):
+        prompts = task.clean, task.corrupted, task.positions, task.candidates
+        one = type(task)("either", *prompts, correct, wrong)
+        caplog.clear()
+        found = circuits(make_sae(), model, one, **options).summary
+        is_done.append(found.m_full > found.m_empty)
+        text = f"m(M) = {found.m_full:.3f} of the task 'either' is below m(empty)"
+        assert (text in caplog.text) == (not is_done[-1])
+    assert sorted(is_done) == [False, True]
+
+
 def test_layers_can_be_chosen(make_case):
     model, make_sae = make_case()
     task = make_task("agreement", model.tokenizer, 4)
@@ -527,12 +577,15 @@ def made_up() -> Circuits:
         classes=["a", "b"],
         k=1,
         shares=[0.4, 0.8, 1.0],
+        counts=[1, 3],
+        ranking="absolute",
         n_bootstrap=10,
         layer=torch.tensor([0, 1, 0, 0, 1]),
         position_class=torch.tensor([0, 0, 1, 0, 1]),
         latent=torch.tensor([3, 3, ERROR, 5, 5]),
         effect=torch.tensor([-4.0, 3.0, 2.0, 1.0, 0.0]),
         scores=scores,
+        by_count=scores[:2],
         complements=1 - scores,
         random=scores / 2,
         latents_only=torch.tensor([0.3, 0.3]),
@@ -548,10 +601,34 @@ def test_what_circuits_are_made_of():
     assert table.nodes_per_latent.tolist() == [2, 1.5, 2]
     assert table.nodes_per_layer_latent.tolist() == [1, 1, 1]
     assert summary["size"] == pytest.approx(0.4 * 2 ** (0.4 / 0.5))
+    assert summary.size_nodes == pytest.approx(5 * 0.4 * 2 ** (0.4 / 0.5))
     assert summary.size_low == summary.size_high == pytest.approx(summary["size"])
     assert summary.nodes_per_latent_at_size == 1.5
     assert summary.f_latents_only == pytest.approx(0.3)
     assert made_up().effects_by_layer().tolist() == [[5, 3], [2, 0]]
+
+
+def test_labels_are_compared_at_equal_numbers_of_nodes():
+    """By hand: of 10, 100 and 1,000 nodes, both SAEs have 10 and 100."""
+
+    def row(label: str, n_nodes: int, f: float, ablation: str = "mean") -> Any:
+        keys = {"label": label, "index": 0, "task": "t", "seed": 0}
+        return {**keys, "ablation": ablation, "n_nodes": n_nodes, "f": f}
+
+    by_count = [row("a", 10, 0.0), row("a", 100, 0.5), row("a", 1000, 1.0)]
+    by_count += [row("b", 10, 0.2), row("b", 100, 0.4), row("a", 10, 0.3, "resample")]
+    rows = [row("b", 150, 0), row("a", 2000, 0), row("a", 20, 0, "resample")]
+    table = CircuitTable(rows, [], by_count, [])
+    assert table.to_dataframe().cpr_nodes.tolist() == pytest.approx(
+        [0.3, 0.25, np.nan], nan_ok=True
+    )
+    counts = table.counts_table()
+    of_a = counts[(counts.label == "a") & (counts.ablation == "mean")]
+    assert of_a.f.tolist() == [0.0, 0.5, 1.0]
+    assert counts.n_saes.tolist() == [1] * 6
+    none = CircuitTable(rows, [], [], [])
+    assert none.to_dataframe().cpr_nodes.isna().all()
+    assert none.counts_table().empty
 
 
 def test_jaccard_by_hand():
@@ -752,6 +829,10 @@ def test_the_study_compares_labels_and_resumes(study, tmp_path, monkeypatch):
     assert len(table) == 2 * 3
     assert set(table.label) == {"raw", "lens"}
     assert table.k[0] == K
+    assert table.fvu_gap.to_numpy() == pytest.approx(table.fvu - table.fvu[0])
+    assert table.fvu_gap.abs().max() > 0.01
+    assert found.short_table().fvu_gap.notna().all()
+    assert len(pd.read_csv(folder / "counts.csv")) == len(found.counts_table()) > 2
     jaccards = found.jaccard_table()
     assert set(jaccards.between) == {"prompts", "SAEs"}
     assert jaccards.jaccard.between(0, 1).all()
@@ -760,6 +841,7 @@ def test_the_study_compares_labels_and_resumes(study, tmp_path, monkeypatch):
         json.loads(SCHEMA.read_text()),
     )
     assert (folder / "faithfulness.png").exists()
+    assert (folder / "faithfulness_by_nodes.png").exists()
     assert (folder / "measures.png").exists()
     means = found.summary()
     own = table[(table.label == "raw") & (table.task == "induction")]
@@ -887,6 +969,9 @@ def test_bad_input_of_the_study(study, tokenizer, tmp_path):
         ({"ablations": ["zero"]}, "got 'zero'"),
         ({"method": "exact"}, "`method` must be in.*got 'exact'"),
         ({"n_prompts": 1}, "at least 2; got 1"),
+        ({"counts": [10, 10]}, r"`counts` must be whole.*\[10, 10\]"),
+        ({"counts": [0, 10]}, r"`counts` must be whole.*\[0, 10\]"),
+        ({"ranking": "size"}, "`ranking` must be in.*got 'size'"),
         ({"n_steps": 0}, "`n_steps` must be at least 1; got 0"),
         ({"seeds": []}, "`seeds` must not be empty"),
         ({"jaccard_share": 2.0}, r"in \(0, 1\]; got 2.0"),

@@ -12,6 +12,8 @@ from jaxtyping import Float
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """The kept shares of Mueller et al. (2025), arXiv:2504.13151 (MIB)."""
+COUNTS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
+"""Numbers of nodes of the circuits that are compared between SAEs."""
 AREAS = ("cpr", "cmd", "cpr_log", "cmd_log")
 
 
@@ -97,6 +99,16 @@ def resampled_faithfulness(
     span = full[chosen].mean(1, keepdims=True) - low
     with np.errstate(divide="ignore", invalid="ignore"):
         return (scores.T[chosen].mean(1) - low) / span
+
+
+def check_counts(counts: Sequence[int]) -> None:
+    """Raise ValueError unless counts are whole numbers that grow from 1 or more."""
+    are_whole = all(type(one) is int and one > 0 for one in counts)
+    if not are_whole or not all(a < b for a, b in pairwise(counts)):
+        raise ValueError(
+            f"`counts` must be whole numbers of nodes that grow from 1 or more; got "
+            f"{list(counts)}."
+        )
 
 
 def check_shares(shares: Sequence[float]) -> None:

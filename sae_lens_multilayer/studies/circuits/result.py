@@ -36,8 +36,8 @@ _QUANTILES = 0.025, 0.975
 class Circuits(Result):
     """Circuits of growing size of one SAE for one task.
 
-    A circuit of n nodes has the n nodes with the largest |indirect effect|. Scores are
-    the task's metric with all nodes outside ablated, nats.
+    A circuit of n nodes has the first n nodes by `ranking`. Scores are the metric of
+    the task with all nodes outside ablated, nats.
     """
 
     task: str
@@ -49,10 +49,15 @@ class Circuits(Result):
     """Latents per vector with which the SAE was used."""
     shares: list[float]
     """Kept shares of the nodes, up to 1."""
+    counts: list[int]
+    """Numbers of nodes of further circuits, the same for all SAEs, if there are as many
+    nodes."""
+    ranking: str
+    """Order of the nodes: "absolute" or "signed"; see `circuits`."""
     n_bootstrap: int
     """Samples of prompts for intervals."""
     layer: Int[Tensor, " node"]
-    """Index on the layer axis; nodes are in descending order of |effect|."""
+    """Index on the layer axis; nodes are in the order of `ranking`."""
     position_class: Int[Tensor, " node"]
     """Index in `classes`."""
     latent: Int[Tensor, " node"]
@@ -62,6 +67,8 @@ class Circuits(Result):
     by integrated gradients."""
     scores: Float[Tensor, "share prompt"]
     """m(C) of the circuit with each share; the last one is all nodes."""
+    by_count: Float[Tensor, "count prompt"]
+    """m(C) of the circuit with each of `counts`."""
     complements: Float[Tensor, "share prompt"]
     """m(M without C); the last one is no node, m(empty)."""
     random: Float[Tensor, "share prompt"]
@@ -89,9 +96,19 @@ class Circuits(Result):
     def _ends(self) -> tuple[np.ndarray, np.ndarray]:
         return self.full.numpy(), self.complements[-1].numpy()
 
-    def _samples(self) -> Float[np.ndarray, "sample share"]:
-        found = self.scores.numpy(), *self._ends
+    def _samples(
+        self, scores: Float[Tensor, "circuit prompt"]
+    ) -> Float[np.ndarray, "sample circuit"]:
+        found = scores.numpy(), *self._ends
         return resampled_faithfulness(*found, self.n_bootstrap, 0)
+
+    def counts_table(self) -> pd.DataFrame:
+        """f by number of nodes; `f_low` and `f_high`: 95% intervals over prompts."""
+        ends = np.nanquantile(self._samples(self.by_count), _QUANTILES, 0)
+        low, high = ends.reshape(2, len(self.counts))
+        f = self.faithfulness(self.by_count)
+        columns = {"n_nodes": self.counts, "f": f, "f_low": low, "f_high": high}
+        return pd.DataFrame(columns)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each share; `low` and `high` are 95% intervals over prompts.
@@ -103,7 +120,7 @@ class Circuits(Result):
         """
         f, low_high = (
             self.faithfulness(),
-            np.nanquantile(self._samples(), _QUANTILES, 0),
+            np.nanquantile(self._samples(self.scores), _QUANTILES, 0),
         )
         columns = {
             "share": self.shares,
@@ -136,8 +153,9 @@ class Circuits(Result):
         """The numbers of the curve; `_low` and `_high`: 95% intervals over prompts.
 
         `size` is the smallest share with f of at least 0.8, between shares linear in
-        the logarithm. `error_share` is of all nodes; what ends in `_at_size` is of the
-        first circuit that was run with such an f.
+        the logarithm, and `size_nodes` the same as a number of nodes. `error_share` is
+        of all nodes; what ends in `_at_size` is of the first circuit that was run with
+        such an f.
         """
         table: Any = self.to_dataframe()
         f = self.faithfulness()
@@ -146,7 +164,7 @@ class Circuits(Result):
             "m_empty": float(self.complements[-1].mean()),
             "n_nodes": float(len(self.effect)),
         }
-        samples = self._samples()
+        samples = self._samples(self.scores)
         samples = samples[np.isfinite(samples).all(1)]
         measures = {name: areas(self.shares, samples)[name] for name in AREAS}
         measures["size"] = np.array(
@@ -157,6 +175,7 @@ class Circuits(Result):
             values[name] = float(own[name])
             ends = np.nanquantile(found, _QUANTILES) if len(found) else [np.nan] * 2
             values |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+        values["size_nodes"] = values["size"] * len(self.effect)
         random = areas(self.shares, self.faithfulness(self.random))
         values["cpr_log_random"] = float(random["cpr_log"])
         for name in ("latents_only", "errors_only"):

@@ -25,7 +25,7 @@ from sae_lens_multilayer.studies.circuits.settings import (
     CircuitSettings,
 )
 from sae_lens_multilayer.studies.circuits.streams import Ablation
-from sae_lens_multilayer.studies.circuits.study import circuits
+from sae_lens_multilayer.studies.circuits.study import Ranking, circuits
 from sae_lens_multilayer.studies.circuits.table import CircuitTable
 from sae_lens_multilayer.sweeps.cost import measured_in, read_cost
 from sae_lens_multilayer.sweeps.resumable import ResumablePoints, check_all_done
@@ -46,10 +46,10 @@ def circuits_study(
     """Find circuits for each task, ablation, SAE and seed, and compare labels.
 
     Each choice has a folder with its `Circuits`; beside them are `circuits.csv` (a row
-    for each), `summary.csv` (means and intervals), `jaccard.csv`, the figures and, in
-    `graphs`, attribution graphs with the list of them that circuit-tracer's viewer
-    reads. A second call resumes the study; graphs that have failed are logged and
-    retried then.
+    for each), `summary.csv` (means and intervals), `counts.csv` (f by number of nodes),
+    `jaccard.csv`, the figures and, in `graphs`, attribution graphs with the list of
+    them that circuit-tracer's viewer reads. A second call resumes the study; graphs
+    that have failed are logged and retried then.
 
     Args:
         folder: Folder of the study; another study's is an error.
@@ -109,6 +109,7 @@ class _Study(ResumablePoints[CircuitPoint]):
             save_figure(draw(picture), self.folder / f"{name}.png")
         result.to_dataframe().to_csv(self.folder / "circuits.csv", index=False)
         result.summary().to_csv(self.folder / "summary.csv", index=False)
+        result.counts_table().to_csv(self.folder / "counts.csv", index=False)
         result.jaccard_table().to_csv(self.folder / "jaccard.csv", index=False)
         if self.settings.n_graph_nodes:
             self._write_graphs()
@@ -116,13 +117,16 @@ class _Study(ResumablePoints[CircuitPoint]):
 
     def _result(self, found: dict[CircuitPoint, Circuits]) -> CircuitTable:
         rows = [{**p.keys, **self._row_of(p, one)} for p, one in found.items()]
-        curves = [
-            {**p.keys, **row}
-            for p, one in found.items()
-            for row in one.to_dataframe().to_dict("records")
-        ]
+        curves, by_count = (
+            [
+                {**p.keys, **row}
+                for p, one in found.items()
+                for row in table(one).to_dict("records")
+            ]
+            for table in (Circuits.to_dataframe, Circuits.counts_table)
+        )
         jaccards = compare_seeds(found, self.settings.jaccard_share)
-        return CircuitTable(rows, curves, jaccards)
+        return CircuitTable(rows, curves, by_count, jaccards)
 
     # Points
 
@@ -161,6 +165,8 @@ class _Study(ResumablePoints[CircuitPoint]):
                 layers=inputs.layers,
                 ablation=cast(Ablation, point.ablation),  # checked by the settings
                 shares=settings.shares,
+                counts=settings.counts,
+                ranking=cast(Ranking, settings.ranking),
                 random_control=settings.random_control,
                 n_bootstrap=settings.n_bootstrap,
                 batch_size_prompts=settings.batch_size_prompts,

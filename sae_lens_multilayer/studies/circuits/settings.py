@@ -5,8 +5,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from sae_lens_multilayer.config_files import check_known
-from sae_lens_multilayer.studies.circuits.curves import SHARES, check_shares
+from sae_lens_multilayer.studies.circuits.curves import (
+    COUNTS,
+    SHARES,
+    check_counts,
+    check_shares,
+)
 from sae_lens_multilayer.studies.circuits.streams import Ablation, Method, check_choice
+from sae_lens_multilayer.studies.circuits.study import Ranking
 from sae_lens_multilayer.studies.circuits.tasks import TASKS
 
 
@@ -27,6 +33,10 @@ class CircuitSettings:
     layers: Sequence[int | str] | None = None
     """Block numbers or hook names; None: all hooks of the first SAE."""
     shares: Sequence[float] = SHARES
+    counts: Sequence[int] = COUNTS
+    """Numbers of nodes at which labels are compared."""
+    ranking: str = "absolute"
+    """Order of the nodes: by |effect|, or "signed"; see `circuits`."""
     random_control: bool = True
     jaccard_share: float = 0.05
     """Kept share of the circuits whose nodes are compared between seeds."""
@@ -83,7 +93,9 @@ class CircuitSettings:
             raise ValueError(
                 f"`jaccard_share` must be in (0, 1]; got {self.jaccard_share}."
             )
+        check_choice("ranking", self.ranking, get_args(Ranking))
         check_shares(self.shares)
+        check_counts(self.counts)
 
     @property
     def reference(self) -> str:

@@ -1,7 +1,9 @@
 """Circuits of a task: effects of all nodes, then scores of circuits of growing size."""
 
+import logging
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +12,9 @@ from torch import Tensor
 from sae_lens_multilayer.hooks import find_hook
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.studies.circuits.curves import (
+    COUNTS,
     SHARES,
+    check_counts,
     check_shares,
     faithfulness,
 )
@@ -37,6 +41,10 @@ from sae_lens_multilayer.studies.circuits.streams import (
 )
 from sae_lens_multilayer.studies.circuits.tasks import Task
 
+Ranking = Literal["absolute", "signed"]
+
+logger = logging.getLogger(__name__)
+
 
 def circuits(
     sae: Any,
@@ -48,6 +56,8 @@ def circuits(
     method: Method = "integrated_gradients",
     n_steps: int = 10,
     shares: Sequence[float] = SHARES,
+    counts: Sequence[int] = COUNTS,
+    ranking: Ranking = "absolute",
     random_control: bool = True,
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -65,6 +75,12 @@ def circuits(
         method: How effects are estimated; see `gradients`.
         n_steps: Of integrated gradients.
         shares: Kept shares of the nodes.
+        counts: Numbers of nodes of further circuits, with which SAEs are compared that
+            have different numbers of nodes; those above the SAE's are left out.
+        ranking: Which nodes a circuit has: "absolute", those with the largest |effect|,
+            or "signed", those whose ablation lowers the metric most; nodes that work
+            against the task come last. MIB (arXiv:2504.13151) has its CPR from signed
+            and its CMD from absolute effects.
         random_control: Also run circuits of random nodes.
         n_bootstrap: Samples of prompts for intervals.
         seed: Of the random nodes.
@@ -79,7 +95,9 @@ def circuits(
     """
     names = chosen_hooks(sae, layers)
     check_shares(shares)
+    check_counts(counts)
     check_choice("ablation", ablation, get_args(Ablation))
+    check_choice("ranking", ranking, get_args(Ranking))
     lm = as_model(model)
     lm.check_no_saes_attached()
     lm.check_tokens(torch.cat([task.clean, task.corrupted]))
@@ -90,10 +108,16 @@ def circuits(
     _check_gradients(grads, streams, names, ablation)
     nodes = find_nodes(sae, task, streams, grads, ablation, batch_size_prompts)
     columns = _columns(nodes)
-    order = columns["effect"].abs().argsort(descending=True, stable=True)
-    chosen = _Chosen(order, columns["latent"] == ERROR, shares, random_control, seed)
-    sizes = {"batch_size_prompts": batch_size_prompts, "max_prompts": max_prompts}
-    scores, full = run_circuits(lm, sae, task, nodes, chosen.keep, **sizes)
+    is_signed, effect = ranking == "signed", columns["effect"]
+    gain = -effect if is_signed else effect.abs()  # an effect is that of the ablation
+    order = gain.argsort(descending=True, stable=True)
+    sizes = [*counts[: bisect_right(counts, len(order))]]
+    is_error = columns["latent"] == ERROR
+    chosen = _Chosen(order, is_error, shares, sizes, random_control, seed)
+    at_once = {"batch_size_prompts": batch_size_prompts, "max_prompts": max_prompts}
+    scores, full = run_circuits(lm, sae, task, nodes, chosen.keep, **at_once)
+    found = chosen.by_name(scores, full)
+    _warn_if_not_done(task.name, full, found["complements"][-1])
     return Circuits(
         task=task.name,
         ablation=ablation,
@@ -102,11 +126,25 @@ def circuits(
         classes=task.classes,
         k=sae.cfg.k,
         shares=list(shares),
+        counts=sizes,
+        ranking=ranking,
         n_bootstrap=n_bootstrap,
         full=full,
-        **chosen.by_name(scores, full),
+        **found,
         **{name: values[order] for name, values in columns.items()},
     )
+
+
+def _warn_if_not_done(
+    task: str, full: Float[Tensor, " prompt"], empty: Float[Tensor, " prompt"]
+) -> None:
+    if full.mean() < empty.mean():
+        logger.warning(
+            "m(M) = %.3f of the task %r is below m(empty) = %.3f nats: the model does "
+            "the task worse than with all nodes ablated, so f does not tell how it is "
+            "done.",
+            *(full.mean(), task, empty.mean()),
+        )
 
 
 class _Chosen:
@@ -117,12 +155,14 @@ class _Chosen:
         order: Int[Tensor, " node"],
         is_error: Bool[Tensor, " node"],
         shares: Sequence[float],
+        counts: Sequence[int],
         random_control: bool,
         seed: int,
     ) -> None:
         sizes = circuit_sizes(shares, len(order))
         top = keep_masks(order, sizes)
         parts = {"scores": top, "complements": ~top}
+        parts["by_count"] = keep_masks(order, counts)
         if random_control:
             generator = torch.Generator().manual_seed(seed)
             shuffled = torch.randperm(len(order), generator=generator)
