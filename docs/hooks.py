@@ -1,4 +1,6 @@
-"""Hooks of MkDocs: formulas become MathML, and parsers the page of the command line."""
+"""Hooks of MkDocs: formulas become MathML, and parsers the page of the command line.
+
+Pictures become links to themselves at full size."""
 
 import html
 import io
@@ -16,6 +18,7 @@ from sae_lens_multilayer.cli.parser import Parser, WholeHelp
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL
 )
+_PICTURE = re.compile(r'<img [^>]*?src="([^"]+)"[^>]*>')
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -31,13 +34,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Render the formulas that pymdownx.arithmatex has marked."""
+    """Render the formulas that pymdownx.arithmatex has marked, and link pictures."""
 
     def render(found: re.Match[str]) -> str:
         display = "block" if found[2] == "[" else "inline"
         return convert(html.unescape(found[3]).strip(), display=display)
 
-    return _FORMULA.sub(render, content)
+    content = _FORMULA.sub(render, content)
+    return _PICTURE.sub(r'<a class="picture" href="\1">\g<0></a>', content)
 
 
 def _readme() -> Iterator[str]:
