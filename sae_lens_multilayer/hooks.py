@@ -17,6 +17,11 @@ _BLOCK_OUTPUT = re.compile(
     r"|(?:model(?:\.language_model|\.decoder)?|gpt_neox|transformer)\.(?:layers|h)\.(\d+)"
 )
 _OTHER_RESIDUAL = re.compile(r"blocks\.\d+\.hook_resid_mid|hook_embed|embed\.hook_out")
+_ALIASES = (
+    (r"^(blocks\.\d+)\.hook_resid_post$", r"\1.hook_out"),
+    (r"^(blocks\.\d+)\.hook_resid_pre$", r"\1.hook_in"),
+    (r"^hook_embed$", "embed.hook_out"),
+)
 _EMBEDDING_HOOKS = ("hook_embed", "hook_pos_embed", "embed.hook_out")
 
 
@@ -144,3 +149,17 @@ def stop_at_layer(hook_names: Sequence[str]) -> int | None:
 def is_residual(hook_name: str) -> bool:
     """Whether a hook is at the residual stream."""
     return bool(block_end(hook_name) or _OTHER_RESIDUAL.fullmatch(hook_name))
+
+
+def own_hook_name(known: set[str], name: str) -> str:
+    """The name under which a model lists a hook, which may be an alias of it."""
+    aliases = (re.sub(pattern, alias, name) for pattern, alias in _ALIASES)
+    for candidate in (name, *aliases):
+        if candidate in known:
+            return candidate
+    raise missing_hook(name, known)
+
+
+def missing_hook(name: str, known: Iterable[str]) -> ValueError:
+    """The error for a hook that the model does not have, with the nearest ones."""
+    return unknown_name("The model has no hook", name, known)

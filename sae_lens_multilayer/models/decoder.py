@@ -7,8 +7,8 @@ is called with (masks, positions, ...) and, with another stream passed on, the l
 
 import copy
 import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from types import MethodType
 from typing import Any
@@ -174,6 +174,27 @@ def input_kwargs(
         kwargs |= {"attention_mask": mask, "position_ids": positions}
     accepted = inspect.signature(model.forward).parameters
     return {name: value for name, value in kwargs.items() if name in accepted}
+
+
+@contextmanager
+def keep_keys_and_values(model: Any) -> Generator[None]:
+    """Passes of a Hugging Face model within continue from one another."""
+    cache: Any = None
+
+    def before(_: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "use_cache": True, "past_key_values": cache}
+
+    def after(_: Any, __: Any, output: Any) -> None:
+        nonlocal cache
+        cache = output.past_key_values
+        if cache is None:
+            raise ValueError("it returns no keys and values")
+
+    with ExitStack() as stack:
+        handle = model.register_forward_pre_hook(before, with_kwargs=True)
+        stack.callback(handle.remove)
+        stack.callback(model.register_forward_hook(after).remove)
+        yield
 
 
 class _AllCalled(Exception):

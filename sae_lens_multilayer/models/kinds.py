@@ -7,7 +7,7 @@ name is in `loading.py`.
 """
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from tuned_lens.nn.unembed import Unembed
 from typing_extensions import override
 
-from sae_lens_multilayer.models.decoder import Decoder, DecoderWalk, input_kwargs
+from sae_lens_multilayer.models.decoder import (
+    Decoder,
+    DecoderWalk,
+    input_kwargs,
+    keep_keys_and_values,
+)
 from sae_lens_multilayer.models.model import Model, ModelShape, Replace
 from sae_lens_multilayer.models.walk import Walk
 
@@ -104,7 +109,13 @@ class _Bridge(_TransformerLensModel):
 
     @override
     def _walk(self, tokens: Tensor) -> Walk:
-        return DecoderWalk(self._decoder, tokens, self._mask(tokens))
+        return DecoderWalk(self._decoder, tokens, self.mask(tokens))
+
+    @contextmanager
+    @override
+    def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
+        with keep_keys_and_values(self.module.original_model):
+            yield lambda _: {}
 
 
 class _HookedTransformer(_TransformerLensModel):
@@ -119,6 +130,18 @@ class _HookedTransformer(_TransformerLensModel):
             # Given no mask, the model would mask a BOS that is also the pad token.
             return {"attention_mask": torch.ones_like(tokens, device=self.device)}
         return kwargs
+
+    @contextmanager
+    @override
+    def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        cache = TransformerLensKeyValueCache.init_cache(self.module.cfg, self.device)
+        # Given no mask, the model would mask tokens that are also the pad token.
+        yield lambda tokens: {
+            "past_kv_cache": cache,
+            "attention_mask": torch.ones_like(tokens, device=self.device),
+        }
 
 
 class _HookedTransformerWalk(Walk):
@@ -158,7 +181,13 @@ class _HuggingFaceModel(Model):
 
     @override
     def _walk(self, tokens: Tensor) -> Walk:
-        return DecoderWalk(self._decoder, tokens, self._mask(tokens))
+        return DecoderWalk(self._decoder, tokens, self.mask(tokens))
+
+    @contextmanager
+    @override
+    def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
+        with keep_keys_and_values(self._hf_model):
+            yield lambda _: {}
 
     @override
     def _mask_kwargs(self, tokens: Tensor) -> dict[str, Any]:
@@ -168,7 +197,7 @@ class _HuggingFaceModel(Model):
     @contextmanager
     def _masked(self, tokens: Tensor) -> Generator[None]:
         """Give the model the mask of padding and the positions that follow from it."""
-        mask = self._mask(tokens)
+        mask = self.mask(tokens)
         if mask is None:
             yield
             return

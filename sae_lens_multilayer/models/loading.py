@@ -11,8 +11,8 @@ import sae_lens.load_model
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sae_lens_multilayer.hooks import unknown_name
-from sae_lens_multilayer.models.model import ModelShape, missing_hook
+from sae_lens_multilayer.hooks import missing_hook, unknown_name
+from sae_lens_multilayer.models.model import ModelShape
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """A loaded language model of any kind, and its shape."""
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,8 @@ from tuned_lens.utils import tensor_hash
 from sae_lens_multilayer.hooks import (
     block_end,
     is_residual,
+    own_hook_name,
     stop_at_layer,
-    unknown_name,
 )
 from sae_lens_multilayer.models.padding import padding_mask
 from sae_lens_multilayer.models.walk import (
@@ -30,12 +30,6 @@ from sae_lens_multilayer.models.walk import (
 
 Replace = Callable[[Float[Tensor, "prompt pos d_in"]], Float[Tensor, "prompt pos d_in"]]
 """Computes the replacement of the activations at a hook, heads put end to end."""
-
-_ALIASES = (
-    (r"^(blocks\.\d+)\.hook_resid_post$", r"\1.hook_out"),
-    (r"^(blocks\.\d+)\.hook_resid_pre$", r"\1.hook_in"),
-    (r"^hook_embed$", "embed.hook_out"),
-)
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class Model(ABC):
         """
         if not set(hook_names) <= set(self._own_names):
             known = set(self.module.hook_dict)
-            self._own_names |= {n: _own_hook_name(known, n) for n in hook_names}
+            self._own_names |= {n: own_hook_name(known, n) for n in hook_names}
         return [self._own_names[name] for name in hook_names]
 
     def vectors(
@@ -170,14 +164,26 @@ class Model(ABC):
         self, tokens: Int[Tensor, "prompt pos"], replacements: Mapping[str, Replace]
     ) -> Float[Tensor, "prompt pos d_vocab"]:
         """The logits of a whole forward pass, with activations of hooks replaced."""
+        return self.hooked_logits(tokens, replacements, **self._mask_kwargs(tokens))
+
+    def hooked_logits(
+        self, tokens: Tensor, replacements: Mapping[str, Replace], **kwargs: Any
+    ) -> Tensor:
+        """The same, with these arguments for the model instead of a mask."""
         own_names = self.own_hook_names(list(replacements))
         hooks = zip(own_names, map(_as_hook, replacements.values()), strict=True)
         return self.module.run_with_hooks(
             tokens.to(self.device),
             return_type="logits",
             fwd_hooks=list(hooks),
-            **self._mask_kwargs(tokens),
+            **kwargs,
         )
+
+    @contextmanager
+    def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
+        """See `steps`: gives the model's arguments for the tokens of a step."""
+        raise ValueError("its kind of model has no known cache")
+        yield lambda tokens: {}
 
     @abstractmethod
     def residual_streams(
@@ -206,7 +212,7 @@ class Model(ABC):
 
         Found once, by comparing each block on a small batch with a whole pass.
         """
-        tokens = self._tokens_of_check()
+        tokens = self.tokens_of_check()
         try:
             with torch.no_grad():
                 walk = self._walk(tokens.repeat(2, 1))
@@ -218,9 +224,10 @@ class Model(ABC):
     @cached_property
     def alike(self) -> Alike:
         """What the blocks leave the same if the residual stream is the same."""
-        return find_alike(self.walk(self._tokens_of_check()), self.shape.n_layers)
+        return find_alike(self.walk(self.tokens_of_check()), self.shape.n_layers)
 
-    def _tokens_of_check(self) -> Int[Tensor, "prompt pos"]:
+    def tokens_of_check(self) -> Int[Tensor, "prompt pos"]:
+        """Two short prompts without padding, to compare ways of running the model."""
         n_pos = min(8, self.shape.n_ctx or 8)
         tokens = torch.arange(2 * n_pos, device=self.device).view(2, n_pos)
         tokens = tokens % (self.shape.d_vocab or 2)
@@ -246,7 +253,8 @@ class Model(ABC):
     def _walk(self, tokens: Int[Tensor, "prompt pos"]) -> Walk:
         raise ValueError("its kind of model has no blocks that can be called")
 
-    def _mask(self, tokens: Int[Tensor, "prompt pos"]) -> Tensor | None:
+    def mask(self, tokens: Int[Tensor, "prompt pos"]) -> Tensor | None:
+        """The attention mask of padding on the left; None without padding."""
         tokenizer = self.tokenizer
         prepends = getattr(tokenizer, "add_bos_token", False)
         if hasattr(self.module, "cfg"):
@@ -255,7 +263,7 @@ class Model(ABC):
 
     def _mask_kwargs(self, tokens: Int[Tensor, "prompt pos"]) -> dict[str, Any]:
         """The attention mask as an argument of a whole pass; none without padding."""
-        mask = self._mask(tokens)
+        mask = self.mask(tokens)
         return {} if mask is None else {"attention_mask": mask}
 
     @property
@@ -308,19 +316,6 @@ class Model(ABC):
                 "The model must have no SAEs attached; it has SAEs at "
                 f"{list(attached)}. Use `model.reset_saes()`."
             )
-
-
-def _own_hook_name(known: set[str], name: str) -> str:
-    aliases = (re.sub(pattern, alias, name) for pattern, alias in _ALIASES)
-    for candidate in (name, *aliases):
-        if candidate in known:
-            return candidate
-    raise missing_hook(name, known)
-
-
-def missing_hook(name: str, known: Iterable[str]) -> ValueError:
-    """The error for a hook that the model does not have, with the nearest ones."""
-    return unknown_name("The model has no hook", name, known)
 
 
 def one_vector_per_position(

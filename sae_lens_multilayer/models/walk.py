@@ -74,13 +74,13 @@ def walk_differs(
     for block in reversed(range(len(streams) - 1)):
         clean = streams[block]
         stream = walk.run_block(torch.cat([4 * clean.flip(-1), clean]), block)
-        if not _same(stream[n:], streams[block + 1]):
+        if not agree(stream[n:], streams[block + 1]):
             return f"block {block} gives other vectors when it is called alone"
-    if not _same(walk.residual[n:], streams[0]):
+    if not agree(walk.residual[n:], streams[0]):
         return "the residual stream before the first block was not found"
     # Each position by itself, as only the scored ones are computed.
     alone = walk.logits(streams[-1].flatten(0, 1).unsqueeze(1))
-    if not _same(alone.view(*logits.shape[:2], -1), logits):
+    if not agree(alone.view(*logits.shape[:2], -1), logits):
         return "the part after the last block gives other logits when it runs alone"
     return None
 
@@ -113,15 +113,16 @@ def find_alike(walk: Walk, n_layers: int) -> Alike:
 def _alike(found: Tensor, expected: Tensor, n_eps: float) -> bool:
     # 100 epsilons of bfloat16 would be 78% of the largest entry.
     most = _MAX_DIFFERENCE / torch.finfo(expected.dtype).eps
-    return _agree(found, expected, min(n_eps, most))
+    return _within(found, expected, min(n_eps, most))
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways to compute vectors or logits agree up to rounding."""
     n_eps = torch.finfo(expected.dtype).eps ** -0.5
-    return found.shape == expected.shape and _agree(found, expected, n_eps)
+    return found.shape == expected.shape and _within(found, expected, n_eps)
 
 
-def _agree(found: Tensor, expected: Tensor, n_eps: float) -> bool:
+def _within(found: Tensor, expected: Tensor, n_eps: float) -> bool:
     """Whether vectors agree within so many epsilons of their largest entries."""
     tolerance = n_eps * torch.finfo(expected.dtype).eps * expected.abs().amax(-1, True)
     # NaN is a difference.

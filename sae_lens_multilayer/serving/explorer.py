@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from sae_lens_multilayer.evaluation.edits import LatentEdit
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model, Replace
+from sae_lens_multilayer.models.steps import steps, steps_obstacle
 from sae_lens_multilayer.pictures.example_data import shorten
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.serving.jobs import Progress
@@ -57,6 +58,7 @@ class Explorer:
 
     def __post_init__(self) -> None:
         self._model, self._encoder = as_model(self.model), LayerEncoder(self.sae)
+        self._can_step = steps_obstacle(self._model) is None
 
     def check(self, request: ActsRequest | ContinueRequest) -> None:
         """Raise ValueError if a request does not fit the model or the SAE."""
@@ -121,17 +123,12 @@ class Explorer:
             request.value,
             slice(1, None),
         )
-        replacements = edit.replacements(self._encoder)
         n_new, n_text = request.n_new, ids.shape[1]
-        clean_logits, clean = continue_text(
-            self._model, ids, {}, n_new, lambda done: progress(done, 2 * n_new)
+        clean_logits, clean = self._continued(
+            ids, None, n_new, lambda done: progress(done, 2 * n_new)
         )
-        logits, edited = continue_text(
-            self._model,
-            ids,
-            {names[hook]: replace for hook, replace in replacements.items()},
-            n_new,
-            lambda done: progress(n_new + done, 2 * n_new),
+        logits, edited = self._continued(
+            ids, edit, n_new, lambda done: progress(n_new + done, 2 * n_new)
         )
         p, q = (some[-1].log_softmax(-1) for some in (clean_logits, logits))
         return {
@@ -143,11 +140,32 @@ class Explorer:
             "kl_div": _finite(float((p.exp() * (p - q)).sum())),
         }
 
+    def _continued(
+        self,
+        ids: Int[Tensor, "1 pos"],
+        edit: LatentEdit | None,
+        n_new: int,
+        progress: Callable[[int], None],
+    ) -> tuple[Float[Tensor, "pos d_vocab"], Int[Tensor, " longer"]]:
+        """See `continue_text`; with cached keys and values where the model can."""
+        in_text = self._replacements(edit)
+        if not self._can_step or self._model.mask(ids) is not None:
+            return continue_text(self._model, ids, in_text, n_new, progress)
+        # A vector is replaced without regard to others, so the keys and values of the
+        # positions before stay as they are.
+        every = edit and replace(edit, positions=None)
+        return continue_in_steps(
+            self._model, ids, in_text, self._replacements(every), n_new, progress
+        )
+
+    def _replacements(self, edit: LatentEdit | None) -> dict[str, Replace]:
+        found = {} if edit is None else edit.replacements(self._encoder)
+        return {self._encoder.hook_names[hook]: some for hook, some in found.items()}
+
     def _texts(self, ids: Int[Tensor, " pos"]) -> list[str]:
         return [self.text_of(i) for i in ids.tolist()]
 
 
-@torch.no_grad()
 def continue_text(
     model: Model,
     ids: Int[Tensor, "1 pos"],
@@ -157,18 +175,60 @@ def continue_text(
 ) -> tuple[Float[Tensor, "pos d_vocab"], Int[Tensor, " longer"]]:
     """Continue a text greedily, up to an end-of-text token, with activations replaced.
 
+    A whole pass for each new token: the plain version of `continue_in_steps`.
+
     Returns:
         The logits of the text itself, and the text with its continuation.
     """
+
+    def logits(ids: Tensor) -> Tensor:
+        if replacements:
+            return model.logits_with_hooks(ids, replacements)
+        return model.logits(ids)
+
+    return _greedy(model, ids, logits, n_new, progress)
+
+
+def continue_in_steps(
+    model: Model,
+    ids: Int[Tensor, "1 pos"],
+    replacements: Mapping[str, Replace],
+    new_replacements: Mapping[str, Replace],
+    n_new: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Float[Tensor, "pos d_vocab"], Int[Tensor, " longer"]]:
+    """`continue_text` from cached keys and values.
+
+    The same up to rounding, which can decide between tokens of nearly the same logit.
+
+    Args:
+        replacements: Of vectors of the text.
+        new_replacements: Of the vector of a new token.
+    """
+    n_text = ids.shape[1]
+    with steps(model) as step:
+
+        def logits(ids: Tensor) -> Tensor:
+            if ids.shape[1] == n_text:
+                return step(ids, replacements)
+            return step(ids[:, -1:], new_replacements)
+
+        return _greedy(model, ids, logits, n_new, progress)
+
+
+@torch.no_grad()
+def _greedy(
+    model: Model,
+    ids: Int[Tensor, "1 pos"],
+    logits_of: Callable[[Tensor], Tensor],
+    n_new: int,
+    progress: Callable[[int], None],
+) -> tuple[Float[Tensor, "pos d_vocab"], Int[Tensor, " longer"]]:
     end = getattr(model.tokenizer, "eos_token_id", None)
     of_text: Tensor | None = None
     for done in range(n_new):
         progress(done)
-        logits = (
-            model.logits_with_hooks(ids, replacements)
-            if replacements
-            else model.logits(ids)
-        )[0].float()
+        logits = logits_of(ids)[0].float()
         of_text = logits if of_text is None else of_text
         token = int(logits[-1].argmax())
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
