@@ -46,7 +46,9 @@ from sae_lens_multilayer.studies.comparison.codecs import (
 )
 from sae_lens_multilayer.studies.comparison.measure import (
     AllLayers,
+    _chosen_sums,
     at_budget,
+    chosen_numbers,
     fvu_by_layer,
 )
 from sae_lens_multilayer.studies.comparison.residuals import (
@@ -402,6 +404,49 @@ def test_what_has_the_same_sizes_in_two_matchings_is_measured_once(run, monkeypa
 def test_the_mean_vectors_have_an_fvu_of_one():
     x = torch.randn(50, 2, 4)
     assert fvu_by_layer(x, x.mean(0).expand_as(x)) == pytest.approx([1, 1])
+
+
+def test_the_fvu_at_the_chosen_layer_is_that_of_a_loop(run, deep, held_out, tmp_path):
+    """Brute force from the definition; the dense router chooses the layers."""
+    row = run(("mlsae", "routed"), layers=[0, 1, 2]).summary().set_index("contestant")
+    sae: Any = SAE.load_from_disk(tmp_path / "out/seed42_routed_operations/sae/sae")
+    tokens = held_out["input_ids"][:8]
+    _, cache = deep.run_with_cache(tokens)
+    names = sae.cfg.metadata.hook_names
+    x = torch.stack([cache[name] for name in names], 2)[:, 1:].flatten(0, 1)
+    x_hat = sae(x).detach()
+    u = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+    chosen = (u.mean(1) @ sae.W_router).argmax(-1).tolist()
+    total, n_tokens = 0.0, 0
+    for layer in set(chosen):
+        at = [t for t, one in enumerate(chosen) if one == layer]
+        mean = sum(x[t, layer] for t in at) / len(at)
+        error = sum((x[t, layer] - x_hat[t, layer]).square().sum() for t in at)
+        spread = sum((x[t, layer] - mean).square().sum() for t in at)
+        if len(at) > 1:
+            total += len(at) * float(error / spread)
+            n_tokens += len(at)
+    assert row.fvu_chosen["routed"] == pytest.approx(total / n_tokens, rel=1e-3)
+    shares = np.unique(chosen, return_counts=True)[1] / len(chosen)
+    assert row.layers_chosen["routed"] == pytest.approx(np.prod(shares**-shares))
+    assert np.isnan(row.fvu_chosen["mlsae"])
+
+
+def test_a_layer_chosen_for_one_token_has_no_fvu():
+    """Two tokens of layer 0 and one of layer 1, computed by hand."""
+    x, x_hat = torch.zeros(3, 2, 1), torch.zeros(3, 2, 1)
+    x[:, 0, 0], x[:, 1, 0] = (
+        torch.tensor([0.0, 2.0, 9.0]),
+        torch.tensor([8.0, 7.0, 6.0]),
+    )
+    x_hat[:, 0, 0] = torch.tensor([0.0, 1.0, 5.0])
+    sums = _chosen_sums(x, x_hat, torch.tensor([0, 0, 1]))
+    found = chosen_numbers(sums)
+    assert found["fvu_chosen"] == pytest.approx(1 / 2)
+    assert found["layers_chosen"] == pytest.approx(3 / 2 ** (2 / 3))
+    alone = chosen_numbers(_chosen_sums(x[2:], x_hat[2:], torch.tensor([1])))
+    assert np.isnan(alone["fvu_chosen"])
+    assert alone["layers_chosen"] == 1
 
 
 def test_failed_contestants_are_reported_and_the_others_run(run, monkeypatch, tmp_path):

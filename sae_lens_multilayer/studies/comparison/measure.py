@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,6 +16,7 @@ from sae_lens_multilayer.evaluation.metrics import LayerSums
 from sae_lens_multilayer.evaluation.scores import RunSums, add_scores
 from sae_lens_multilayer.evaluation.splicing import Edit, make_splicer
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.sae.routed import RoutedActs
 from sae_lens_multilayer.studies.comparison.bits import Quantiser, n_distinct
 from sae_lens_multilayer.studies.comparison.codecs import Codec, SharedCodec
 from sae_lens_multilayer.text.prompts import Prompts
@@ -37,6 +38,36 @@ def _sums(
     none, no_values = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     pairs = zip(x.unbind(1), x_hat.unbind(1), strict=True)
     return [LayerSums.of_layer(*pair, none, no_values, 1) for pair in pairs]
+
+
+def _chosen_sums(
+    x: Float[Tensor, "token layer d_in"],
+    x_hat: Float[Tensor, "token layer d_in"],
+    chosen: Int[Tensor, " token"],
+) -> list[LayerSums]:
+    """The sums of each layer over the tokens of which it was chosen."""
+    at = [(chosen == layer, layer) for layer in range(x.shape[1])]
+    return [_sums(x[index][:, None], x_hat[index][:, None])[0] for index in at]
+
+
+def chosen_numbers(sums: Sequence[LayerSums]) -> dict[str, float]:
+    """FVU at the chosen layer, and how many layers are chosen, `exp H` of the shares.
+
+    `fvu_chosen` is the mean over tokens of the FVU of the layer chosen for them; that
+    of a layer is over the tokens for which it was chosen, with their own mean and
+    variance. A layer whose chosen vectors do not vary, such as a single one, has no FVU
+    and is left out of the mean.
+    """
+    n_tokens = np.array([one.n_tokens for one in sums])
+    varies = [float(one.moments.sum_sq_deviation) > 0 for one in sums]
+    fvu = [float(one.fvu) for one, is_used in zip(sums, varies, strict=True) if is_used]
+    shares = n_tokens[n_tokens > 0] / n_tokens.sum()
+    return {
+        "fvu_chosen": float(np.average(fvu, weights=n_tokens[varies]))
+        if fvu
+        else np.nan,
+        "layers_chosen": float(np.exp(-(shares * np.log(shares)).sum())),
+    }
 
 
 def rates(
@@ -133,6 +164,10 @@ def put(
     return after
 
 
+def _added(before: list[LayerSums] | None, sums: list[LayerSums]) -> list[LayerSums]:
+    return sums if before is None else list(map(add, before, sums))
+
+
 class Measures:
     """Sums over held-out tokens of the metrics of a codec at one k."""
 
@@ -142,6 +177,7 @@ class Measures:
         """Start with no tokens."""
         self.codec, self.k, self._q = codec, k, bits_per_value
         self._layers: list[LayerSums] | None = None
+        self._chosen: list[LayerSums] | None = None
         self._bits = self._n_distinct = 0.0
         self.clean = RunSums()
         self.spliced = [RunSums(is_compared=True) for _ in range(n_layers + 1)]
@@ -156,9 +192,10 @@ class Measures:
         tokens = x[counted]
         code = self.codec.encode(tokens, self.k)
         x_hat = self.codec.decode(code)
-        sums = _sums(tokens, x_hat)
-        before = self._layers
-        self._layers = sums if before is None else list(map(add, before, sums))
+        self._layers = _added(self._layers, _sums(tokens, x_hat))
+        if isinstance(code, RoutedActs):
+            sums = _chosen_sums(tokens, x_hat, code.layer)
+            self._chosen = _added(self._chosen, sums)
         self._bits += float(self.codec.bits(code, self._q).sum())
         if isinstance(self.codec, SharedCodec):
             self._n_distinct += float(n_distinct(code.indices, code.values > 0).sum())
@@ -176,6 +213,7 @@ class Measures:
         shared = isinstance(self.codec, SharedCodec)
         return {
             **({"n_distinct": self._n_distinct / n_tokens} if shared else {}),
+            **({} if self._chosen is None else chosen_numbers(self._chosen)),
             "n_tokens": n_tokens,
             "bits": self._bits / n_tokens,
             "fvu": [float(layer.fvu) for layer in self._layers],

@@ -33,6 +33,8 @@ SCALARS = (
     "n_distinct",
     "delta_ce_all",
     "kl_div_all",
+    "fvu_chosen",
+    "layers_chosen",
     "functional_layers",
     "largest_fall",
     "training_seconds",
@@ -61,7 +63,8 @@ class ComparisonResult(Result):
     rows: list[dict[str, Any]]
     """A row for each contestant, matching and seed: sizes and costs; `bits` per token
     at the trained k; `n_distinct` latents of the MLSAE active at a token (U); FVU,
-    delta CE and KL by layer, and with all layers at once (see `measure`); `rates`."""
+    delta CE and KL by layer, and with all layers at once (see `measure`); `fvu_chosen`
+    and `layers_chosen` of a routed SAE; `rates`."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each contestant, matching and seed; means over layers."""
@@ -108,6 +111,7 @@ class ComparisonResult(Result):
         table: Any = self.summary().set_index(list(KEYS))
         sizes = ["d_sae", "k", "n_parameters", "operations", "bits", "n_distinct"]
         found = ["fvu", "delta_ce", "delta_ce_all"]
+        found += ["fvu_chosen"] if table.fvu_chosen.notna().any() else []
         found += [f"fvu_{budget:g}_bits" for budget in self.budgets]
         return [table[[*sizes, "training_seconds"]], table[found]]
 
