@@ -45,7 +45,7 @@ from sae_lens_multilayer.studies.interventions.controls import (
     make_controls,
 )
 from sae_lens_multilayer.studies.interventions.edits import TokenEdits
-from sae_lens_multilayer.studies.interventions.effects import Additions
+from sae_lens_multilayer.studies.interventions.runners import Additions
 from sae_lens_multilayer.studies.interventions.sample import stratified
 
 N_LAYERS, N_POS = 4, 8

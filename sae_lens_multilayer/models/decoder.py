@@ -41,9 +41,15 @@ class Decoder:
     def calls(
         self,
         tokens: Int[Tensor, "prompt pos"],
-        mask: Int[Tensor, "prompt pos"] | None,
+        mask: Int[Tensor, "prompt all_pos"] | None,
+        cache: Any = None,
     ) -> list[Call]:
-        """The arguments with which the model would call each block."""
+        """The arguments with which the model would call each block.
+
+        Args:
+            mask: Of the positions in the cache, too.
+            cache: Keys and values of earlier positions.
+        """
         calls: list[Call] = []
 
         def pass_over(*args: Any, **kwargs: Any) -> Any:
@@ -53,7 +59,8 @@ class Decoder:
             return self._as_returned(_hidden(args, kwargs))
 
         try:
-            self._run_without_blocks(pass_over, tokens, input_kwargs(self._model, mask))
+            kwargs = input_kwargs(self._model, mask, cache)
+            self._run_without_blocks(pass_over, tokens, kwargs)
         except _AllCalled:
             return calls
         raise ValueError(
@@ -139,11 +146,12 @@ class DecoderWalk(Walk):
         self,
         decoder: Decoder,
         tokens: Int[Tensor, "prompt pos"],
-        mask: Int[Tensor, "prompt pos"] | None,
+        mask: Int[Tensor, "prompt all_pos"] | None,
+        cache: Any = None,
     ) -> None:
         """Collect the arguments of the blocks for these prompts."""
         self._decoder = decoder
-        self._calls = decoder.calls(tokens, mask)
+        self._calls = decoder.calls(tokens, mask, cache)
         self.residual = _hidden(*self._calls[0])
 
     @override
@@ -161,18 +169,26 @@ class DecoderWalk(Walk):
 
 
 def input_kwargs(
-    model: Any, mask: Int[Tensor, "prompt pos"] | None = None
+    model: Any, mask: Int[Tensor, "prompt pos"] | None = None, cache: Any = None
 ) -> dict[str, Any]:
     """Arguments of a Hugging Face model's forward pass besides the tokens.
 
     Positions are counted from the start of the text; of themselves most models count
-    from the first column, padding or not.
+    from the first column, padding or not. Those in the cache are left out.
+
+    Raises:
+        ValueError: If there is a cache and the model takes none.
     """
-    kwargs: dict[str, Any] = {"use_cache": False}
-    if mask is not None:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        kwargs |= {"attention_mask": mask, "position_ids": positions}
+    kwargs: dict[str, Any] = {"use_cache": cache is not None}
     accepted = inspect.signature(model.forward).parameters
+    n_cached = 0
+    if cache is not None:
+        kwargs["past_key_values"], n_cached = cache, cache.get_seq_length()
+        if "past_key_values" not in accepted:
+            raise ValueError(f"{type(model).__name__} takes no keys and values")
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, n_cached:]
+        kwargs |= {"attention_mask": mask, "position_ids": positions}
     return {name: value for name, value in kwargs.items() if name in accepted}
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
 from tuned_lens.nn.unembed import Unembed
@@ -26,6 +26,7 @@ from sae_lens_multilayer.models.decoder import (
     keep_keys_and_values,
 )
 from sae_lens_multilayer.models.model import Model, ModelShape, Replace
+from sae_lens_multilayer.models.prefix import Prefix
 from sae_lens_multilayer.models.walk import Walk
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
@@ -59,7 +60,17 @@ class ModelUnembed(Unembed):
     def forward(
         self, h: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_vocab"]:
-        logits = super().forward(h)
+        return self._capped(super().forward(h))
+
+    def token_logits(
+        self, h: Float[Tensor, "row d_model"], token: Int[Tensor, " row"]
+    ) -> Float[Tensor, " row"]:
+        """The logit of one token for each vector, without those of the others."""
+        logits = (self.final_norm(h) * self.unembedding.weight[token]).sum(-1)
+        bias = self.unembedding.bias
+        return self._capped(logits if bias is None else logits + bias[token])
+
+    def _capped(self, logits: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         if self.soft_cap is None:
             return logits
         return self.soft_cap * torch.tanh(logits / self.soft_cap)
@@ -116,6 +127,10 @@ class _Bridge(_TransformerLensModel):
     def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
         with keep_keys_and_values(self.module.original_model):
             yield lambda _: {}
+
+    @override
+    def prefix(self, tokens: Tensor) -> Prefix:
+        return Prefix(self._decoder, tokens.to(self.device), self.mask(tokens))
 
 
 class _HookedTransformer(_TransformerLensModel):
@@ -188,6 +203,10 @@ class _HuggingFaceModel(Model):
     def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
         with keep_keys_and_values(self._hf_model):
             yield lambda _: {}
+
+    @override
+    def prefix(self, tokens: Tensor) -> Prefix:
+        return Prefix(self._decoder, tokens.to(self.device), self.mask(tokens))
 
     @override
     def _mask_kwargs(self, tokens: Tensor) -> dict[str, Any]:

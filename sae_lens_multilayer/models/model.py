@@ -20,6 +20,7 @@ from sae_lens_multilayer.hooks import (
     stop_at_layer,
 )
 from sae_lens_multilayer.models.padding import padding_mask
+from sae_lens_multilayer.models.prefix import Prefix
 from sae_lens_multilayer.models.walk import (
     Alike,
     Walk,
@@ -252,6 +253,10 @@ class Model(ABC):
 
     def _walk(self, tokens: Int[Tensor, "prompt pos"]) -> Walk:
         raise ValueError("its kind of model has no blocks that can be called")
+
+    def prefix(self, tokens: Int[Tensor, "1 pos"]) -> Prefix:
+        """The keys and values of a prompt; ValueError if this kind gives none."""
+        raise ValueError("its kind of model gives no keys and values")
 
     def mask(self, tokens: Int[Tensor, "prompt pos"]) -> Tensor | None:
         """The attention mask of padding on the left; None without padding."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lens_multilayer.evaluation.edits import latent_vector
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
-from sae_lens_multilayer.studies.interventions.effects import Additions
+from sae_lens_multilayer.studies.interventions.runners import Additions
 from sae_lens_multilayer.topk.sparse import TopKActs
 
 CONTROLS = {
@@ -27,6 +27,10 @@ class Clean:
     acts: TopKActs
     """Of `x`."""
     counted: Bool[Tensor, " pos"]
+
+    def upto(self, end: int) -> "Clean":
+        """The positions before `end`."""
+        return Clean(self.x[:end], self.acts[:end], self.counted[:end])
 
 
 def make_controls(

@@ -1,4 +1,4 @@
-"""Edits of some latents at one token, with controls and predictions."""
+"""Edits of some latents of one prompt, with controls and predictions."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ from sae_lens_multilayer.studies.interventions.controls import (
     make_controls,
 )
 from sae_lens_multilayer.studies.interventions.effects import (
-    Additions,
     PromptRuns,
     direct_predictions,
 )
+from sae_lens_multilayer.studies.interventions.runners import Additions
 from sae_lens_multilayer.text.prompts import Prompts
 from sae_lens_multilayer.topk.tile import make_tile
 
 
 class TokenEdits:
-    """Edits the latents of tokens, all layers and controls of a token together."""
+    """Edits latents where they are active, all edits of a prompt together."""
 
     def __init__(
         self,
@@ -52,45 +52,66 @@ class TokenEdits:
         self,
         prompt: Prompts,
         index: int,
-        position: int,
-        latents: Int[Tensor, " latent"],
-        acts: Float[Tensor, "latent layer"],
+        position: Int[Tensor, " pair"],
+        latents: Int[Tensor, " pair"],
+        acts: Float[Tensor, "pair layer"],
     ) -> dict[str, Tensor]:
-        """The rows of all edits of some latents at one position of a prompt.
+        """The rows of all edits of one prompt, each of a latent at a position.
 
-        Later positions are left out, as they change nothing before them.
+        Positions after an edit are left out, as they change nothing before them.
 
         Args:
             index: Of the prompt.
+            position: In order.
             acts: The activations to edit; above 0 at one layer or more.
         """
-        upto = slice(position + 1)
-        ids, counted = prompt.ids[:, upto], prompt.counted[0, upto]
-        names = self._encoder.hook_names
-        runs = PromptRuns(self._model, self._splicer, names, ids, self._max_edits)
+        names, upto = self._encoder.hook_names, int(position.max()) + 1
+        runs = PromptRuns(
+            self._model,
+            self._splicer,
+            names,
+            prompt.ids[:, :upto],
+            self._max_edits,
+            position.unique(),
+            self._unembed,
+        )
         x = runs.x.transpose(0, 1).to(self._sae.device, self._sae.dtype)
-        clean = Clean(x, self._sae.encode_topk(x), counted)
+        clean = Clean(x, self._sae.encode_topk(x), prompt.counted[0, :upto])
         row, layer = acts.nonzero(as_tuple=True)
-        latent, at = latents[row], torch.full_like(layer, position)
-        length = (self._alpha - 1) * acts[row, layer].to(x)
-        length *= clean.acts.std[at, layer, 0]
+        latent, at, act = latents[row], position[row], acts[row, layer].to(x)
+        length = (self._alpha - 1) * act * clean.acts.std[at, layer, 0]
         dx = length.unsqueeze(1) * latent_vectors(self._encoder, layer, latent)
         edits = Additions(layer, at, dx.to(runs.x))
-        own_seed = np.random.SeedSequence([self._seed, index, position])
-        generator = torch.Generator().manual_seed(int(own_seed.generate_state(1)[0]))
-        sign = 1.0 if self._alpha > 1 else -1.0
-        controls = make_controls(self._encoder, edits, latent, clean, sign, generator)
+        controls = self._controls(edits, latent, clean, index)
         columns = {
             "latent": latent,
             "layer": layer,
             "prompt": torch.full_like(layer, index),
             "position": at,
-            "act": acts[row, layer].to(x),
+            "act": act,
             "norm": dx.norm(dim=1),
             "predictions": self._predictions(runs, edits),
             **self._effects(runs, edits, latent, controls),
         }
         return {name: v.detach().cpu().contiguous() for name, v in columns.items()}
+
+    def _controls(
+        self, edits: Additions, latent: Int[Tensor, " edit"], clean: Clean, index: int
+    ) -> list[tuple[Additions, Bool[Tensor, " edit"]]]:
+        """Controls of the edits of each token, drawn with a seed of its own."""
+        sign = 1.0 if self._alpha > 1 else -1.0
+        of_tokens: list[list[tuple[Additions, Bool[Tensor, " edit"]]]] = []
+        for position in edits.position.unique().tolist():
+            rows = edits.position == position
+            seed = np.random.SeedSequence([self._seed, index, position])
+            generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+            part = Additions(*(v[rows] for v in edits))
+            some = latent[rows], clean.upto(position + 1), sign, generator
+            of_tokens.append(make_controls(self._encoder, part, *some))
+        return [
+            (Additions.joined([a for a, _ in kind]), torch.cat([e for _, e in kind]))
+            for kind in zip(*of_tokens, strict=True)
+        ]
 
     def _effects(
         self,
@@ -100,21 +121,19 @@ class TokenEdits:
         controls: list[tuple[Additions, Bool[Tensor, " edit"]]],
     ) -> dict[str, Tensor]:
         """Effects of the edits and of their controls, run together."""
-        n, kinds = len(edits), 1 + len(controls)
+        n, kinds = len(latent), 1 + len(controls)
         exists = [torch.ones(n, dtype=torch.bool), *(found for _, found in controls)]
         all_edits = Additions.joined([edits, *(added for added, _ in controls)])
-        found = runs.effects(all_edits)
+        found = runs.effects(all_edits, self._n_top)
         missing = ~torch.stack(exists, 1).to(found.kl.device)
         both = found.kl, found.target
         kl, target = (v.view(kinds, n).T.masked_fill(missing, torch.nan) for v in both)
-        logits = found.logits[:n]
-        top = logits.abs().topk(min(self._n_top, logits.shape[1]))
         return {
             "kl": kl,
             "target": target,
-            "effect_norm": logits.norm(dim=1),
-            "top_ids": top.indices,
-            "top_values": logits.gather(1, top.indices),
+            "effect_norm": found.norm[:n],
+            "top_ids": found.top_ids[:n],
+            "top_values": found.top_values[:n],
             **self._later(runs, edits, latent, found.later[:n]),
         }
 
@@ -123,9 +142,8 @@ class TokenEdits:
     ) -> Float[Tensor, "edit 3"]:
         last, targets = runs.last[edits.position], runs.targets[edits.position]
         direct = direct_predictions(self._unembed, last, edits.dx.to(last), targets)
-        gradient = runs.gradient_predictions(edits)
-        integrated = runs.integrated_predictions(edits, self._n_steps)
-        return torch.stack([direct, gradient.to(direct), integrated.to(direct)], 1)
+        gradients = runs.gradient_predictions(edits, self._n_steps)
+        return torch.cat([direct.unsqueeze(1), gradients.to(direct)], 1)
 
     def _later(
         self,
@@ -136,7 +154,7 @@ class TokenEdits:
     ) -> dict[str, Float[Tensor, "edit layer"]]:
         """What the edits change at later layers: the latent, and the error term."""
         names = "self_effect", "pass_through", "change", "error_change"
-        shape = len(edits), len(runs.x)
+        shape = len(latent), len(runs.x)
         found = {n: self._sae.W_dec.new_full(shape, torch.nan) for n in names}
         for hook in range(1, len(runs.x)):
             rows = edits.layer < hook
@@ -161,9 +179,10 @@ class TokenEdits:
         before, after = (pre_acts(sae, x, hook, latent) for x in (clean, edited))
         dz = dx if lens is None else lens.transform_difference(dx, hook)
         passed = (dz * sae.W_enc.T[latent]).sum(1) / before[1]
-        both = torch.cat([clean[:1], edited]).to(sae.W_dec)
+        both = torch.cat([clean, edited]).to(sae.W_dec)
         error = both - self._encoder.reconstruct(hook, both)[1].to(both)
-        squares = ((v[1:] - v[:1]).square().sum(1) for v in (both, error))
+        halves = (v.split(len(clean)) for v in (both, error))
+        squares = ((after - before).square().sum(1) for before, after in halves)
         return after[0] - before[0], passed, *squares
 
 

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from sae_lens import SAE
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,8 +51,10 @@ def interventions(
 ) -> Interventions:
     """Scale latents where they are active, one layer and token at a time.
 
-    Each edit takes `5 + n_steps` runs from the middle of its prompt, up to its token:
-    five for the edit and its controls, and `n_steps` with gradients.
+    Each edit takes `6 + n_steps` runs from the middle: five for the edit and its
+    controls, and `1 + n_steps` with gradients. A run computes the edited position only,
+    with the clean keys and values of those before it, if the model allows this
+    (`models.prefix`); else the prompt up to this position.
 
     Args:
         sae: A multi-layer SAE on the residual stream.
@@ -65,7 +65,7 @@ def interventions(
             active there are edited.
         n_steps: Steps of integrated gradients.
         n_top: Logits of each effect to keep.
-        max_edits: Most prompts in one call of a block.
+        max_edits: Most runs in one call of a block.
         seed: Of latents, tokens and controls.
         n_prompts, batch_size_prompts, exclude_positions: See `PassOptions`.
         null: See `PassOptions`. "random_weights" are those of the edited runs too. With
@@ -115,27 +115,14 @@ def _all_columns(
         if done is not None and done.exists():
             tables.append(read_tensors(done / TENSORS_FILE))
             continue
-        of_prompt = (sample.pairs[:, 1] == prompt).nonzero()[:, 0].tolist()
-        by_position = groupby(of_prompt, lambda i: int(sample.pairs[i, 2]))
+        rows = sample.pairs[:, 1] == prompt
+        latents, _, position = sample.pairs[rows].unbind(1)
         one = prompts[prompt : prompt + 1]
-        found = [
-            edits.columns(one, prompt, position, *_rows(sample, list(rows)))
-            for position, rows in by_position
-        ]
-        tables.append(_joined(found))
+        acts = sample.acts[rows]
+        tables.append(edits.columns(one, prompt, position, latents, acts))
         if done is not None:
             with complete_or_absent(done) as folder:
                 save_file(tables[-1], folder / TENSORS_FILE)
-    return _joined(tables)
-
-
-def _rows(
-    sample: Sample, rows: list[int]
-) -> tuple[Int[Tensor, " latent"], Float[Tensor, "latent layer"]]:
-    return sample.pairs[rows, 0], sample.acts[rows]
-
-
-def _joined(tables: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([t[name] for t in tables]) for name in tables[0]}
 
 
@@ -161,21 +148,20 @@ def _check_memory(
 ) -> None:
     """Raise ValueError if the edits need more memory than is free.
 
-    Counted are the columns of all edits, the logits and later vectors of those of one
-    token, and what autograd keeps of the runs that share a call of a block.
+    Counted are the columns of all edits, the later vectors and gradients of those of
+    one prompt, the logits of the runs that share a call of a block, and what autograd
+    keeps of these, as if a run took its whole prompt.
     """
     shape = model.shape
     n_edits = int((sample.acts > 0).sum())
     by_layers = 16 * sample.acts.shape[1]
-    _, token = sample.pairs[:, 1:].unique(dim=0, return_inverse=True)
-    of_token = (sample.acts > 0).sum(1)
-    of_one = of_token.new_zeros(len(of_token)).index_add(0, token, of_token)
-    n_runs = int(of_one.max()) * (1 + len(CONTROLS))
-    of_layers = sample.acts.shape[1] * shape.d_model
-    of_run = 4 * (2 * (shape.d_vocab or 0) + of_layers)
-    graph = max_edits * n_positions * shape.n_layers * shape.d_model
-    needed = n_edits * (12 * n_top + by_layers + 100) + n_runs * of_run
-    needed += 4 * _FLOATS_PER_POSITION * graph
+    of_pair = (sample.acts > 0).sum(1)
+    n_runs = int(sample.pairs[:, 1].bincount(of_pair).max()) * (1 + len(CONTROLS))
+    of_run = sample.acts.shape[1] * shape.d_model
+    graph = _FLOATS_PER_POSITION * n_positions * shape.n_layers * shape.d_model
+    of_call = 6 * (shape.d_vocab or 0) + graph
+    needed = n_edits * (12 * n_top + by_layers + 100)
+    needed += 4 * (n_runs * of_run + max_edits * of_call)
     free = available_bytes()
     if needed > free:
         raise ValueError(
