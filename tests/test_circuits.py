@@ -760,6 +760,7 @@ def test_graphs_follow_the_schema_and_links_add_up(lens, make_case):
         ]
         assert sum(weights) == pytest.approx(along, abs=1e-8)
         assert node["activation"] > 0
+        assert node["clerp"] == f"latent {node['feature']}"
     sources = {
         nodes[e["source"]]["layer"]
         for e in graph["links"]

@@ -1,8 +1,9 @@
 """Attribution graphs of one prompt, in the JSON that circuit viewers read.
 
 The schema is that of circuit-tracer and Neuronpedia: `metadata`, `qParams`, `nodes` and
-`links`. A latent has the same `feature` at every layer, as the dictionary is shared;
-`feature_type` has the names that viewers know ("cross layer transcoder" for latents).
+`links`, with the fields that either needs. A latent has the same `feature` at every
+layer, as the dictionary is shared; `feature_type` has the names that viewers know
+("cross layer transcoder" for latents).
 """
 
 import json
@@ -277,7 +278,10 @@ def _nodes(
             latent, at = int(one.latent[i]), int(one.position[i])
             is_error = latent == ERROR
             kind = "mlp reconstruction error" if is_error else _LATENT
-            node = _node(name, latent, label, at, kind, "")
+            text = (
+                f'error at "{_text(lm, ids[at])}"' if is_error else f"latent {latent}"
+            )
+            node = _node(name, latent, label, at, kind, text)
             above = effects[effects >= abs(float(one.effect[i])) - 1e-12].sum()
             node["influence"] = float(above / effects.sum())
             node["activation"] = None if is_error else float(one.act[i])
