@@ -32,6 +32,7 @@ from sae_lens_multilayer import (
     MultiLayerActivationsStore,
     MultiLayerConfig,
     NonFiniteActivationError,
+    Text,
 )
 
 # SAELens warns of small and of untokenised datasets, and of its own tensor copies.
@@ -590,8 +591,21 @@ class TestErrors:
     def test_data_that_is_all_excluded(self, model, make_config):
         data = Dataset.from_dict({"input_ids": np.ones((64, N_CTX), dtype=int)})
         store = make_store(model, make_config(exclude_special_tokens=[1]), data)
-        with pytest.raises(ValueError, match=r"it has 0"):
+        with pytest.raises(ValueError, match=r"the text became \['w1', 'w1'"):
             next(store)
+
+    def test_a_tokenizer_that_makes_every_word_special(self, model, make_config):
+        # Unknown words become the end-of-text token.
+        text = Dataset.from_dict({"text": ["a zebra and a lion " * 20] * 20})
+        cfg = make_config(exclude_special_tokens=True)
+        message = (
+            r"excludes all of the first \d+ tokens, as the text became "
+            r"\['<\|endoftext\|>', '<\|endoftext\|>'"
+        )
+        with pytest.raises(ValueError, match=message):
+            next(make_store(model, cfg, text))
+        with pytest.raises(ValueError, match=message):
+            Text.from_config(cfg).prompts(model, 64, text)
 
     @pytest.mark.parametrize("column", ["input_ids", "text"])
     def test_empty_dataset(self, model, make_config, column):

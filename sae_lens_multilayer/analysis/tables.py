@@ -1,5 +1,6 @@
 """Tables of results, and moments over layers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,30 @@ def layer_columns(
 def markdown(table: pd.DataFrame) -> str:
     """A table in Markdown, with four significant digits."""
     rows = [[*map(str, table.columns)], ["---"] * table.shape[1]]
-    rows += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    for row in table.itertuples(index=False):
+        texts = [as_text(value, 4) for value in row]
+        rows.append([t.replace("|", "\\|").replace("\n", " ") for t in texts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def as_text(value: Any, digits: int = 3) -> str:
+    """A number with so many significant digits, or with all before its point.
+
+    NaN is "-", and what is not a number is as `str` gives it.
+
+    Example:
+        >>> [as_text(x) for x in (0.12345, 999.7, 1234.5, 32.0, 2e-5, float("nan"))]
+        ['0.123', '1,000', '1,234', '32', '2e-05', '-']
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if math.isnan(value):
+        return "-"
+    short = f"{value:.{digits}g}"
+    is_whole = math.isfinite(value) and (
+        value == int(value) or abs(float(short)) >= 10**digits
+    )
+    return f"{value:,.0f}" if is_whole else short
 
 
 def layer_mean(probs: Float[Tensor, "layer ..."]) -> Float[Tensor, "..."]:
@@ -60,8 +83,3 @@ def _index(probs: Tensor) -> Tensor:
     """0, 1, ... along the layer axis, in a shape that broadcasts with `probs`."""
     index = torch.arange(len(probs)).to(probs)
     return index.view(-1, *[1] * (probs.ndim - 1))
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

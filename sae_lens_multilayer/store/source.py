@@ -18,7 +18,12 @@ from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model, ModelShape
 from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.store.cache import ActivationCache
-from sae_lens_multilayer.text.prompts import Text, mark_counted, next_rows
+from sae_lens_multilayer.text.prompts import (
+    Text,
+    check_not_all_special,
+    mark_counted,
+    next_rows,
+)
 from sae_lens_multilayer.text.stream import ResumableTokens
 
 logger = logging.getLogger(__name__)
@@ -99,10 +104,7 @@ class Source(ABC):
 
 
 class ModelSource(Source):
-    """Runs a model on a text; a chunk is a batch of prompts.
-
-    One forward pass, which stops after the last hook, gives the vectors of a chunk.
-    """
+    """Runs a model on a text; a chunk is a batch of prompts run to the last hook."""
 
     def __init__(
         self,
@@ -160,6 +162,8 @@ class ModelSource(Source):
         self.n_chunks += 1
         prompts = prompts.cpu()
         self._model.check_tokens(prompts)
+        if self.n_chunks == 1:
+            check_not_all_special(self.reader, prompts)
         return prompts
 
     @override

@@ -153,6 +153,7 @@ class Text:
                 f"`n_tokens` must be at most {n_there * self.context_size}, as the "
                 f"text has {n_there} whole prompts of {self.context_size} tokens."
             )
+        check_not_all_special(reader, ids)
         return mark_counted(reader, check_prompts(model, ids).cpu())
 
     def excluded_token_ids(self, tokenizer: Any) -> list[int]:
@@ -203,6 +204,24 @@ def mark_counted(
     if isinstance(source, Prompts):
         counted &= source.counted
     return Prompts(ids, counted)
+
+
+def check_not_all_special(
+    reader: ActivationsStore, ids: Int[Tensor, "prompt pos"]
+) -> None:
+    """Raise ValueError if all tokens of some prompts are excluded by their ids."""
+    excluded = reader.exclude_special_tokens
+    if excluded is None or not torch.isin(ids.cpu(), excluded.cpu()).all():
+        return
+    tokenizer: Any = reader.model.tokenizer
+    words = tokenizer.convert_ids_to_tokens(ids.flatten()[:8].tolist())
+    raise ValueError(
+        "Some tokens must not be special: `exclude_special_tokens` excludes all of "
+        f"the first {ids.numel()} tokens, as the text became {words}. {len(excluded)} "
+        f"ids are excluded, and the tokenizer has {len(tokenizer)}. Check that it has "
+        "the words of the text, and not as special tokens; or set "
+        "`exclude_special_tokens` to False or to a list of ids."
+    )
 
 
 def take_prompts(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sae_lens_multilayer.analysis.tables import as_text
 from sae_lens_multilayer.files import write_whole
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.pictures.description import (
@@ -192,7 +193,7 @@ class ComparisonResult(Result):
         rows = table[table.matching == matching]
         names = [CONTESTANTS[name].description for name in rows.contestant]
         values = rows[column].to_numpy()
-        texts = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values]
+        texts = [as_text(value) for value in values.tolist()]
         bars = Series("", range(len(rows)), values, "bars", texts=texts)
         return Panel(Axis("", names, len(names)), Axis(label), [bars])
 
