@@ -82,15 +82,25 @@ class MultiLayerTrainingSAEConfig(TrainingSAEConfig):
 
 
 @dataclass
-class CrosscoderSAEConfig(MultiLayerSAEConfig):
+class LayersConfig:
+    """The layers of an SAE that encodes the vectors of all layers of a token.
+
+    Args:
+        n_layers: Number of layers of a token; None in training: that of the hooks of
+            the run.
+    """
+
+    n_layers: int | None = None
+
+
+@dataclass
+class CrosscoderSAEConfig(LayersConfig, MultiLayerSAEConfig):
     """Configuration of a crosscoder for inference.
 
     Args:
         k: Number of latents kept for each token.
         n_layers: Number of layers, each of which has its own encoder and decoder.
     """
-
-    n_layers: int | None = None
 
     @override
     @classmethod
@@ -99,7 +109,7 @@ class CrosscoderSAEConfig(MultiLayerSAEConfig):
 
 
 @dataclass
-class CrosscoderTrainingSAEConfig(MultiLayerTrainingSAEConfig):
+class CrosscoderTrainingSAEConfig(LayersConfig, MultiLayerTrainingSAEConfig):
     """Configuration of a crosscoder for training, with the recipe of the MLSAE.
 
     Args:
@@ -108,8 +118,6 @@ class CrosscoderTrainingSAEConfig(MultiLayerTrainingSAEConfig):
             that of the hooks of the run.
     """
 
-    n_layers: int | None = None
-
     @override
     @classmethod
     def architecture(cls) -> str:
@@ -117,15 +125,13 @@ class CrosscoderTrainingSAEConfig(MultiLayerTrainingSAEConfig):
 
 
 @dataclass
-class RoutedSAEConfig(MultiLayerSAEConfig):
+class RoutedSAEConfig(LayersConfig, MultiLayerSAEConfig):
     """Configuration of a routed SAE for inference.
 
     Args:
         k: Number of latents kept for each token.
         n_layers: Number of layers from which the router chooses.
     """
-
-    n_layers: int | None = None
 
     @override
     @classmethod
@@ -134,7 +140,7 @@ class RoutedSAEConfig(MultiLayerSAEConfig):
 
 
 @dataclass
-class RoutedTrainingSAEConfig(MultiLayerTrainingSAEConfig):
+class RoutedTrainingSAEConfig(LayersConfig, MultiLayerTrainingSAEConfig):
     """Configuration of a routed SAE for training, with the recipe of the MLSAE.
 
     Args:
@@ -142,8 +148,6 @@ class RoutedTrainingSAEConfig(MultiLayerTrainingSAEConfig):
         n_layers: Number of layers from which the router chooses; None: that of the
             hooks of the run.
     """
-
-    n_layers: int | None = None
 
     @override
     @classmethod

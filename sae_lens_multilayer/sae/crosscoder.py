@@ -10,27 +10,24 @@ from typing_extensions import override
 from sae_lens_multilayer.sae.config import (
     CrosscoderSAEConfig,
     CrosscoderTrainingSAEConfig,
-    check_sizes,
 )
 from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
-from sae_lens_multilayer.sae.token_sae import TokenSAE
-from sae_lens_multilayer.sae.topk_weights import T_CONFIG, TopKWeights
+from sae_lens_multilayer.sae.token_sae import T_TOKEN_CONFIG, TokenSAE
 from sae_lens_multilayer.topk import reference, sparse
 
 
-class _CrosscoderWeights(TokenSAE, TopKWeights[T_CONFIG]):
+class _CrosscoderWeights(TokenSAE[T_TOKEN_CONFIG]):
     """Base of the inference and the training class."""
 
     @property
     @override
     def d_enc(self) -> int:
-        check_sizes(self.cfg, ["n_layers"])
-        return self.cfg.n_layers * self.cfg.d_in
+        return self.n_layers * self.cfg.d_in
 
     @property
     def encoders(self) -> Float[Tensor, "layer d_in d_sae"]:
         """The encoder of each layer; a view of `W_enc`."""
-        return self.W_enc.unflatten(0, (self.cfg.n_layers, self.cfg.d_in))
+        return self.W_enc.unflatten(0, (self.n_layers, self.cfg.d_in))
 
     @property
     def decoders(self) -> Float[Tensor, "layer d_sae d_in"]:
@@ -38,26 +35,14 @@ class _CrosscoderWeights(TokenSAE, TopKWeights[T_CONFIG]):
 
         Rows have any norm; the squares of a latent's norms sum to 1 over layers.
         """
-        shape = self.cfg.n_layers, self.cfg.d_in
+        shape = self.n_layers, self.cfg.d_in
         return self.W_dec.unflatten(1, shape).transpose(0, 1)
 
     @override
-    def process_sae_in(
-        self, sae_in: Float[Tensor, "*batch layer d_in"], hook: int | str | None = None
+    def joined(
+        self, u: Float[Tensor, "*batch layer d_in"]
     ) -> Float[Tensor, "*batch d_enc"]:
-        """The encoder's input: the layers' standardised vectors in one row."""
-        assert hook is None  # a token has all hooks
-        self.check_is_stacked(sae_in)
-        x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
-        u = self.run_time_activation_norm_fn_in(self.into_lens(x))
-        return u.flatten(-2) - self.b_dec
-
-    @override
-    def encode(
-        self, x: Float[Tensor, "*batch layer d_in"]
-    ) -> Float[Tensor, "*batch d_sae"]:
-        """Dense activations of all latents; `encode_topk` is the sparse version."""
-        return self.encode_with_hidden_pre(x)[0]
+        return u.flatten(-2)
 
     @override
     def decode(
@@ -69,7 +54,7 @@ class _CrosscoderWeights(TokenSAE, TopKWeights[T_CONFIG]):
         the last `encode`.
         """
         recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
-        by_layer = recons.unflatten(-1, (self.cfg.n_layers, self.cfg.d_in))
+        by_layer = recons.unflatten(-1, (self.n_layers, self.cfg.d_in))
         return self.out_of_lens(self.run_time_activation_norm_fn_out(by_layer))
 
     @override
@@ -103,7 +88,7 @@ class _CrosscoderWeights(TokenSAE, TopKWeights[T_CONFIG]):
         of_layer = replace(
             acts, mean=acts.mean[..., layer, :], std=acts.std[..., layer, :]
         )
-        b_dec = self.b_dec.view(self.cfg.n_layers, self.cfg.d_in)[layer]
+        b_dec = self.b_dec.view(self.n_layers, self.cfg.d_in)[layer]
         z_hat = sparse.decode_topk(of_layer, self.decoders[layer], b_dec)
         return self.out_of_lens(z_hat, layer)
 

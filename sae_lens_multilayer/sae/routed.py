@@ -12,11 +12,9 @@ from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae.config import (
     RoutedSAEConfig,
     RoutedTrainingSAEConfig,
-    check_sizes,
 )
 from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
-from sae_lens_multilayer.sae.token_sae import TokenSAE
-from sae_lens_multilayer.sae.topk_weights import T_CONFIG, TopKWeights
+from sae_lens_multilayer.sae.token_sae import T_TOKEN_CONFIG, TokenSAE
 from sae_lens_multilayer.topk import reference, sparse
 from sae_lens_multilayer.topk.reference import Route, route, standardize
 from sae_lens_multilayer.topk.step import TopKStep, training_step
@@ -34,7 +32,7 @@ class RoutedActs(sparse.TopKActs):
     """Its routing weight."""
 
 
-class _RoutedWeights(TokenSAE, TopKWeights[T_CONFIG]):
+class _RoutedWeights(TokenSAE[T_TOKEN_CONFIG]):
     """Base of the inference and the training class."""
 
     W_router: nn.Parameter
@@ -48,9 +46,9 @@ class _RoutedWeights(TokenSAE, TopKWeights[T_CONFIG]):
 
     @override
     def initialize_weights(self) -> None:
-        check_sizes(self.cfg, ["n_layers"])
+        n_layers = self.n_layers
         super().initialize_weights()
-        rows = self.W_dec.new_empty(self.cfg.n_layers, self.cfg.d_in)
+        rows = self.W_dec.new_empty(n_layers, self.cfg.d_in)
         nn.init.kaiming_uniform_(rows, a=5**0.5)  # as torch.nn.Linear
         self.W_router = nn.Parameter(rows.T.contiguous())
 
@@ -61,23 +59,12 @@ class _RoutedWeights(TokenSAE, TopKWeights[T_CONFIG]):
         return route(u, self.W_router).vectors
 
     @override
-    def process_sae_in(
-        self, sae_in: Float[Tensor, "*batch layer d_in"], hook: int | str | None = None
+    def joined(
+        self, u: Float[Tensor, "*batch layer d_in"]
     ) -> Float[Tensor, "*batch d_in"]:
-        """The encoder's input: the weighted vector of the chosen layer."""
-        assert hook is None  # a token has all hooks
-        self.check_is_stacked(sae_in)
-        x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
-        u = self.run_time_activation_norm_fn_in(self.into_lens(x))
+        """The weighted vector of the chosen layer, which is stored for `decode`."""
         self._route = route(u, self.W_router)
-        return self._route.vectors - self.b_dec
-
-    @override
-    def encode(
-        self, x: Float[Tensor, "*batch layer d_in"]
-    ) -> Float[Tensor, "*batch d_sae"]:
-        """Dense activations of all latents; `encode_topk` is the sparse version."""
-        return self.encode_with_hidden_pre(x)[0]
+        return self._route.vectors
 
     @override
     def decode(
@@ -93,7 +80,7 @@ class _RoutedWeights(TokenSAE, TopKWeights[T_CONFIG]):
         chosen, self._route = self._route, None
         recons = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
         routed = (recons / chosen.weight.unsqueeze(-1)).unsqueeze(-2)
-        layers = torch.arange(self.cfg.n_layers, device=recons.device)
+        layers = torch.arange(self.n_layers, device=recons.device)
         is_chosen = (chosen.layer.unsqueeze(-1) == layers).unsqueeze(-1)
         by_layer = torch.where(is_chosen, routed, self.b_dec)
         return self.out_of_lens(self.run_time_activation_norm_fn_out(by_layer))
@@ -118,7 +105,7 @@ class _RoutedWeights(TokenSAE, TopKWeights[T_CONFIG]):
     @torch.no_grad()
     def decode_topk(self, acts: RoutedActs) -> Float[Tensor, "*batch layer d_in"]:
         """The vectors of all layers in raw space, as `decode`."""
-        layers = range(self.cfg.n_layers)
+        layers = range(self.n_layers)
         return torch.stack([self.decode_layer(acts, i) for i in layers], dim=-2)
 
     @override

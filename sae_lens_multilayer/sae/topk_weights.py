@@ -15,7 +15,8 @@ from sae_lens_multilayer.sae.config import (
     MultiLayerTrainingSAEConfig,
 )
 from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
-from sae_lens_multilayer.sae.views import check_unit_norm
+
+_UNIT_NORM_TOLERANCE = 1e-2  # the paper's decoders differ less: one optimiser step
 
 T_CONFIG = TypeVar("T_CONFIG", bound=MultiLayerSAEConfig | MultiLayerTrainingSAEConfig)
 
@@ -74,3 +75,13 @@ class TopKWeights(LensCarrier, CopyableLayerNorm, SAE[T_CONFIG]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T
+
+
+def check_unit_norm(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
+    """Raise ValueError if the norm of a decoder row is off 1 by more than 0.01."""
+    off = (W_dec.norm(dim=-1) - 1).abs().max().item()
+    if not off <= _UNIT_NORM_TOLERANCE:
+        raise ValueError(
+            "`fold_W_dec_norm` needs decoder rows of unit norm, as folding others "
+            f"would change which latents are the largest; one is off by {off:.3g}."
+        )

@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from sae_lens import SAE, SAEConfig, TopKSAE, TopKSAEConfig, TrainingSAE
 from sae_lens.registry import get_sae_class
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.sae.config import MultiLayerSAEConfig
 from sae_lens_multilayer.sae.layer_norm import CopyableLayerNorm
 from sae_lens_multilayer.sae.token_sae import TokenSAE, no_view
-
-_UNIT_NORM_TOLERANCE = 1e-2  # the paper's decoders differ less: one optimiser step
+from sae_lens_multilayer.sae.topk_weights import check_unit_norm
 
 
 def hook_names_of(sae: SAE[Any]) -> list[str]:
@@ -156,13 +154,3 @@ class _HookView(CopyableLayerNorm):
 def _view_class(stock: type[SAE[Any]]) -> type[SAE[Any]]:
     name = f"{stock.__name__}View"
     return type(name, (_HookView, stock), {"__module__": __name__})
-
-
-def check_unit_norm(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Raise ValueError if the norm of a decoder row is off 1 by more than 0.01."""
-    off = (W_dec.norm(dim=-1) - 1).abs().max().item()
-    if not off <= _UNIT_NORM_TOLERANCE:
-        raise ValueError(
-            "`fold_W_dec_norm` needs decoder rows of unit norm, as folding others "
-            f"would change which latents are the largest; one is off by {off:.3g}."
-        )
