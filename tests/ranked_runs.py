@@ -33,7 +33,12 @@ from safetensors.torch import save_file
 from test_trainer import build_sae, random_batches
 from transformers import AutoTokenizer
 
-from sae_lens_multilayer import MultiLayerConfig, cli
+from sae_lens_multilayer import (
+    CrosscoderTrainingSAEConfig,
+    MultiLayerConfig,
+    RoutedTrainingSAEConfig,
+    cli,
+)
 from sae_lens_multilayer.ranks import Ranks, ranks_of_environment
 from sae_lens_multilayer.store.source import ModelSource
 from sae_lens_multilayer.training import runner as runner_module
@@ -46,6 +51,15 @@ SAES = {
     "raw": tiny_sae_config(
         d_sae=256, k=2, dead_after_tokens=100, normalize_activations="none"
     ),
+    **{
+        name: kind(
+            d_in=D_MODEL, d_sae=256, k=2, k_aux=8, dead_after_tokens=100, n_layers=2
+        )
+        for name, kind in (
+            ("crosscoder", CrosscoderTrainingSAEConfig),
+            ("routed", RoutedTrainingSAEConfig),
+        )
+    },
     "standard": StandardTrainingSAEConfig(d_in=D_MODEL, d_sae=64),
     "topk": TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=256, k=2),
     "batchtopk": BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=2),
