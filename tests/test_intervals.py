@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sae_lens_multilayer.studies.bootstrap import interval, ratio_intervals
+from sae_lens_multilayer.studies.intervals import interval, ratio_intervals
 
 
 def test_ratios_and_their_intervals_equal_resampling_by_hand():

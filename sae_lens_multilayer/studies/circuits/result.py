@@ -26,10 +26,10 @@ from sae_lens_multilayer.studies.circuits.curves import (
     size_at,
 )
 from sae_lens_multilayer.studies.circuits.nodes import ERROR
+from sae_lens_multilayer.studies.intervals import QUANTILES, interval
 
 LEVEL = 0.8
 """The faithfulness at which sizes are compared."""
-_QUANTILES = 0.025, 0.975
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Circuits(Result):
 
     def counts_table(self) -> pd.DataFrame:
         """f by number of nodes; `f_low` and `f_high`: 95% intervals over prompts."""
-        ends = np.nanquantile(self._samples(self.by_count), _QUANTILES, 0)
+        ends = np.nanquantile(self._samples(self.by_count), QUANTILES, 0)
         low, high = ends.reshape(2, len(self.counts))
         f = self.faithfulness(self.by_count)
         columns = {"n_nodes": self.counts, "f": f, "f_low": low, "f_high": high}
@@ -120,7 +120,7 @@ class Circuits(Result):
         """
         f, low_high = (
             self.faithfulness(),
-            np.nanquantile(self._samples(self.scores), _QUANTILES, 0),
+            np.nanquantile(self._samples(self.scores), QUANTILES, 0),
         )
         columns = {
             "share": self.shares,
@@ -173,8 +173,8 @@ class Circuits(Result):
         own = areas(self.shares, f) | {"size": size_at(self.shares, f, LEVEL)}
         for name, found in measures.items():
             values[name] = float(own[name])
-            ends = np.nanquantile(found, _QUANTILES) if len(found) else [np.nan] * 2
-            values |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+            low, high = interval(found)
+            values |= {f"{name}_low": low, f"{name}_high": high}
         values["size_nodes"] = values["size"] * len(self.effect)
         random = areas(self.shares, self.faithfulness(self.random))
         values["cpr_log_random"] = float(random["cpr_log"])

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, Series
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.studies.circuits.curves import areas
+from sae_lens_multilayer.studies.intervals import means_with_intervals
 
-_CONFIDENCE = 0.95
 _GROUPS = ["task", "ablation", "label"]
 _KEYS = [*_GROUPS, "index", "seed"]
 _SHOWN = {
@@ -130,12 +129,11 @@ def _means(table: pd.DataFrame, groups: Sequence[str]) -> pd.DataFrame:
     ]
     # Rows of one SAE are not independent.
     by_sae: Any = table.groupby([*groups, "index"], sort=False)[numeric]
-    grouped: Any = by_sae.mean().groupby(list(groups), sort=False)
-    n = grouped.count()
-    t = stats.t.ppf((1 + _CONFIDENCE) / 2, (n - 1).clip(lower=1))
-    half = grouped.std() / np.sqrt(n) * t
-    parts = [grouped.size().rename("n_saes"), grouped.mean(), half.add_suffix("_half")]
-    return pd.concat(parts, axis=1).reset_index()
+    of_saes = by_sae.mean().reset_index()
+    means = means_with_intervals(of_saes, groups, numeric)
+    sizes: Any = of_saes.groupby(list(groups), sort=False).size()
+    means.insert(len(groups), "n_saes", sizes.to_numpy())
+    return means
 
 
 def _mean_f(by_count: pd.DataFrame) -> pd.Series:

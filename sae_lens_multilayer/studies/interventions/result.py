@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_lens_multilayer.analysis.nulls import NULL_TITLES
 from sae_lens_multilayer.pictures.description import Picture
 from sae_lens_multilayer.results import Result
-from sae_lens_multilayer.studies.bootstrap import intervals, ratio_intervals
+from sae_lens_multilayer.studies.intervals import intervals, ratio_intervals
 from sae_lens_multilayer.studies.interventions.comparisons import (
     layer_profiles,
     line_of_sums,

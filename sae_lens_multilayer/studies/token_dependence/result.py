@@ -17,7 +17,7 @@ from sae_lens_multilayer.pictures.description import (
     layer_axis,
 )
 from sae_lens_multilayer.results import Result
-from sae_lens_multilayer.studies.bootstrap import interval, intervals
+from sae_lens_multilayer.studies.intervals import QUANTILES, interval, intervals
 
 _LEAST_TOKENS = 10
 
@@ -106,7 +106,7 @@ class TokenDependence(Result):
         mean `by_chance` over permutations within prompts, and `p`, the part of the
         permutations with at least this share (one is added to both counts).
         """
-        low, high = np.quantile(self.resampled_shares.numpy(), [0.025, 0.975], axis=0)
+        low, high = np.quantile(self.resampled_shares.numpy(), QUANTILES, axis=0)
         permuted = self.permuted_shares
         n_above = (permuted >= self.shares).sum(0)
         columns = {

@@ -17,7 +17,7 @@ from sae_lens_multilayer.analysis.stream import PassOptions, analyze
 from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, Series
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.sae.views import hook_names_of
-from sae_lens_multilayer.studies.bootstrap import ratio_intervals
+from sae_lens_multilayer.studies.intervals import ratio_intervals
 from sae_lens_multilayer.text.prompts import Prompts, Tokens, take_prompts
 
 FACTORS = ("token", "context", "position")
