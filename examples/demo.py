@@ -121,7 +121,7 @@ def parse_args(args: list[str]) -> Settings:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     default_output = Path("outputs") / time.strftime("demo-%Y%m%d-%H%M%S")
     parser.add_argument("--output", type=Path, default=default_output)
-    parser.add_argument("--training-tokens", type=int, default=40_000)
+    parser.add_argument("--training-tokens", type=int, default=24_000)
     parser.add_argument("--held-out-tokens", type=int, default=4_096)
     parser.add_argument("--expansion-factor", type=int, default=8)
     parser.add_argument("--k", type=int, default=32)
@@ -145,12 +145,12 @@ def make_config(
         dataset_path="pydoc_data.topics",
         context_size=CONTEXT_SIZE,
         training_tokens=settings.training_tokens,
-        train_batch_size_tokens=128,
+        train_batch_size_tokens=64,
         store_batch_size_prompts=8,
         n_batches_in_buffer=64,
         exclude_special_tokens=True,
-        lr=1e-3,
-        lr_decay_steps=settings.training_tokens // 128 // 5,
+        lr=3e-3,
+        lr_decay_steps=settings.training_tokens // 64 // 2,
         logger=LoggingConfig(log_to_wandb=False),
         checkpoint_path=None,
         output_path=str(settings.output),

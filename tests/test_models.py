@@ -408,6 +408,25 @@ def test_a_bridge_gives_the_vectors_of_the_paper_under_these_names(bridges, cls)
         torch.testing.assert_close(cache[name], state, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cls", [TransformerBridge, SAETransformerBridge])
+def test_a_bridge_computes_no_logits_after_the_last_hook(bridges, cls):
+    bridge, tokens = bridges[cls], torch.arange(1, 9).view(1, 8)
+    model, ran = as_model(bridge), []
+    names = [POST[0], f"blocks.{model.shape.n_layers - 1}.hook_resid_post"]
+    own = model.own_hook_names(names)
+    _, whole = bridge.run_with_cache(tokens, names_filter=own)
+    unembedding = bridge.original_model.get_output_embeddings()
+    handle = unembedding.register_forward_hook(lambda *_: ran.append("logits"))
+    with torch.no_grad():
+        vectors = model.vectors(tokens, names)
+        assert ran == []
+        bridge(tokens)
+    handle.remove()
+    assert ran == ["logits"]
+    for name, x in zip(own, vectors, strict=True):
+        torch.testing.assert_close(x, whole[name], rtol=0, atol=0)
+
+
 def test_a_hook_that_does_not_exist_is_an_error_that_lists_near_ones(model):
     message = r"has no hook 'blocks\.0\.hook_resid_pots'.*Known.*'blocks\.0\.hook_r"
     with pytest.raises(ValueError, match=message):

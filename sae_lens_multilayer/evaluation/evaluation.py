@@ -22,7 +22,7 @@ from sae_lens_multilayer.text.prompts import (
     take_prompts,
 )
 
-_POSITIONS_PER_BLOCK = {"cpu": 2**11, "cuda": 2**14}
+_POSITIONS_PER_BLOCK = {"cpu": 2**10, "cuda": 2**14}
 """Positions in one call of a block; more would not fit the cache of a CPU."""
 
 Ablation = Literal["zero", "mean"]

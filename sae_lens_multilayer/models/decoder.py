@@ -92,7 +92,7 @@ class Decoder:
             streams.append(_hidden(args, kwargs))
 
         def after(_: Any, __: Any, output: Any) -> None:
-            streams.append(_first(output))
+            streams.append(first_output(output))
 
         with ExitStack() as stack:
             for block in self.blocks:
@@ -161,7 +161,7 @@ class DecoderWalk(Walk):
             args = (stream, *args[1:])
         else:
             kwargs = {**kwargs, "hidden_states": stream}
-        return _first(self._decoder.blocks[block](*args, **kwargs))
+        return first_output(self._decoder.blocks[block](*args, **kwargs))
 
     @override
     def logits(self, stream: Tensor) -> Tensor:
@@ -234,7 +234,8 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """The residual stream in the output of a block."""
     return output[0] if isinstance(output, tuple) else output
 
 

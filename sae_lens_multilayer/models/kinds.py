@@ -22,6 +22,7 @@ from typing_extensions import override
 from sae_lens_multilayer.models.decoder import (
     Decoder,
     DecoderWalk,
+    first_output,
     input_kwargs,
     keep_keys_and_values,
 )
@@ -122,6 +123,17 @@ class _Bridge(_TransformerLensModel):
     def _walk(self, tokens: Tensor) -> Walk:
         return DecoderWalk(self._decoder, tokens, self.mask(tokens))
 
+    @override
+    def _run(self, tokens: Tensor, own_names: list[str], **kwargs: Any) -> Any:
+        if kwargs.get("stop_at_layer") != self.shape.n_layers:
+            return super()._run(tokens, own_names, **kwargs)
+        # The bridge stops before a block only, so it would compute the logits, too.
+        handle = self.module.blocks[-1].register_forward_hook(_stop)
+        try:
+            return super()._run(tokens, own_names, **kwargs)
+        finally:
+            handle.remove()
+
     @contextmanager
     @override
     def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
@@ -131,6 +143,13 @@ class _Bridge(_TransformerLensModel):
     @override
     def prefix(self, tokens: Tensor) -> Prefix:
         return Prefix(self._decoder, tokens.to(self.device), self.mask(tokens))
+
+
+def _stop(block: nn.Module, args: Any, output: Any) -> None:
+    """End a bridge's forward pass; it catches this exception."""
+    from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+    raise StopAtLayerException(first_output(output))
 
 
 class _HookedTransformer(_TransformerLensModel):
