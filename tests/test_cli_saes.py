@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import pytest
 import torch
-from conftest import D_MODEL, N_CTX, N_LAYERS, count_calls
+from conftest import D_MODEL, N_CTX, N_LAYERS, PAPER_DATA, count_calls
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from published_files import transformer_files
+from published_files import plain_files, transformer_files
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from saes import HOOK_NAMES, random_sae
@@ -481,6 +481,19 @@ def test_published_files_are_taken_from_a_folder(tmp_path):
         (tmp_path / name).write_bytes(content)
     sae = load_sae(str(tmp_path), None, "cpu")
     assert isinstance(sae, MultiLayerSAE)
+    assert len(sae.views()) == 5
+
+
+def test_the_model_of_published_files_can_be_a_folder(tmp_path):
+    folder = tmp_path / "mlsae-unheard-of-x8-k8"
+    folder.mkdir()
+    for name, content in plain_files().items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"is 'unheard-of' by its .* --model-name"):
+        load_sae(str(folder), None, "cpu")
+    model = str(PAPER_DATA / "model")
+    sae = load_sae(str(folder), None, "cpu", model)
+    assert sae.cfg.metadata.model_name == model
     assert len(sae.views()) == 5
 
 

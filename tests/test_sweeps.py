@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import D_MODEL, D_VOCAB, N_CTX, count_calls, tiny_model
+from conftest import D_MODEL, D_VOCAB, N_CTX, PAPER_DATA, count_calls, tiny_model
 from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.training._interruption import InterruptedException
@@ -122,6 +122,15 @@ class TestPoints:
     def test_a_folder_is_named_by_the_settings(self, point, name):
         (made,) = make_points({**BASE, "sae": {"d_in": 16, "d_sae": 64}}, [point])
         assert made.name == name
+
+    def test_the_width_of_a_model_in_a_folder_is_read(self, tmp_path):
+        config = json.loads((PAPER_DATA / "model" / "config.json").read_text())
+        # Not needed by transformers; TransformerLens reads a folder only with it.
+        config.pop("architectures", None)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        base = {**BASE, "model_name": str(tmp_path), "expansion_factor": 2, "k": 4}
+        (made,) = make_points(base, [{"layers": [0]}])
+        assert (made.cfg.sae.d_in, made.cfg.sae.d_sae) == (64, 128)
 
     def test_names_that_are_too_long_differ_in_the_end(self):
         points = [{"model_name": "a" * 200 + end} for end in "bc"]

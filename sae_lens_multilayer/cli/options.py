@@ -114,7 +114,12 @@ class Inputs:
         """Load the inputs of a command whose options have `sae`, `model` and `text`."""
         model_options: ModelOptions = options.model
         model_options.check_device()
-        sae = load_sae(options.sae.sae, options.sae.sae_id, model_options.device)
+        sae = load_sae(
+            options.sae.sae,
+            options.sae.sae_id,
+            model_options.device,
+            model_options.model_name,
+        )
         metadata, names = sae.cfg.metadata, hook_names_of(sae)
         text = options.text.text(metadata)
         model = model_options.load(metadata, names)

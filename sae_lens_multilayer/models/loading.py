@@ -28,13 +28,16 @@ def usable_class(
     TransformerBridge is loaded, which has the same hook names, or a Hugging Face model
     if the hooks are named by its modules.
     """
-    is_folder = (Path(model_name) / "config.json").is_file()
-    if model_class_name != "HookedTransformer" or not is_folder:
+    if model_class_name != "HookedTransformer" or not _is_folder(model_name):
         return model_class_name
     is_bridge = all("hook_" in name for name in hook_names or ())
     usable = "TransformerBridge" if is_bridge else "AutoModelForCausalLM"
     logger.info("%s is a folder, so it is loaded as a %s.", model_name, usable)
     return usable
+
+
+def _is_folder(model_name: str) -> bool:
+    return (Path(model_name) / "config.json").is_file()
 
 
 def load_by_name(
@@ -74,10 +77,11 @@ def shape_by_name(
     kwargs = kwargs or {}
     hub_kwargs = _only(kwargs, *_HUB_KWARGS)
     try:
-        if model_class_name == "HookedTransformer":
+        if model_class_name == "HookedTransformer" and not _is_folder(model_name):
             given = hub_kwargs | _only(kwargs, "n_ctx", "first_n_layers")
             return _shape_of_hooked_transformer(model_name, given)
-        if model_class_name == "TransformerBridge":
+        # A folder is loaded as one of the others: see `usable_class`.
+        if model_class_name in ("TransformerBridge", "HookedTransformer"):
             given = hub_kwargs | (kwargs.get("hf_config_overrides") or {})
             config = AutoConfig.from_pretrained(model_name, **given)
             shape = ModelShape.of_hf_config(config)

@@ -171,6 +171,12 @@ def _sizes(
     return d_in, d_sae
 
 
+_NAME_IT = (
+    "Give the folder the repository's name, or name the model or its folder: "
+    "converter=partial(mlsae_disk_loader, model_name=...), --model-name of commands"
+)
+
+
 def find_origin(
     settings: dict[str, Any],
     location: str,
@@ -191,7 +197,13 @@ def find_origin(
     elif candidates:
         model_name = candidates[0]
         if n_layers is None:
-            shape = shape_by_name("HookedTransformer", candidates[0])
+            try:
+                shape = shape_by_name("HookedTransformer", candidates[0])
+            except ValueError as error:
+                raise ValueError(
+                    f"The language model of the MLSAE at {location} is "
+                    f"{candidates[0]!r} by its config or name. {_NAME_IT}. {error}"
+                ) from error
             if shape is None:
                 raise FileNotFoundError(
                     f"The config of {candidates[0]!r} is not cached, and the Hugging "
@@ -201,8 +213,7 @@ def find_origin(
     if n_layers is None:
         problem = (
             f"The language model of the MLSAE at {location} is unknown, so it has no "
-            "hooks, no views and no lens. Give the folder the repository's name, or "
-            "name the model: converter=partial(mlsae_disk_loader, model_name=...)."
+            f"hooks, no views and no lens. {_NAME_IT}."
         )
         if has_lens:
             raise ValueError(problem)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,6 +21,7 @@ from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import check_widths
 from sae_lens_multilayer.published.loader import (
     has_published_files,
+    mlsae_disk_loader,
     own_or_mlsae_disk_loader,
 )
 from sae_lens_multilayer.sae.views import hook_names_of
@@ -50,11 +52,14 @@ _DAMAGED = SafetensorError, ArithmeticError, LookupError, RuntimeError, TypeErro
 """SAELens raises these for files that are torn or contradict each other."""
 
 
-def load_sae(path: str, sae_id: str | None, device: str) -> SAE[Any]:
+def load_sae(
+    path: str, sae_id: str | None, device: str, model_name: str | None = None
+) -> SAE[Any]:
     """Load an SAE from a folder, SAELens' own or of published files, or a release.
 
     Args:
         path: The folder; with `sae_id`, the name of a release.
+        model_name: The model of published files, if the folder does not name it.
     """
     if sae_id is not None:
         return SAE.from_pretrained(path, sae_id, device=device)
@@ -63,7 +68,10 @@ def load_sae(path: str, sae_id: str | None, device: str) -> SAE[Any]:
         raise FileNotFoundError(
             f"{path} must be the folder of a saved SAE, or a release with --sae_id."
         )
-    if not has_published_files(folder):
+    converter: Any = own_or_mlsae_disk_loader
+    if has_published_files(folder):
+        converter = partial(mlsae_disk_loader, model_name=model_name)
+    else:
         if not (folder / SAE_CFG_FILENAME).is_file():
             raise FileNotFoundError(
                 f"{path} must be the folder of a saved SAE; it has no "
@@ -71,9 +79,7 @@ def load_sae(path: str, sae_id: str | None, device: str) -> SAE[Any]:
             )
         check_config(folder / SAE_CFG_FILENAME)
     try:
-        return SAE.load_from_disk(
-            folder, device=device, converter=own_or_mlsae_disk_loader
-        )
+        return SAE.load_from_disk(folder, device=device, converter=converter)
     except _DAMAGED as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise ValueError(f"{folder} must hold a complete SAE; {reason}") from e

@@ -127,10 +127,11 @@ def latest_checkpoint(folders: Iterable[Path], settings: dict[str, Any]) -> Path
             continue
         if not found.differences(wanted):
             return state.parent
-    logger.info(
-        "None of %d checkpoints has the settings of this run; starting anew.",
-        len(states),
-    )
+    if states:
+        logger.info(
+            "None of %d checkpoints has the settings of this run; starting anew.",
+            len(states),
+        )
     return None
 
 
