@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 from test_page import driven_page, result_of_browser
 
-from sae_lens_multilayer import cli
+from sae_lens_multilayer import cli, serving
 from sae_lens_multilayer.analysis import Suite, prompt_acts
 from sae_lens_multilayer.evaluation.edits import LatentEdit
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
@@ -105,7 +105,8 @@ def test_a_continuation_is_greedy_with_hooks_at_every_step(model):
 @pytest.fixture
 def explorer(model, tokenizer):
     text = Text(context_size=N_CTX, prepend_bos=False)
-    return Explorer(random_sae(), model, text, lambda i: f"<i>w{i} ")
+    prompts = torch.randint(1, D_VOCAB, (5, N_CTX))
+    return Explorer(random_sae(), model, text, lambda i: f"<i>w{i} ", prompts)
 
 
 @pytest.fixture
@@ -131,6 +132,25 @@ def test_activations_are_those_of_the_analysis(client, explorer, model):
     assert found["tokens"] == [f"<i>w{i} " for i in ids[0].tolist()]
     assert found["latents"] == expected.latents.tolist()
     assert found["acts"] == pytest.approx(expected.acts.tolist(), rel=1e-3)
+
+
+def test_activations_of_a_prompt_around_a_position(
+    client, explorer, model, monkeypatch
+):
+    monkeypatch.setattr(serving.explorer, "MAX_TOKENS", 8)
+    job = finished(client, {"kind": "prompt", "prompt": 3, "position": 9})
+    found = job["result"]
+    table = prompt_acts(explorer.sae, model, explorer.prompts[3:4]).to_dataframe()
+    expected = table[table.position.between(3, 10)]
+    assert found["first"] == 3
+    assert found["tokens"] == [f"<i>w{i} " for i in explorer.prompts[3, 3:11].tolist()]
+    assert [p + 3 for p in found["positions"]] == expected.position.tolist()
+    assert found["latents"] == expected.latent.tolist()
+    assert found["acts"] == pytest.approx(expected.act.tolist(), rel=1e-3)
+    for outside in ({"prompt": 5, "position": 0}, {"prompt": 0, "position": N_CTX}):
+        answer = client.post("/jobs", json={"kind": "prompt", **outside})
+        assert answer.status_code == 400
+        assert "must be in [0, 5)" in answer.json()["error"]
 
 
 def test_numbers_of_a_continuation(client, explorer, model):
@@ -235,8 +255,8 @@ def running(app):
 
 def test_a_reader_types_a_text_and_steers(model, tmp_path):
     text = Text(context_size=N_CTX, prepend_bos=False)
-    explorer = Explorer(lens_sae(), model, text, lambda i: f"<i>w{i} ")
     tokens = torch.randint(1, D_VOCAB, (5, N_CTX))
+    explorer = Explorer(lens_sae(), model, text, lambda i: f"<i>w{i} ", tokens)
     suite = Suite(explorer.sae, model, tokens, n_examples=2)
     results: Any = suite.run([name for name in suite.available() if name in USED])
     content = ReportContent("T", {}, [], None, results, explorer.text_of, n_latents=9)
@@ -274,6 +294,15 @@ def test_a_reader_types_a_text_and_steers(model, tmp_path):
         const both = Array.from(document.querySelectorAll(".continuation"));
         seen.lengths = both.map((one) => one.querySelectorAll(".new").length);
         seen.numbers = both.map((one) => one.querySelector("small").textContent);
+        set("edit-latent", "-1");
+        document.querySelector(".example button").click();
+        while (Number(byId("edit-latent").value) !== shown)
+            await new Promise((f) => setTimeout(f, 20));
+        const chosen = document.querySelector("#grid .chosen");
+        seen.prompt = Array.from(document.querySelectorAll("#grid tbody .token"),
+            (one) => one.textContent.trim());
+        seen.act = Number(chosen.title);
+        seen.of = shown;
         seen.markup = document.querySelectorAll("main i:not(.strip i)").length;
         seen.wide = document.documentElement.scrollWidth;
         return seen;
@@ -309,6 +338,11 @@ def test_a_reader_types_a_text_and_steers(model, tmp_path):
     loss = model(explorer.token_ids(TEXT), return_type="loss").item()
     assert f"{loss:.4g} nats" in seen["numbers"][0]
     assert "KL divergence" in seen["numbers"][1]
+    examples = results["max_activating_examples"].of(seen["of"])
+    row = int(examples.acts.argmax())
+    ids = tokens[examples.prompts[row]].tolist()
+    assert seen["prompt"] == [f"<i>w{i}" for i in ids]
+    assert seen["act"] == pytest.approx(float(examples.acts[row]), rel=1e-3)
     assert seen["markup"] == 0
     assert seen["wide"] <= 500
 

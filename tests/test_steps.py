@@ -94,7 +94,8 @@ def test_a_model_that_forgets_the_text_is_found(monkeypatch):
 @pytest.fixture
 def explorer(tokenizer) -> Explorer:
     text = Text(context_size=32, prepend_bos=False)
-    return Explorer(random_sae(), tiny_model(tokenizer, n_ctx=32), text, str)
+    prompts = torch.randint(1, D_VOCAB, (2, 32))
+    return Explorer(random_sae(), tiny_model(tokenizer, n_ctx=32), text, str, prompts)
 
 
 @pytest.mark.parametrize("text", ["w7", "w7 w300 w12 w8 w45"])

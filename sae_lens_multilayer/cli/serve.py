@@ -57,7 +57,9 @@ def run(options: Options) -> None:
         ) from error
     inputs, content = inputs_and_content(options, USED)
     page = report_html(content, served=True)
-    explorer = Explorer(inputs.sae, inputs.model, inputs.text, inputs.text_of)
+    explorer = Explorer(
+        inputs.sae, inputs.model, inputs.text, inputs.text_of, inputs.prompts.ids
+    )
     app = make_app(page, explorer, hosts)
     server = uvicorn.Server(
         uvicorn.Config(app, options.host, options.port, log_level="warning")

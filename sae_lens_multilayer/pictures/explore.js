@@ -62,9 +62,23 @@ function grouped(result) {
 async function showActs(event) {
   event.preventDefault();
   const result = await runJob({ kind: "activations", text: byId("text").value });
+  if (result) drawActs(result, { token: result.tokens.length - 1, layer: 0, latent: null });
+}
+
+/* The prompt of an example: the latent at all its tokens and layers. */
+async function showPrompt(latent, one) {
+  byId("explore").scrollIntoView();
+  const { prompt, position, layer } = one;
+  const result = await runJob({ kind: "prompt", prompt, position });
   if (!result) return;
+  byId("edit-latent").value = latent;
+  drawActs(result, { token: position - result.first, layer, latent });
+  byId("acts").scrollIntoView();
+}
+
+function drawActs(result, chosen) {
   acts = { tokens: result.tokens, byToken: grouped(result) };
-  at = { token: acts.tokens.length - 1, layer: 0, latent: null };
+  at = chosen;
   byId("acts").hidden = false;
   drawGrid();
   showCell();

@@ -68,7 +68,7 @@ function drawCharts(latent) {
     height: 300, margin, xaxis, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
     yaxis: { title: { text: "P(layer | latent)" }, rangemode: "tozero" },
     yaxis2: { overlaying: "y", side: "right", rangemode: "tozero", showgrid: false,
-      tickformat: ".2~p" },
+      tickmode: "auto", nticks: 6, tickformat: ".2~p" },
   });
   if (!latent.histogram) return;
   const nBins = latent.histogram[0].length;
@@ -169,7 +169,15 @@ function example(one, largest) {
     code.append(span);
   });
   box.append(code, strip(one.layer_acts, largest));
+  // Only the served page can run the model.
+  if (typeof showPrompt === "function") box.append(promptButton(shown, one));
   return box;
+}
+
+function promptButton(latent, one) {
+  const button = element("button", "whole prompt, all layers", { type: "button" });
+  button.addEventListener("click", () => showPrompt(latent, one));
+  return button;
 }
 
 /* Activations of the latent at all layers, at one token. */

@@ -18,7 +18,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sae_lens_multilayer.serving.explorer import ActsRequest, ContinueRequest, Explorer
+from sae_lens_multilayer.serving.explorer import Explorer
+from sae_lens_multilayer.serving.explorer import Request as JobRequest
 from sae_lens_multilayer.serving.jobs import BusyError, Jobs
 
 _MAX_BYTES = 2**16
@@ -29,8 +30,8 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-_REQUEST: TypeAdapter[ActsRequest | ContinueRequest] = TypeAdapter(
-    Annotated[ActsRequest | ContinueRequest, Field(discriminator="kind")]
+_REQUEST: TypeAdapter[JobRequest] = TypeAdapter(
+    Annotated[JobRequest, Field(discriminator="kind")]
 )
 
 

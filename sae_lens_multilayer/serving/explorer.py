@@ -34,6 +34,14 @@ class ActsRequest(BaseModel):
     text: str = Field(min_length=1, max_length=MAX_CHARS)
 
 
+class PromptRequest(BaseModel):
+    """The same for a prompt of the report, around one of its positions."""
+
+    kind: Literal["prompt"]
+    prompt: int = Field(ge=0)
+    position: int = Field(ge=0)
+
+
 class ContinueRequest(BaseModel):
     """How does the model continue a text, by itself and with an edit?"""
 
@@ -46,6 +54,9 @@ class ContinueRequest(BaseModel):
     n_new: int = Field(default=20, ge=1, le=64)
 
 
+Request = ActsRequest | PromptRequest | ContinueRequest
+
+
 @dataclass
 class Explorer:
     """An SAE and its model, which process one text at a time."""
@@ -55,13 +66,23 @@ class Explorer:
     text: Text
     """How the SAE's training text was tokenised."""
     text_of: Callable[[int], str]
+    prompts: Int[Tensor, "prompt pos"]
+    """Those of the report."""
 
     def __post_init__(self) -> None:
         self._model, self._encoder = as_model(self.model), LayerEncoder(self.sae)
         self._can_step = steps_obstacle(self._model) is None
 
-    def check(self, request: ActsRequest | ContinueRequest) -> None:
+    def check(self, request: Request) -> None:
         """Raise ValueError if a request does not fit the model or the SAE."""
+        if isinstance(request, PromptRequest):
+            n_prompts, n_pos = self.prompts.shape
+            if request.prompt >= n_prompts or request.position >= n_pos:
+                raise ValueError(
+                    f"The prompt must be in [0, {n_prompts}) and the position in "
+                    f"[0, {n_pos}); got {request.prompt} and {request.position}."
+                )
+            return
         n_new = request.n_new if isinstance(request, ContinueRequest) else 0
         n_tokens = self.token_ids(request.text).shape[1] + n_new
         most = min(MAX_TOKENS, self._model.shape.n_ctx or MAX_TOKENS)
@@ -75,10 +96,13 @@ class Explorer:
         if not 0 <= request.latent < d_sae:
             raise ValueError(f"The latent must be in [0, {d_sae}).")
 
-    def run(self, request: ActsRequest | ContinueRequest, progress: Progress) -> Any:
+    def run(self, request: Request, progress: Progress) -> Any:
         """The answer to a request, as JSON values."""
         if isinstance(request, ActsRequest):
-            return self.activations(request)
+            return self.activations(self.token_ids(request.text))
+        if isinstance(request, PromptRequest):
+            ids = self.prompts[request.prompt : request.prompt + 1]
+            return self.activations(ids, first_shown(request.position, ids.shape[1]))
         return self.continuations(request, progress)
 
     def token_ids(self, text: str) -> Int[Tensor, "1 pos"]:
@@ -92,15 +116,21 @@ class Explorer:
             raise ValueError("The text has no tokens.")
         return torch.tensor([ids])
 
-    def activations(self, request: ActsRequest) -> dict[str, Any]:
-        """Texts of the tokens, and columns of all activations."""
-        acts = prompt_acts(self.sae, self.model, self.token_ids(request.text))
+    def activations(self, ids: Int[Tensor, "1 pos"], first: int = 0) -> dict[str, Any]:
+        """Texts of up to `MAX_TOKENS` tokens from `first`, and columns of activations.
+
+        Positions are counted from `first`.
+        """
+        acts = prompt_acts(self.sae, self.model, ids)
+        positions = acts.positions - first
+        shown = (positions >= 0) & (positions < MAX_TOKENS)
         return {
-            "tokens": self._texts(acts.token_ids),
-            "positions": acts.positions.tolist(),
-            "layers": acts.layers.tolist(),
-            "latents": acts.latents.tolist(),
-            "acts": shorten(acts.acts.numpy()),
+            "first": first,
+            "tokens": self._texts(acts.token_ids[first : first + MAX_TOKENS]),
+            "positions": positions[shown].tolist(),
+            "layers": acts.layers[shown].tolist(),
+            "latents": acts.latents[shown].tolist(),
+            "acts": shorten(acts.acts[shown].numpy()),
         }
 
     @torch.no_grad()
@@ -236,6 +266,16 @@ def _greedy(
             break
     assert of_text is not None  # `n_new` is at least 1
     return of_text.cpu(), ids[0]
+
+
+def first_shown(position: int, n_pos: int) -> int:
+    """The first of `MAX_TOKENS` positions of a prompt, a quarter after `position`.
+
+    Example:
+        >>> [first_shown(p, 1000) for p in (5, 500, 999)]
+        [0, 308, 744]
+    """
+    return max(0, min(position - 3 * MAX_TOKENS // 4, n_pos - MAX_TOKENS))
 
 
 def _ce_loss(
