@@ -139,6 +139,8 @@ class TestPoints:
         assert first.name != second.name
 
     def test_named_points_take_part_in_a_grid(self):
+        alone = [{"name": "small", "k": 1}]
+        assert combine(alone, grid()) == alone
         points = combine([{"name": "small", "model_name": "a/b"}], grid(k=[1, 2]))
         assert [point["name"] for point in points] == ["small_k1", "small_k2"]
 

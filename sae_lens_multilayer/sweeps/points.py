@@ -79,10 +79,10 @@ def combine(points: Sequence[Settings], others: Sequence[Settings]) -> list[Sett
     for point, other in itertools.product(points, others):
         if both := sorted(point.keys() & other.keys()):
             raise ValueError(f"`points` and `grid` must not both vary {both}.")
-        name = (
-            {"name": f"{point['name']}_{point_name(other)}"} if "name" in point else {}
-        )
-        combined.append({**point, **other, **name})
+        one = {**point, **other}
+        if "name" in point and other:
+            one["name"] = f"{point['name']}_{point_name(other)}"
+        combined.append(one)
     return combined
 
 

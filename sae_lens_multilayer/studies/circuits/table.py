@@ -52,7 +52,8 @@ class CircuitTable(Result):
         return table.assign(cpr_nodes=self._cpr_nodes().to_numpy())
 
     def _cpr_nodes(self) -> pd.Series:
-        keys = pd.MultiIndex.from_frame(pd.DataFrame(self.rows)[_KEYS])
+        own: Any = pd.DataFrame(self.rows)
+        keys = pd.MultiIndex.from_frame(own[_KEYS])
         if not self.by_count:
             return pd.Series(np.nan, keys)
         table: Any = pd.DataFrame(self.by_count)

@@ -164,7 +164,7 @@ def greater_than(tokenizer: Any, n_prompts: int, seed: int, bos: int | None) -> 
 
     References:
         Hanna et al. (2023), arXiv:2305.00586, whose data has only years that GPT-2
-        splits so. Theirs has prompts from all centuries.
+        splits so. Theirs has several centuries.
     """
     words, rng = Vocabulary(tokenizer, "greater_than"), np.random.default_rng(seed)
     nouns = words.singles("The", OF_EVENTS, "nouns of events", 1)
@@ -182,9 +182,8 @@ def greater_than(tokenizer: Any, n_prompts: int, seed: int, bos: int | None) -> 
             _years(noun, f"{year:0{n_digits}d}", unit) for year in (years[at], early)
         ]
         prompts.append((pair[0], pair[1]))
-        answers.append(
-            tuple([tokens[y] for y in part] for part in (years[at + 1 :], years[:at]))
-        )
+        after, before = years[at + 1 :], years[:at]
+        answers.append(([tokens[y] for y in after], [tokens[y] for y in before]))
     return _of_pairs("greater_than", words, prompts, answers, bos)
 
 
