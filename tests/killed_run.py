@@ -4,7 +4,8 @@ Reads lines `TASK FOLDER SECONDS`. For each line it forks a process (faster than
 importing everything again), which starts or resumes the task: `train` writes
 FOLDER/output, `harvest` writes FOLDER/cache, and `cached` trains on that cache. Tasks
 like `train` are `lens` (with a tuned lens), `stock` (a stock architecture), `streamed`
-(a streamed dataset) and `prefetch` (batches are read in a thread).
+(a streamed dataset) and `prefetch` (batches are read in a thread). `jacobian` fits a
+Jacobian lens to FOLDER/lens.pt.
 Each step and each part of a checkpoint takes SECONDS longer, so that kills are equally
 likely in both. Prints `started PID` just before the task starts, and `ended STATUS`
 when the process has ended.
@@ -33,7 +34,9 @@ from sae_lens_multilayer import (
     MultiLayerCacheActivationsRunner,
     MultiLayerConfig,
     files,
+    fit_jacobian_lens,
 )
+from sae_lens_multilayer.lens import jacobian, jacobian_sums
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 
@@ -53,11 +56,24 @@ def documents() -> Dataset:
     return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in w) for w in words]})
 
 
+def fit_jacobian(folder: Path, seconds: float, model: Any) -> None:
+    slow_down(jacobian, "_streams", seconds)
+    jacobian_sums._SECONDS_BETWEEN_SAVES = 0
+    tokens = torch.arange(1, 1 + 24 * N_CTX).view(24, N_CTX) % 500
+    print("started", os.getpid(), flush=True)
+    fit_jacobian_lens(
+        model, tokens, skip_first_positions=1, output_path=folder / "lens.pt"
+    )
+
+
 def main(
     task: str, folder: Path, seconds: float, data: Dataset, tokenizer: Any
 ) -> None:
     slow_down(MultiLayerTrainer, "step", seconds)
     slow_down(files, "_flush", seconds)
+    if task == "jacobian":
+        fit_jacobian(folder, seconds, tiny_model(tokenizer))
+        return
     sae: Any = tiny_sae_config(dead_after_tokens=500)
     if task == "stock":
         sae = BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=64, k=4)

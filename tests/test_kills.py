@@ -6,6 +6,7 @@ tests/test_kills.py -s` kills more often.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from sae_lens_multilayer.lens.jacobian import read_jacobians
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
 N_KILLS = int(os.environ.get("KILLS", "3"))
@@ -104,3 +108,28 @@ def test_kills_at_any_moment_do_not_change_where_a_run_ends(runs, tmp_path, what
         f"{what}: {n_kills} kills ({n_while_writing} while saving), "
         f"{n_runs + 1} whole runs"
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_kills_at_any_moment_do_not_change_a_jacobian_lens(runs, tmp_path):
+    def jacobians(folder: Path) -> dict[int, torch.Tensor]:
+        found = read_jacobians(folder / "lens.pt")
+        shutil.rmtree(folder)
+        return found
+
+    runs.start(tmp_path / "whole", 0, "jacobian")
+    assert runs.wait() == 0
+    assert [path.name for path in (tmp_path / "whole").iterdir()] == ["lens.pt"]
+    expected = jacobians(tmp_path / "whole")
+    choose, folder = random.Random(0), tmp_path / "killed"
+    n_kills = n_resumed = 0
+    while n_kills < N_KILLS or not n_resumed:
+        n_resumed += any(folder.glob("*.partial/batches-*"))
+        process = runs.start(folder, STEP_SECONDS, "jacobian")
+        time.sleep(choose.uniform(0, 70 * STEP_SECONDS))
+        n_kills += runs.kill(process)
+        if (folder / "lens.pt").exists():
+            torch.testing.assert_close(jacobians(folder), expected, rtol=0, atol=0)
+    runs.start(folder, 0, "jacobian")
+    assert runs.wait() == 0
+    torch.testing.assert_close(jacobians(folder), expected, rtol=0, atol=0)

@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_multilayer import LayerLens, cli, evaluate, fit_jacobian_lens, fit_lens
 from sae_lens_multilayer.analysis import output_tokens
-from sae_lens_multilayer.lens import jacobian
+from sae_lens_multilayer.lens import jacobian, jacobian_sums
 from sae_lens_multilayer.lens.closed_form import (
     CLOSED_FORMS,
     Moments,
@@ -331,6 +331,40 @@ def test_a_jacobian_file_needs_a_new_path(model, tmp_path, monkeypatch):
     fit_jacobian_lens(model, tokens, skip_first_positions=0, output_path=path)
     (saved,) = tmp_path.glob("lens-*.pt")
     assert sorted(read_jacobians(saved)) == [*range(N_LAYERS - 1)]
+
+
+def test_a_jacobian_fit_continues_after_an_error(model, tmp_path, monkeypatch):
+    tokens = torch.randint(1, 512, (3, 6))
+    expected = fit_jacobian_lens(model, tokens, skip_first_positions=0).state_dict()
+    monkeypatch.setattr(jacobian_sums, "_SECONDS_BETWEEN_SAVES", 0)
+    streams, path = jacobian._streams, tmp_path / "lens.pt"
+    n_batches = 0
+
+    def fit(fails_at: int, tokens: torch.Tensor = tokens) -> Any:
+        def count(*args):
+            nonlocal n_batches
+            n_batches += 1
+            if n_batches == fails_at:
+                raise MemoryError
+            return streams(*args)
+
+        monkeypatch.setattr(jacobian, "_streams", count)
+        return fit_jacobian_lens(
+            model, tokens, skip_first_positions=0, output_path=path
+        )
+
+    with pytest.raises(MemoryError):
+        fit(fails_at=1)
+    assert not any(tmp_path.iterdir())  # nothing was done
+    with pytest.raises(MemoryError):
+        fit(fails_at=4)  # the third batch of three
+    with pytest.raises(ValueError, match=r"(?s)`prompts`.*Delete .*lens.pt.partial"):
+        fit(0, tokens.flip(0))
+    lens = fit(0)
+    assert n_batches == 5
+    for name, tensor in lens.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    assert [one.name for one in tmp_path.iterdir()] == ["lens.pt"]
 
 
 def test_a_jacobian_file_is_read_again(model, tmp_path):

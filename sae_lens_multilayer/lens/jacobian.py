@@ -12,9 +12,11 @@ from tqdm.auto import tqdm
 
 from sae_lens_multilayer.files import beside, check_new_file, save_somewhere
 from sae_lens_multilayer.lens.config import LensConfig
+from sae_lens_multilayer.lens.jacobian_sums import JacobianSums, kept_until_done
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
+from sae_lens_multilayer.record import Record, model_fingerprints
 from sae_lens_multilayer.text.prompts import Prompts, take_prompts
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,12 @@ def fit_jacobian_lens(
         skip_first_positions: Positions left out at the start of each prompt.
         batch_size_prompts, rows_per_pass: Prompts in a batch and rows of J in a
             backward pass; memory grows with their product.
-        output_path: New file to save to; see `save_jacobians`.
+        output_path: New file to save to; see `save_jacobians`. The sums so far are
+            saved about every minute in the folder `{output_path}.partial`. A second
+            call with the same arguments resumes from them, with the same result.
+
+    Raises:
+        ValueError: If that folder is of a fit to other prompts or another model.
 
     References:
         Gurnee et al. (2026), the Jacobian lens; its code `anthropics/jacobian-lens`.
@@ -66,17 +73,29 @@ def fit_jacobian_lens(
         output_path = check_new_file(output_path, "output_path")
     prompts = take_prompts(lm, tokens, None, batch_size_prompts)
     prompts = _without_ends(prompts, skip_first_positions)
-    jacobians = _mean_jacobians(lm, prompts.split(batch_size_prompts), rows_per_pass)
-    if output_path is not None:
-        n = len(prompts)
-        path = save_somewhere(output_path, lambda p: save_jacobians(p, jacobians, n))
-        logger.info("The Jacobians are saved at %s.", path)
+    record = Record(
+        "jacobian_fit",
+        {"batch_size_prompts": batch_size_prompts, "rows_per_pass": rows_per_pass},
+        {"prompts": prompts.fingerprint, **model_fingerprints(lm.module)},
+    )
+    with kept_until_done(output_path, record) as folder:
+        batches = prompts.split(batch_size_prompts)
+        jacobians = _mean_jacobians(lm, batches, rows_per_pass, folder)
+        if output_path is not None:
+            _save_somewhere(output_path, jacobians, len(prompts))
     if hook_names is None:
         layers = range(lm.shape.n_layers)
         hook_names = [f"blocks.{layer}.hook_resid_post" for layer in layers]
     return lens_of_jacobians(
         jacobians, hook_names, lm.shape.n_layers, lm.name, lm.unembedding_hash()
     )
+
+
+def _save_somewhere(output_path: Path, jacobians: Jacobians, n_prompts: int) -> None:
+    path = save_somewhere(
+        output_path, lambda free: save_jacobians(free, jacobians, n_prompts)
+    )
+    logger.info("The Jacobians are saved at %s.", path)
 
 
 def _without_ends(prompts: Prompts, skip_first_positions: int) -> Prompts:
@@ -93,24 +112,29 @@ def _without_ends(prompts: Prompts, skip_first_positions: int) -> Prompts:
 
 
 def _mean_jacobians(
-    model: Model, batches: Sequence[Prompts], rows_per_pass: int
+    model: Model,
+    batches: Sequence[Prompts],
+    rows_per_pass: int,
+    folder: Path | None,
 ) -> dict[int, Float[Tensor, "d_in d_in"]]:
-    d_in, n_layers = model.shape.d_model, model.shape.n_layers
-    sums = torch.zeros(n_layers - 1, d_in, d_in, dtype=torch.float64)
-    n_positions = 0
+    d_in = model.shape.d_model
+    sums = JacobianSums(model.shape.n_layers - 1, d_in, folder)
     passes = torch.arange(d_in).split(rows_per_pass)
-    with tqdm(total=len(batches) * d_in, desc="Jacobians", unit="row") as bar:
-        for batch in batches:
+    n_done = sums.n_batches
+    bar = tqdm(
+        None, "Jacobians", len(batches) * d_in, unit="row", initial=n_done * d_in
+    )
+    with bar:
+        for batch in batches[n_done:]:
             counted = batch.counted.to(model.device)
             *sources, final = _streams(model, batch.ids, rows_per_pass)
-            n_positions += int(counted.sum())
             for rows in passes:
                 is_last = rows is passes[-1]
                 grads = _gradients(sources, final, counted, rows, not is_last)
-                sums[:, rows] += grads
+                sums.total[:, rows] += grads
                 bar.update(len(rows))
-    mean = (sums / n_positions).float()
-    return dict(enumerate(mean))
+            sums.end_batch(int(counted.sum()))
+    return dict(enumerate(sums.mean()))
 
 
 @torch.enable_grad()
