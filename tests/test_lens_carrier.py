@@ -169,10 +169,23 @@ def test_a_narrow_sae_keeps_a_whitening_lens_in_float32(dtype, way, tmp_path):
     torch.testing.assert_close(error[0], error[1], rtol=0.05, atol=0)
 
 
-def test_a_lens_that_is_rounded_on_loading_is_a_warning(tmp_path):
-    sae_with_lens().save_model(tmp_path)
-    with pytest.warns(UserWarning, match="rounded to torch.bfloat16"):
-        SAE.load_from_disk(tmp_path, dtype="bfloat16")
+@pytest.mark.parametrize("saved", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loaded", ["bfloat16", "float16", "float32", "float64"])
+def test_loading_in_another_dtype_does_not_round_the_lens(saved, loaded, tmp_path):
+    sae = random_sae().to(saved)
+    sae.lens = random_lens().to(saved)
+    # Values that float32 holds and bfloat16 does not.
+    assert all((t != t.bfloat16()).any() for t in sae.lens.buffers())
+    sae.save_model(tmp_path)
+    found: Any = SAE.load_from_disk(tmp_path, dtype=loaded)
+    assert str(found.dtype) == f"torch.{loaded}"
+    wide = torch.promote_types(found.dtype, torch.float32)
+    for name, tensor in sae.lens.state_dict().items():
+        assert torch.equal(found.lens.state_dict()[name], tensor.to(wide))
+    kept = saved_lens(tmp_path)
+    assert kept is not None
+    assert {tensor.dtype for tensor in kept.buffers()} == {saved}
+    assert kept.is_same(sae.lens)
 
 
 # Putting it on and taking it off
@@ -299,7 +312,7 @@ print(sae.lens.config.alignment)
 def test_a_checkpoint_without_a_tensor_of_its_lens_is_an_error(tmp_path):
     sae_with_lens().save_model(tmp_path)
     tensors = load_file(tmp_path / SAE_WEIGHTS_FILENAME)
-    del tensors["lens.1.bias"]
+    del tensors["lens.1.bias.float32_bytes"]
     save_file(tensors, tmp_path / SAE_WEIGHTS_FILENAME)
     with pytest.raises(RuntimeError, match=r'Missing .*"lens\.1\.bias"'):
         SAE.load_from_disk(tmp_path)

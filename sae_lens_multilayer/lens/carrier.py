@@ -1,7 +1,6 @@
 """The base class of SAEs that can work in the space of a lens and store it."""
 
 import copy
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,11 @@ from sae_lens_multilayer.models.model import Model
 
 LENS_PREFIX = "lens."
 """Prefix of the names of a lens' tensors in the state dict of an SAE."""
-BYTES_SUFFIX = ".bytes"
-"""Suffix of these names in the file of an SAE in a dtype narrower than float32."""
+BYTES_SUFFIXES = {
+    ".float32_bytes": torch.float32,
+    ".float64_bytes": torch.float64,
+}
+"""Suffixes of these names in the file of an SAE, which has the tensors' bytes."""
 
 
 class LensCarrier(SAE[Any]):
@@ -94,37 +96,31 @@ class LensCarrier(SAE[Any]):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
-        if self.dtype == wide_dtype(self.dtype):
-            return
-        # SAELens converts all tensors to the SAE's dtype on loading, which keeps bytes.
+        # SAELens converts all tensors to the dtype asked for on loading, in which W may
+        # not be accurate. Bytes, numbers below 256, are the same in any dtype.
+        suffixes = {dtype: suffix for suffix, dtype in BYTES_SUFFIXES.items()}
         for name in [n for n in state_dict if n.startswith(LENS_PREFIX)]:
             tensor = state_dict.pop(name).contiguous()
-            state_dict[name + BYTES_SUFFIX] = tensor.view(torch.uint8)
+            state_dict[name + suffixes[tensor.dtype]] = tensor.view(torch.uint8)
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        tensors = {n: t for n, t in state_dict.items() if n.startswith(LENS_PREFIX)}
-        for name in tensors:
-            del state_dict[name]
-        state_dict.update(_from_bytes(tensors))
-        lost = {n for n in tensors if tensors[n].dtype != wide_dtype(tensors[n].dtype)}
-        if lost & state_dict.keys():
-            warnings.warn(
-                f"The saved lens was rounded to {self.dtype}, in which it may not be "
-                "accurate. Load the SAE in its own dtype and convert it with `to`.",
-                stacklevel=3,
-            )
+        names = [name for name in state_dict if name.startswith(LENS_PREFIX)]
+        state_dict.update(_from_bytes({name: state_dict.pop(name) for name in names}))
 
 
 def _from_bytes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors; those with `BYTES_SUFFIX` are the bytes of float32, in any dtype."""
-    return {
-        name.removesuffix(BYTES_SUFFIX): (
-            t.to(torch.uint8).view(torch.float32) if name.endswith(BYTES_SUFFIX) else t
+    """Tensors, from their bytes in any dtype if their names have a suffix for this."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stem, dot, suffix = name.rpartition(".")
+        dtype = BYTES_SUFFIXES.get(dot + suffix)
+        is_bytes = dtype is not None
+        found[stem if is_bytes else name] = (
+            tensor.to(torch.uint8).view(dtype) if is_bytes else tensor
         )
-        for name, t in tensors.items()
-    }
+    return found
 
 
 def lens_of(sae: SAE[Any]) -> LayerLens | None:
