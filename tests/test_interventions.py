@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.analysis.nulls import RandomWeights
+from sae_lens_multilayer.config_files import read_settings_file
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.studies.interventions import (
@@ -582,6 +583,13 @@ def test_the_command_runs_and_resumes_the_study(offline, tmp_path, capsys):
     assert png.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match=r"other settings:\n.*`alpha`"):
         interventions_study(InterventionSettings(**settings, alpha=2.0), "out")
+
+
+def test_a_null_is_set_in_a_yaml_file_without_quotes(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("sae: sae\ndataset_path: text\nnull: shuffled_layers\n")
+    settings = InterventionSettings.from_settings(read_settings_file(path))
+    assert settings.null == "shuffled_layers"
 
 
 def test_bad_input_of_the_study(make_case, tokens):

@@ -53,6 +53,8 @@ class SavedSAESettings:
     @classmethod
     def from_settings(cls: type[T_SETTINGS], settings: dict[str, Any]) -> T_SETTINGS:
         """The settings of a file, which may omit all but the SAE and the text."""
+        # YAML reads the name `null` without quotes as None.
+        settings = {"null" if n is None else n: v for n, v in settings.items()}
         check_known(settings, [one.name for one in fields(cls)])
         missing = [name for name in ("sae", "dataset_path") if not settings.get(name)]
         if missing:
