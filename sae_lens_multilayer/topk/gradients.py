@@ -34,7 +34,7 @@ class LatentGradients:
         self.W_dec = W_dec
         self.h = W_dec.new_zeros(len(W_dec))
         """Sum over vectors of the gradients of the pre-activations."""
-        self._pending: list[tuple[Tensor, ...]] = []
+        self._pending: list[tuple[SparseActs, Tensor, Tensor, Tensor]] = []
 
     @classmethod
     def zeros_like(cls, rows: Float[Tensor, "latent d_in"]) -> "LatentGradients":
@@ -60,9 +60,8 @@ class LatentGradients:
             acts.add_transposed_matmul(self.W_dec, acts.values, u_hat_gradient)
             acts.add_transposed_matmul(self.W_enc_rows, h_gradient, v)
             return acts.with_values(h_gradient)
-        tile = acts.values, acts.indices, h_gradient, u_hat_gradient, v
-        self._pending.append(tile)
-        n_entries = sum(values.numel() for values, *_ in self._pending)
+        self._pending.append((acts, h_gradient, u_hat_gradient, v))
+        n_entries = sum(tile[0].values.numel() for tile in self._pending)
         if n_entries >= _ENTRIES_PER_LATENT * len(self.W_dec):
             self.flush()
         return acts.with_values(h_gradient)
@@ -71,22 +70,27 @@ class LatentGradients:
         """Add the tiles collected so far."""
         if not self._pending:
             return
-        values, indices, h_gradient, u_hat_gradient, v = (
-            tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-            for tiles in zip(*self._pending, strict=True)
+        of_tiles, *others = zip(*self._pending, strict=True)
+        h_gradient, u_hat_gradient, v = (
+            tiles[0] if len(tiles) == 1 else torch.cat(tiles) for tiles in others
         )
         self._pending = []
-        acts = SparseActs(values, indices, len(self.W_dec))
-        acts.add_transposed_matmul(self.W_dec, values, u_hat_gradient)
+        acts = SparseActs.cat(of_tiles)
+        acts.add_transposed_matmul(self.W_dec, acts.values, u_hat_gradient)
         acts.add_transposed_matmul(self.W_enc_rows, h_gradient, v)
 
-    def add_scaled(self, other: "LatentGradients", scale: Tensor, at: Tensor) -> None:
-        """Add `scale` times the gradients of `other` to the latents of indices `at`."""
-        other.flush()
-        scale = scale.to(self.h.dtype)
-        self.W_enc_rows.index_add_(0, at, other.W_enc_rows * scale)
-        self.W_dec.index_add_(0, at, other.W_dec * scale)
-        self.h.index_add_(0, at, other.h * scale)
+    def add_to(self, total: "LatentGradients", at: Tensor) -> None:
+        """Add all to the latents of `total` with the indices `at`."""
+        self.flush()
+        total.W_enc_rows.index_add_(0, at, self.W_enc_rows)
+        total.W_dec.index_add_(0, at, self.W_dec)
+        total.h.index_add_(0, at, self.h)
+
+    def scale(self, factor: Float[Tensor, " 1"]) -> None:
+        """Multiply all by a factor."""
+        self.flush()
+        for gradient in (self.W_enc_rows, self.W_dec, self.h):
+            gradient.mul_(factor.to(gradient.dtype))
 
 
 class AuxK:
@@ -158,7 +162,8 @@ class AuxK:
         scale = self._finish_layers()
         if self._gradients is None:
             return scale
-        self._add_to(total, scale)
+        self._gradients.scale(scale)
+        self.finish(total)
         return None
 
     def add_again(
@@ -176,7 +181,8 @@ class AuxK:
     def finish(self, total: LatentGradients) -> None:
         """Add the gradients of all tiles whose vectors were scaled."""
         if self._gradients is not None:
-            self._add_to(total, torch.ones(1, device=total.h.device))
+            self._gradients.add_to(total, self.dead.indices)
+            self._gradients = None
 
     def _difference(
         self, tile: Tile, selection: Selection, residual: Float[Tensor, "vector d_in"]
@@ -217,8 +223,3 @@ class AuxK:
         variance = (squares - sum_e.square() / n) / (n - 1)
         self.losses.append(squared_error / n / variance)
         return 2 * self.coefficient / (self.n_layers * n * variance)
-
-    def _add_to(self, total: LatentGradients, scale: Float[Tensor, " 1"]) -> None:
-        assert self._gradients is not None
-        total.add_scaled(self._gradients, scale, self.dead.indices)
-        self._gradients = None

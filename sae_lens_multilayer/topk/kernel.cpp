@@ -4,18 +4,17 @@
 // The k-th largest number is found bit by bit, from the highest to the lowest: each step
 // counts the numbers >= a threshold, in vector instructions without branches.
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
-#include <vector>
+#include <memory>
+
+#include "rows.h"
 
 namespace {
 
 constexpr int64_t kGroupsPerK = 16;
 constexpr int64_t kRowsAtATime = 8;
-constexpr int64_t kDotsAtATime = 4;
+constexpr int64_t kRowsPerTile = 256;
 
 // Maps numbers to integers of the same order; numbers at or below 0 become 0. A float32
 // NaN of either sign becomes the largest. A bfloat16 NaN needs no care: its row's error
@@ -79,20 +78,11 @@ T kth_largest(const T *x, int64_t n, int64_t k) {
   return found;
 }
 
-// Products of x with four rows of w at once, since a single one would wait for memory.
-void dots(const float *x, const float *w, int64_t d, const int64_t *rows, float *out) {
-  const float *w0 = w + rows[0] * d, *w1 = w + rows[1] * d;
-  const float *w2 = w + rows[2] * d, *w3 = w + rows[3] * d;
-  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < d; ++i) {
-    s0 += x[i] * w0[i];
-    s1 += x[i] * w1[i];
-    s2 += x[i] * w2[i];
-    s3 += x[i] * w3[i];
-  }
-  out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
-}
+// Indices of some numbers of a row.
+struct Found {
+  const int32_t *begin, *end;
+  int64_t size() const { return end - begin; }
+};
 
 // The numbers of one row, in groups: number i belongs to group i % n_groups.
 template <typename Bits>
@@ -121,29 +111,38 @@ class Row {
   }
 
   // Returns the indices of all numbers >= a threshold.
-  const std::vector<int64_t> &indices_from(T threshold) {
-    indices_.clear();
-    for (int64_t g = 0; g < n_groups_; ++g)
-      if (maxima_[g] >= threshold)
-        for (int64_t i = g; i < n_; i += n_groups_)
-          if (order_of(h_[i]) >= threshold)
-            indices_.push_back(i);
-    return indices_;
+  Found indices_from(T threshold) {
+    // One more, since a number that is too small is written and then overwritten.
+    if (static_cast<int64_t>(indices_.size()) <= n_)
+      indices_.resize(n_ + 1);
+    int32_t *to = indices_.data();
+    if (n_groups_ == n_) {
+      // Without branches, since many numbers may be as large.
+      for (int64_t i = 0; i < n_; ++i) {
+        *to = i;
+        to += maxima_[i] >= threshold;
+      }
+    } else {
+      for (int64_t g = 0; g < n_groups_; ++g)
+        if (maxima_[g] >= threshold)
+          for (int64_t i = g; i < n_; i += n_groups_)
+            if (order_of(h_[i]) >= threshold)
+              *to++ = i;
+    }
+    return {indices_.data(), to};
   }
 
  private:
   const Bits *h_ = nullptr;
   int64_t n_ = 0, n_groups_ = 0;
   std::vector<T> maxima_;
-  std::vector<int64_t> indices_;
+  std::vector<int32_t> indices_;
 };
 
-// Writes the k largest numbers and their indices, given all numbers and their indices.
-void keep_largest(const std::vector<int32_t> &orders,
-                  const std::vector<int64_t> &indices, int64_t k, float *kept,
-                  int64_t *kept_indices) {
-  const int64_t n = orders.size();
-  const int32_t threshold = kth_largest(orders.data(), n, k);
+// Writes the k largest of n numbers and their indices, given all numbers and indices.
+void keep_largest(const int32_t *orders, const int32_t *indices, int64_t n, int64_t k,
+                  float *kept, int64_t *kept_indices) {
+  const int32_t threshold = kth_largest(orders, n, k);
   int64_t n_kept = 0;
   const auto keep = [&](int64_t i) {
     kept[n_kept] = float_of(orders[i]);
@@ -156,6 +155,61 @@ void keep_largest(const std::vector<int32_t> &orders,
     if (orders[i] == threshold)
       keep(i);
 }
+
+// Entries of some rows that may belong to the k largest; none for a row without proof.
+class Candidates {
+ public:
+  Candidates(int64_t n_rows, int64_t k)
+      : limit_(4 * k + 64), starts_(n_rows), ends_(n_rows),
+        columns_(new int32_t[n_rows * limit_]), orders_(new int32_t[n_rows * limit_]) {}
+
+  // Finds those of row r, given its approximate numbers h. Their errors are at most half
+  // of `twice_error`, apart from the rounding of the stored number (2^-8 of it).
+  void find(int64_t r, Row<uint16_t> &row, const uint16_t *h, int64_t n, int64_t k,
+            float twice_error) {
+    starts_[r] = ends_[r] = r * limit_;
+    const uint32_t kth = row.read(h, n, k);
+    const float bound = float_of(kth << 16) * (1 - 0x1p-7f) - twice_error;
+    if (!(bound > 0))
+      return;
+    const Found found = row.indices_from(std::max(bits_of(bound) >> 16, 1u));
+    if (found.size() > limit_)
+      return;
+    int32_t *const end = std::copy(found.begin, found.end, &columns_[starts_[r]]);
+    ends_[r] = end - &columns_[0];
+    if (!std::is_sorted(&columns_[starts_[r]], end))
+      std::sort(&columns_[starts_[r]], end);
+  }
+
+  // Computes the float32 numbers of all candidates of n_rows rows.
+  void multiply(int64_t n_rows, int64_t n, const float *x, const float *w, int64_t d,
+                int threads) {
+    const int32_t *columns = columns_.get();
+    int32_t *orders = orders_.get();
+    const auto visit = [=](int64_t r, int64_t first, int64_t end) {
+      row_dots(x + r * d, w, d, columns + first, end - first, [=](int64_t i, float dot) {
+        orders[first + i] = order_of(bits_of(dot));
+      });
+    };
+    visit_blocks(starts_.data(), ends_.data(), columns, n_rows, n, d, threads, visit);
+  }
+
+  // Writes the k largest of row r; returns whether the row is proven.
+  bool keep(int64_t r, int64_t k, float *values, int64_t *indices) const {
+    std::fill_n(values, k, 0.0f);
+    std::fill_n(indices, k, 0);
+    const int64_t first = starts_[r], n_found = ends_[r] - first;
+    if (n_found == 0)
+      return false;
+    keep_largest(&orders_[first], &columns_[first], n_found, k, values, indices);
+    return true;
+  }
+
+ private:
+  int64_t limit_;
+  std::vector<int64_t> starts_, ends_;
+  std::unique_ptr<int32_t[]> columns_, orders_;
+};
 
 }  // namespace
 
@@ -187,50 +241,43 @@ void largest_positive(const uint32_t *h, int64_t n_rows, int64_t stride, int64_t
 #pragma omp for schedule(dynamic, kRowsAtATime)
     for (int64_t r = 0; r < n_rows; ++r) {
       const uint32_t *from = h + r * stride;
-      const auto &found = row.indices_from(row.read(from, n, k));
+      const Found found = row.indices_from(row.read(from, n, k));
       orders.clear();
-      for (const int64_t i : found)
-        orders.push_back(order_of(from[i]));
-      keep_largest(orders, found, k, values + r * k, indices + r * k);
+      for (const int32_t *i = found.begin; i < found.end; ++i)
+        orders.push_back(order_of(from[*i]));
+      keep_largest(orders.data(), found.begin, found.size(), k, values + r * k,
+                   indices + r * k);
     }
   }
 }
 
-void certified_topk(const uint16_t *h, int64_t n_rows, int64_t stride, int64_t n,
-                    const float *errors, const float *x, const float *w, int64_t d,
-                    int64_t k, float *values, int64_t *indices, bool *proven,
-                    int threads) {
+void certified_topk(const uint16_t *h, int64_t n_rows, int64_t stride,
+                    const int64_t *latents, int64_t n, const float *errors,
+                    const float *x, const float *w, int64_t d, int64_t k, float *values,
+                    int64_t *indices, bool *proven, int threads) {
+  Candidates candidates(std::min(kRowsPerTile, n_rows), k);
+  for (int64_t start = 0; start < n_rows; start += kRowsPerTile) {
+    const int64_t n_tile = std::min(kRowsPerTile, n_rows - start);
 #pragma omp parallel num_threads(threads)
-  {
-    Row<uint16_t> row;
-    std::vector<int32_t> orders;
+    {
+      Row<uint16_t> row;
+      std::vector<uint16_t> gathered(latents == nullptr ? 0 : n);
 #pragma omp for schedule(dynamic, kRowsAtATime)
-    for (int64_t r = 0; r < n_rows; ++r) {
-      const uint32_t kth = row.read(h + r * stride, n, k);
-      // Twice the error: the rounding of the stored product (2^-8 of it), and `errors`.
-      const float bound = float_of(kth << 16) * (1 - 0x1p-7f) - 2 * errors[r];
-      proven[r] = false;
-      std::fill_n(values + r * k, k, 0.0f);
-      std::fill_n(indices + r * k, k, 0);
-      if (!(bound > 0))
-        continue;
-      const auto &found = row.indices_from(std::max(bits_of(bound) >> 16, 1u));
-      const int64_t n_found = found.size();
-      if (n_found > 4 * k + 64)
-        continue;
-      orders.resize(n_found);
-      for (int64_t i = 0; i < n_found; i += kDotsAtATime) {
-        int64_t rows[kDotsAtATime];
-        float products[kDotsAtATime];
-        for (int64_t j = 0; j < kDotsAtATime; ++j)
-          rows[j] = found[std::min(i + j, n_found - 1)];
-        dots(x + r * d, w, d, rows, products);
-        for (int64_t j = 0; j < kDotsAtATime && i + j < n_found; ++j)
-          orders[i + j] = order_of(bits_of(products[j]));
+      for (int64_t r = 0; r < n_tile; ++r) {
+        const uint16_t *from = h + (start + r) * stride;
+        if (latents != nullptr) {
+          for (int64_t i = 0; i < n; ++i)
+            gathered[i] = from[latents[i]];
+          from = gathered.data();
+        }
+        candidates.find(r, row, from, n, k, 2 * errors[start + r]);
       }
-      keep_largest(orders, found, k, values + r * k, indices + r * k);
-      proven[r] = true;
     }
+    candidates.multiply(n_tile, n, x + start * d, w, d, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, kRowsAtATime)
+    for (int64_t r = 0; r < n_tile; ++r)
+      proven[start + r] = candidates.keep(r, k, values + (start + r) * k,
+                                          indices + (start + r) * k);
   }
 }
 

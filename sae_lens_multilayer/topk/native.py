@@ -1,4 +1,4 @@
-"""Bindings of `kernel.cpp`, which is compiled on first use if there is a compiler.
+"""Bindings of the C++ kernels, which are compiled on first use if there is a compiler.
 
 Compiling takes seconds; the library is stored in the user's cache folder, with its
 digest. It is loaded only if the digest is right and no other user can change it.
@@ -25,7 +25,9 @@ from sae_lens_multilayer.files import write_whole
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("kernel.cpp")
+_HEADER, *_SOURCES = (
+    Path(__file__).with_name(name) for name in ("rows.h", "kernel.cpp", "products.cpp")
+)
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 _VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
@@ -46,10 +48,10 @@ def round_rows(
     x: Float[Tensor, "row d_in"],
 ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, " row"], Float[Tensor, " row"]]:
     """Float32 rows in bfloat16, their norms, and the norms of their rounding errors."""
-    _check(x, torch.float32, x.is_contiguous())
+    check(x, torch.float32, x.is_contiguous())
     rounded = torch.empty_like(x, dtype=torch.bfloat16)
     norms, errors = x.new_empty(len(x)), x.new_empty(len(x))
-    _call("round_rows", x, *x.shape, rounded, norms, errors)
+    call("round_rows", x, *x.shape, rounded, norms, errors)
     return rounded, norms, errors
 
 
@@ -61,19 +63,20 @@ def largest_positive(
     `h` is float32 with contiguous rows. NaN is largest. If fewer than k entries are
     above 0, the rest are zeros with the indices of other entries.
     """
-    _check(h, torch.float32, h.stride(1) == 1)
+    check(h, torch.float32, h.stride(1) == 1)
     values = h.new_empty(len(h), k)
     indices = torch.empty(len(h), k, dtype=torch.int64)
-    _call("largest_positive", h, len(h), h.stride(0), h.shape[1], k, values, indices)
+    call("largest_positive", h, len(h), h.stride(0), h.shape[1], k, values, indices)
     return values, indices
 
 
 def certified_topk(
-    h: Float[Tensor, "act latent"],
+    h: Float[Tensor, "act column"],
     errors: Float[Tensor, " act"],
     x: Float[Tensor, "act d_in"],
     rows: Float[Tensor, "latent d_in"],
     k: int,
+    latents: Int[Tensor, " latent"] | None = None,
 ) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"], Bool[Tensor, " act"]]:
     """Values and indices of the k largest entries of `x rows^T`, and which are proven.
 
@@ -86,19 +89,22 @@ def certified_topk(
     Args:
         h: The approximate product, bfloat16 with contiguous rows.
         errors: Bound of the error of `h`, apart from the rounding of `h` itself.
+        latents: The columns of `h` that belong to `rows`; None if they are all.
     """
-    _check(h, torch.bfloat16, h.stride(1) == 1)
+    check(h, torch.bfloat16, h.stride(1) == 1)
     for tensor in (errors, x, rows):
-        _check(tensor, torch.float32, tensor.is_contiguous())
+        check(tensor, torch.float32, tensor.is_contiguous())
     values = x.new_empty(len(h), k)
     indices = torch.empty(len(h), k, dtype=torch.int64)
     proven = torch.empty(len(h), dtype=torch.bool)
-    shape, outputs = (len(h), h.stride(0), h.shape[1]), (values, indices, proven)
-    _call("certified_topk", h, *shape, errors, x, rows, x.shape[1], k, *outputs)
+    outputs = values, indices, proven
+    of_h = h, len(h), h.stride(0), latents, len(rows)
+    call("certified_topk", *of_h, errors, x, rows, x.shape[1], k, *outputs)
     return outputs
 
 
-def _check(x: Tensor, dtype: torch.dtype, is_contiguous: bool) -> None:
+def check(x: Tensor, dtype: torch.dtype, is_contiguous: bool) -> None:
+    """Raise ValueError if the kernel cannot read `x`."""
     if x.dtype != dtype or x.device.type != "cpu" or not is_contiguous:
         raise ValueError(
             f"The kernel needs contiguous {dtype} on the CPU; got {x.dtype} on "
@@ -106,15 +112,18 @@ def _check(x: Tensor, dtype: torch.dtype, is_contiguous: bool) -> None:
         )
 
 
-def _call(name: str, *arguments: Tensor | int) -> None:
+def call(name: str, *arguments: Tensor | int | None) -> None:
+    """Call a function of the kernel with `torch.get_num_threads` threads."""
     kernel = _kernel()
     assert kernel is not None  # Callers check `is_available` first.
     _run(kernel, name, *arguments)
 
 
-def _run(kernel: ctypes.CDLL, name: str, *arguments: Tensor | int) -> None:
+def _run(kernel: ctypes.CDLL, name: str, *arguments: Tensor | int | None) -> None:
     converted = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a)
+        ctypes.c_int64(a)
+        if isinstance(a, int)
+        else ctypes.c_void_p(None if a is None else a.data_ptr())
         for a in arguments
     ]
     getattr(kernel, name)(*converted, ctypes.c_int(torch.get_num_threads()))
@@ -161,13 +170,20 @@ def _check_result(kernel: ctypes.CDLL) -> None:
     _run(kernel, "largest_positive", h, 1, 3, 3, 1, values, indices)
     if (values[0, 0], indices[0, 0]) != (3, 1):
         raise RuntimeError(f"its largest entry of {h} is {values[0, 0]}")
+    starts = torch.arange(2, device="cpu")
+    entry = torch.zeros(1, dtype=torch.int32, device="cpu")
+    product = torch.zeros(1, dtype=torch.float32, device="cpu")
+    _run(kernel, "add_product", starts, entry, entry, 1, 1, values, values, 1, product)
+    if product != 9:
+        raise RuntimeError(f"its product of 3 and 3 is {product.item()}")
 
 
 def _compiled(compiler: str) -> Path:
     """Path of the compiled kernel, from the cache if source and flags are the same."""
     vectors = _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     command = [*compiler.split(), *_FLAGS, *vectors]
-    key = _sha256(" ".join(command).encode() + _SOURCE.read_bytes())
+    sources = b"".join(path.read_bytes() for path in (_HEADER, *_SOURCES))
+    key = _sha256(" ".join(command).encode() + sources)
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = cache_dir / "sae_lens_multilayer" / f"topk-{key[:16]}.so"
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -181,7 +197,7 @@ def _compiled(compiler: str) -> Path:
         # Each process compiles in its own folder; the last one replaces the files.
         built = Path(folder) / library.name
         subprocess.run(
-            [*command, str(_SOURCE), "-o", str(built)],
+            [*command, *map(str, _SOURCES), "-o", str(built)],
             check=True,
             capture_output=True,
             text=True,

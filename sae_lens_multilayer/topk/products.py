@@ -1,10 +1,12 @@
 """Matrix products with activations that have k non-zero entries per vector.
 
 `SparseActs` reads only those entries; `DenseActs` has the same methods and uses dense
-matrix products, which are faster if k is a sizeable share of the latents.
+matrix products, which are faster if k is a sizeable share of the latents. On the CPU
+sparse products of float32 numbers use the C++ kernel if there is one.
 """
 
 import warnings
+from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
 
@@ -13,8 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lens_multilayer.topk.patterns import Pattern, can_multiply
+
 _GATHER_ELEMENTS = 2**26
 _DENSE_SHARE = 8
+_DENSE_SHARE_KERNEL = 4
+"""Latents per active one up to which dense products are used; measured on the CPU."""
 
 
 class SparseActs:
@@ -30,18 +36,37 @@ class SparseActs:
         self.indices = indices
         self.n_latents = n_latents
 
+    @classmethod
+    def cat(cls, tiles: Sequence["SparseActs"]) -> "SparseActs":
+        """The activations of several tiles of vectors as one."""
+        if len(tiles) == 1:
+            return tiles[0]
+        values = torch.cat([tile.values for tile in tiles])
+        indices = torch.cat([tile.indices for tile in tiles])
+        return cls(values, indices, tiles[0].n_latents)
+
     def matmul(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
         """Sum of the rows of the active latents, weighted by the activations."""
+        if can_multiply(self.values, rows):
+            out = rows.new_zeros(len(self.values), rows.shape[1])
+            self._by_act.add_product(out, self.values, rows)
+            return out
         return weighted_row_sum(self.values, self.indices, rows)
 
     def with_values(self, values: Float[Tensor, "act k"]) -> "SparseActs":
         """Other values at the same entries."""
-        return SparseActs(values, self.indices, self.n_latents)
+        other = copy(self)
+        other.values = values
+        return other
 
     def dots(
         self, x: Float[Tensor, "act d_in"], rows: Float[Tensor, "latent d_in"]
     ) -> Float[Tensor, "act k"]:
         """Dot product of each vector with the row of each stored latent."""
+        if can_multiply(x, rows):
+            out = torch.empty_like(self.values, dtype=x.dtype)
+            self._by_act.sampled_product(out, x, rows)
+            return out
         return row_dots(x, rows, self.indices)
 
     def add_transposed_matmul(
@@ -51,7 +76,10 @@ class SparseActs:
         x: Float[Tensor, "act d_in"],
     ) -> None:
         """Add `values^T x` to `out`; `values` are stored at the same entries."""
-        order, acts, starts = self._by_latent
+        if can_multiply(out, values, x):
+            self._by_latent.add_product(out, values, x)
+            return
+        order, acts, starts = self._sorted_by_latent
         values = values.flatten()[order]
         if not has_sparse_products(x):
             out += F.embedding_bag(
@@ -68,10 +96,21 @@ class SparseActs:
         self, out: Float[Tensor, " latent"], values: Float[Tensor, "act k"]
     ) -> None:
         """Add to `out` the sum of the `values` of each latent."""
+        if can_multiply(out, values):
+            self._by_latent.add_row_sums(out, values)
+            return
         out.index_add_(0, self.indices.flatten(), values.flatten())
 
     @cached_property
-    def _by_latent(
+    def _by_latent(self) -> Pattern:
+        return Pattern.of(self.indices, self.n_latents).transposed()
+
+    @cached_property
+    def _by_act(self) -> Pattern:
+        return self._by_latent.transposed()
+
+    @cached_property
+    def _sorted_by_latent(
         self,
     ) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Int[Tensor, " start"]]:
         """Entries sorted by latent: their order, their vectors, each latent's start."""
@@ -125,7 +164,8 @@ def make_acts(
     values: Float[Tensor, "act k"], indices: Int[Tensor, "act k"], n_latents: int
 ) -> SparseActs | DenseActs:
     """Use the faster of the two forms for k of `n_latents` entries per row."""
-    dense = n_latents <= _DENSE_SHARE * values.shape[1]
+    share = _DENSE_SHARE_KERNEL if can_multiply(values) else _DENSE_SHARE
+    dense = n_latents <= share * values.shape[1]
     return (DenseActs if dense else SparseActs)(values, indices, n_latents)
 
 

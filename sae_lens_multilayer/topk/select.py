@@ -165,9 +165,8 @@ class CertifiedEncoder(Encoder):
         rows, k = self.dead.W_enc_rows, self.dead.k
         if not (native.is_available(h) and 2 * k < len(rows)):
             return Selection(values, indices, Selection(*select_topk(v @ rows.T, k)))
-        h_dead = h.index_select(1, self.dead.indices)
-        dead = Selection(*self._certified(h_dead, errors, v, rows, k))
-        return Selection(values, indices, dead)
+        dead = self._certified(h, errors, v, rows, k, self.dead.indices)
+        return Selection(values, indices, Selection(*dead))
 
     def _approximate(
         self, v: Float[Tensor, "act d_in"]
@@ -184,15 +183,23 @@ class CertifiedEncoder(Encoder):
 
     def _certified(
         self,
-        h: Float[Tensor, "act latent"],
+        h: Float[Tensor, "act column"],
         errors: Float[Tensor, " act"],
         v: Float[Tensor, "act d_in"],
         rows: Float[Tensor, "latent d_in"],
         k: int,
+        latents: Int[Tensor, " latent"] | None = None,
     ) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"]]:
-        """The k largest float32 products with `rows`, approximated by `h`."""
-        certify = native.certified_topk if native.is_available(h) else _certify
-        values, indices, proven = certify(h, errors, v, rows, k)
+        """The k largest float32 products with `rows`, approximated by `h`.
+
+        With the kernel, `rows` may be those of some `latents` only.
+        """
+        if native.is_available(h):
+            found = native.certified_topk(h, errors, v, rows, k, latents)
+        else:
+            assert latents is None
+            found = _certify(h, errors, v, rows, k)
+        values, indices, proven = found
         unproven = (~proven).nonzero().flatten()
         self.n_unproven += len(unproven)
         if len(unproven) > 0:

@@ -307,8 +307,8 @@ def _gather_dead(
     dtype = compute_dtype(W_enc)
     return DeadLatents(
         indices,
-        W_enc.T[indices].to(dtype).contiguous(),
-        W_dec[indices].to(dtype),
+        W_enc.T.index_select(0, indices).to(dtype),
+        W_dec.index_select(0, indices).to(dtype),
         min(k_aux, len(indices)),
     )
 
