@@ -122,7 +122,10 @@ def _short_unknown_model_error(model_name: str) -> Generator[None]:
             raise
         from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 
-        problem = "For a folder, use a TransformerBridge; TransformerLens has no model"
+        problem = (
+            "Give a folder of the model as `model_name`, or a name that "
+            "TransformerLens lists; TransformerLens has no model"
+        )
         raise unknown_name(problem, model_name, OFFICIAL_MODEL_NAMES) from error
 
 
