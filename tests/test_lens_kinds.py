@@ -552,3 +552,19 @@ def test_the_command_fits_each_kind_and_training_reads_it(kind, offline, tmp_pat
     cli.main(["train", "--config", "run.yaml", "--lens", "new", "--output_path", "out"])
     sae: Any = SAE.load_from_disk("out")
     assert sae.lens.config.kind == kind
+
+
+def test_the_command_needs_no_inverse_of_layers_left_out(
+    offline, tmp_path, monkeypatch
+):
+    """The first block's map is singular; the last block's is the identity."""
+    singular = {0: torch.zeros(D_MODEL, D_MODEL)}
+    monkeypatch.setattr(jacobian, "_mean_jacobians", lambda *_: singular)
+    few = ["--kind", "jacobian", "--n_tokens", "128", "--skip_first_positions", "1"]
+    with pytest.raises(SystemExit, match=r"blocks\.0\..* cannot be inverted"):
+        cli.main(["lens", "run.yaml", "--output_path", "all.pt", *few])
+    settings = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(settings[:-1] + ", layers: [1]}")
+    cli.main(["lens", "run.yaml", "--output_path", "last.pt", *few])
+    for name in ("all.pt", "last.pt"):
+        assert list(read_jacobians(tmp_path / name)) == [0]

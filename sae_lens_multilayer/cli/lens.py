@@ -14,6 +14,7 @@ from sae_lens_multilayer.lens.config import LensKind
 from sae_lens_multilayer.lens.fit import fit_tuned_lens
 from sae_lens_multilayer.lens.jacobian import fit_jacobian_lens
 from sae_lens_multilayer.models import loading
+from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.text.prompts import Text
 from sae_lens_multilayer.training.fit_lens import fit_lens
 
@@ -73,9 +74,12 @@ def _fit_on_text(cfg: MultiLayerConfig[Any], options: Options, output: Path) -> 
     model = loading.load_by_name(*cfg.named_model, cfg.llm_device)
     prompts = Text.from_config(cfg).prompts(model, options.n_tokens)
     if options.kind == "jacobian":
+        # A layer that the run leaves out may have a matrix that cannot be inverted.
+        n_layers = as_model(model).shape.n_layers
         fit_jacobian_lens(
             model,
             prompts,
+            cfg.resolve_hook_names(n_layers),
             skip_first_positions=options.skip_first_positions,
             output_path=output,
         )
