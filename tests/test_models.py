@@ -525,7 +525,7 @@ def test_an_unknown_name_is_left_to_the_loader(kind, name):
 
 
 def test_a_name_unknown_to_transformer_lens_is_an_error_with_the_nearest():
-    with pytest.raises(ValueError, match=r"Bridge.* no model 'pythia-7m'.*pythia-70m"):
+    with pytest.raises(ValueError, match=r"folder.* no model 'pythia-7m'.*pythia-70m"):
         shape_by_name("HookedTransformer", "pythia-7m")
 
 
