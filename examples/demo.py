@@ -30,6 +30,7 @@ from sae_lens_multilayer import (
     reconstruction_metrics,
 )
 from sae_lens_multilayer.pictures import draw, save_figure
+from sae_lens_multilayer.topk.select import cpu_has_bfloat16
 
 CONTEXT_SIZE = 128
 
@@ -121,7 +122,7 @@ def parse_args(args: list[str]) -> Settings:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     default_output = Path("outputs") / time.strftime("demo-%Y%m%d-%H%M%S")
     parser.add_argument("--output", type=Path, default=default_output)
-    parser.add_argument("--training-tokens", type=int, default=24_000)
+    parser.add_argument("--training-tokens", type=int, default=21_000)
     parser.add_argument("--held-out-tokens", type=int, default=4_096)
     parser.add_argument("--expansion-factor", type=int, default=8)
     parser.add_argument("--k", type=int, default=32)
@@ -149,6 +150,7 @@ def make_config(
         store_batch_size_prompts=8,
         n_batches_in_buffer=64,
         exclude_special_tokens=True,
+        autocast_lm=cpu_has_bfloat16(),
         lr=3e-3,
         lr_decay_steps=settings.training_tokens // 64 // 2,
         logger=LoggingConfig(log_to_wandb=False),

@@ -46,6 +46,7 @@ from sae_lens_multilayer.studies.comparison.codecs import (
 )
 from sae_lens_multilayer.studies.comparison.measure import (
     AllLayers,
+    _added,
     _chosen_sums,
     at_budget,
     chosen_numbers,
@@ -430,6 +431,18 @@ def test_the_fvu_at_the_chosen_layer_is_that_of_a_loop(run, deep, held_out, tmp_
     shares = np.unique(chosen, return_counts=True)[1] / len(chosen)
     assert row.layers_chosen["routed"] == pytest.approx(np.prod(shares**-shares))
     assert np.isnan(row.fvu_chosen["mlsae"])
+
+
+def test_batches_without_a_layer_change_nothing_of_its_fvu():
+    x = torch.randn(90, 3, 8, generator=torch.Generator().manual_seed(0))
+    x_hat = x + torch.tensor([0.1, 0.9, 0.5]).view(3, 1) * x.flip(0)
+    # Layer 1 is missing from the second batch, layer 2 from both.
+    chosen = torch.cat([torch.arange(60) % 2, torch.zeros(30)]).long()
+    parts = (slice(0, 60), slice(60, 90))
+    first, second = (_chosen_sums(x[s], x_hat[s], chosen[s]) for s in parts)
+    expected = chosen_numbers(_chosen_sums(x, x_hat, chosen))
+    assert chosen_numbers(_added(first, second)) == pytest.approx(expected)
+    assert chosen_numbers(_added(second, first)) == pytest.approx(expected)
 
 
 def test_a_layer_chosen_for_one_token_has_no_fvu():

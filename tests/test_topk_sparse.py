@@ -820,7 +820,7 @@ def test_selection_keeps_nan(kind, nan, is_native):
 @pytest.mark.parametrize(("d_in", "expected"), [(2**13, True), (2**13 + 1, False)])
 def test_wide_vectors_are_not_certified_by_default(d_in, expected, monkeypatch):
     # Authority: measured, most rows of wider vectors are not proven.
-    monkeypatch.setattr(select, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(select, "cpu_has_bfloat16", lambda: True)
     encoder = make_encoder(torch.randn(64, d_in), 2, n_acts=256, certified=None)
     assert isinstance(encoder, CertifiedEncoder) == expected
 

@@ -31,10 +31,12 @@ def layer_columns(
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, with four significant digits."""
+    """A table in Markdown; numbers with a point have four significant digits."""
     rows = [[*map(str, table.columns)], ["---"] * table.shape[1]]
     for row in table.itertuples(index=False):
-        texts = [as_text(value, 4) for value in row]
+        texts = [
+            str(value) if isinstance(value, int) else as_text(value, 4) for value in row
+        ]
         rows.append([t.replace("|", "\\|").replace("\n", " ") for t in texts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -20,6 +20,8 @@ from typing_extensions import override
 
 from sae_lens_multilayer.models.walk import Walk
 
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of a call of a block."""
 
@@ -37,6 +39,13 @@ class Decoder:
         self._model, self._root = model, root
         self.blocks_name = _find_blocks(model, n_layers)
         self.blocks: Any = model.get_submodule(self.blocks_name)
+
+    @property
+    def attention_window(self) -> int | None:
+        """The fewest positions that a block's attention may see; None: all."""
+        config = self._model.config.get_text_config()
+        windows = [getattr(config, name, None) for name in _WINDOWS]
+        return min((w for w in windows if type(w) is int and w > 0), default=None)
 
     def calls(
         self,

@@ -22,8 +22,8 @@ class Prefix:
         walk = prefix.walk(torch.tensor([5, 5, 7]))  # three runs of one position each
         stream = walk.run_block(stream, block)  # [3, 1, d_model]
 
-    Not every model can do this (layers without keys, sliding windows shorter than the
-    prompt): see `prefix_differs`.
+    Not every model can do this, such as one with layers without keys: see
+    `prefix_differs`.
     """
 
     @torch.no_grad()
@@ -33,7 +33,13 @@ class Prefix:
         tokens: Int[Tensor, "1 pos"],
         mask: Int[Tensor, "1 pos"] | None,
     ) -> None:
-        """Run the prompt once."""
+        """Run the prompt once; ValueError if attention sees a part of it only."""
+        window, n_pos = decoder.attention_window, tokens.shape[1]
+        # A walk puts its position after the whole prompt, from where it must see all.
+        if window is not None and window <= n_pos:
+            raise ValueError(
+                f"attention sees {window} positions; the prompt has {n_pos}"
+            )
         self._decoder, self._tokens = decoder, tokens
         self._mask = torch.ones_like(tokens) if mask is None else mask
         self._cache = _FixedCache()

@@ -188,7 +188,8 @@ def find_origin(
     name = PublishedName.find_in(location)
     has_lens = bool(settings.get("tuned_lens")) or (name is not None and name.has_lens)
     candidates = [settings.get("model_name"), name.model if name else None]
-    candidates = [c for c in ([model_name] if model_name else candidates) if c]
+    is_given = bool(model_name)
+    candidates = [c for c in ([model_name] if is_given else candidates) if c]
     published = next(filter(None, map(published_model, candidates)), None)
     d_in = None
     if published is not None:
@@ -200,9 +201,10 @@ def find_origin(
             try:
                 shape = shape_by_name("HookedTransformer", candidates[0])
             except ValueError as error:
+                source = "as given" if is_given else "by its config or name"
                 raise ValueError(
                     f"The language model of the MLSAE at {location} is "
-                    f"{candidates[0]!r} by its config or name. {_NAME_IT}. {error}"
+                    f"{candidates[0]!r} {source}. {_NAME_IT}. {error}"
                 ) from error
             if shape is None:
                 raise FileNotFoundError(

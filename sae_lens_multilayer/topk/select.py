@@ -286,11 +286,12 @@ def is_certified_faster(
         has_wide_product = "dtype" in torch.ops.aten.mm.overloads()
         capability = torch.cuda.get_device_capability(W_enc_rows.device)
         return has_wide_product and capability >= (8, 0)
-    return W_enc_rows.device.type == "cpu" and _cpu_has_bfloat16()
+    return W_enc_rows.device.type == "cpu" and cpu_has_bfloat16()
 
 
 @cache
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16 numbers."""
     # torch before 2.10 lacks this function.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))

@@ -103,6 +103,8 @@ class LayerMoments:
         )
 
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
+        if self.n_tokens == 0 or other.n_tokens == 0:
+            return other if self.n_tokens == 0 else self
         n_tokens = self.n_tokens + other.n_tokens
         weight = other.n_tokens / n_tokens
         difference = other.mean - self.mean
