@@ -119,11 +119,21 @@ def host_numbers(
 
 
 def run_fresh(script: str, *args: str | Path) -> str:
-    """Run a Python script in a new process and return its output."""
+    """Run a Python script in a new process and return its output.
+
+    It has as many threads as this process, on which rounding depends.
+    """
+    n_threads = str(torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, args)],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
+            "OMP_NUM_THREADS": n_threads,
+            "MKL_NUM_THREADS": n_threads,
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -483,7 +483,6 @@ def test_shape_is_read_before_the_model_is_loaded(kind, monkeypatch):
     ("kind", "kwargs", "shape"),
     [
         ("HookedTransformer", {"n_ctx": 512}, ModelShape(5, 64, 512, D_VOCAB)),
-        ("HookedTransformer", {"first_n_layers": 2}, ModelShape(2, 64, 256, D_VOCAB)),
         ("HookedTransformer", {"dtype": "float32"}, FOLDER_SHAPE),
         ("TransformerBridge", {"n_ctx": 512}, ModelShape(5, 64, 512, D_VOCAB)),
         (
@@ -504,6 +503,13 @@ def test_arguments_that_change_the_model_change_its_shape(kind, kwargs, shape):
     before = dict(kwargs)
     assert shape_by_name(kind, FOLDER, kwargs) == shape
     assert kwargs == before
+
+
+def test_transformer_lens_changes_the_shape_by_arguments_of_its_own(monkeypatch):
+    monkeypatch.setattr(loading, "_is_folder", lambda _: False)
+    kwargs = {"first_n_layers": 2, "n_ctx": 512}
+    shape = shape_by_name("HookedTransformer", FOLDER, kwargs)
+    assert shape == ModelShape(2, 64, 512, D_VOCAB)
 
 
 def test_the_hosts_loader_makes_the_same_use_of_such_arguments():

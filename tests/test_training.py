@@ -939,7 +939,7 @@ class TestLatest:
         config = make_config(resume_from_checkpoint="latest", output_path=None)
         start(config).run()
         assert steps.n == 8
-        assert any("starting anew" in message for message in caplog.messages)
+        assert not any("starting anew" in message for message in caplog.messages)
 
     def test_a_named_run_has_a_folder_of_its_own(self, start, make_config, tmp_path):
         def config(name, **changes):

@@ -173,8 +173,12 @@ class MultiLayerCacheActivationsRunner:
             # Another process may have finished it meanwhile.
             if not self._is_complete:
                 remove_leftovers(self.path)
-                self._harvest()
-                self._finish()
+                try:
+                    self._harvest()
+                    self._finish()
+                except ValueError:
+                    self._forget_if_empty()
+                    raise
         return ActivationCache(self.path)
 
     def _check_room(self) -> None:
@@ -272,9 +276,6 @@ class MultiLayerCacheActivationsRunner:
         """Save prompts for evaluation, then the list that marks the cache complete."""
         shards = self._shards()
         if not shards:
-            # Otherwise a harvest with other settings would be refused.
-            for name in (RECORD_FILENAME, LOCK_FILENAME):
-                (self.path / name).unlink()
             raise ValueError(
                 "The dataset must have at least one token that has vectors, in whole "
                 f"contexts of {self.cfg.context_size}; it has none."
@@ -288,6 +289,12 @@ class MultiLayerCacheActivationsRunner:
         listed = {shard.folder.name: shard.numbers for shard in shards}
         content = {"evaluation_hash": hash_of_tensors(tensors), "shards": listed}
         write_whole(self.path / SHARDS_FILENAME, json.dumps(content, indent=1))
+
+    def _forget_if_empty(self) -> None:
+        """Without a shard, a harvest with other settings must not be refused."""
+        if not self._shards():
+            for name in (RECORD_FILENAME, LOCK_FILENAME):
+                (self.path / name).unlink()
 
     def _evaluation_tokens(self) -> Tensor:
         cfg = self.cfg
