@@ -42,6 +42,7 @@ from sae_lens_multilayer.studies.circuits import inputs as inputs_module
 from sae_lens_multilayer.studies.circuits import run as study_module
 from sae_lens_multilayer.studies.circuits.curves import (
     areas,
+    check_counts,
     check_shares,
     faithfulness,
     resampled_faithfulness,
@@ -540,8 +541,15 @@ def test_areas_and_sizes_by_hand():
     assert size_at(shares, f, 0.8) == pytest.approx(0.5 * 2**0.6)
     assert size_at(shares, f + 1) == 0.25
     assert np.isnan(size_at(shares, f / 2))
-    with pytest.raises(ValueError, match="grow"):
-        check_shares([0.5, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("wrong", [None, 10, "10", [], [1.0], [True, 2], [0.5, 0.5, 1]])
+def test_shares_and_counts_are_lists_that_grow(wrong: Any):
+    with pytest.raises(ValueError, match=r"`shares` must be a list [\s\S]* grow"):
+        check_shares(wrong)
+    if wrong != []:  # no comparison at equal numbers of nodes
+        with pytest.raises(ValueError, match=r"`counts` must be a list [\s\S]* grow"):
+            check_counts(wrong)
 
 
 @given(st.lists(st.floats(-1, 3), min_size=4, max_size=4))

@@ -6,6 +6,7 @@ over prompts (Marks et al. 2024, arXiv:2403.19647, section 4).
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -101,21 +102,25 @@ def resampled_faithfulness(
         return (scores.T[chosen].mean(1) - low) / span
 
 
-def check_counts(counts: Sequence[int]) -> None:
+def check_counts(counts: Any) -> None:
     """Raise ValueError unless counts are whole numbers that grow from 1 or more."""
-    are_whole = all(type(one) is int and one > 0 for one in counts)
+    is_list = isinstance(counts, Sequence)
+    are_whole = is_list and all(type(one) is int and one > 0 for one in counts)
     if not are_whole or not all(a < b for a, b in pairwise(counts)):
         raise ValueError(
-            f"`counts` must be whole numbers of nodes that grow from 1 or more; got "
-            f"{list(counts)}."
+            "`counts` must be a list of whole numbers of nodes that grow from 1 or "
+            f"more; got {counts!r}."
         )
 
 
-def check_shares(shares: Sequence[float]) -> None:
+def check_shares(shares: Any) -> None:
     """Raise ValueError unless shares grow, are in (0, 1], and end with 1."""
-    grows = all(a < b for a, b in pairwise(shares))
-    if len(shares) < 2 or not grows or shares[0] <= 0 or shares[-1] != 1:
+    are_numbers = isinstance(shares, Sequence) and all(
+        isinstance(one, int | float) for one in shares
+    )
+    grows = are_numbers and all(a < b for a, b in pairwise(shares))
+    if not grows or len(shares) < 2 or shares[0] <= 0 or shares[-1] != 1:
         raise ValueError(
-            f"`shares` must be two or more that grow from above 0 to 1; got "
-            f"{list(shares)}."
+            "`shares` must be a list of two or more numbers that grow from above 0 to "
+            f"1; got {shares!r}."
         )
