@@ -7,6 +7,7 @@ name is in `loading.py`.
 """
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -112,16 +113,41 @@ class _TransformerLensModel(Model):
         return ModelUnembed(norm, *self._unembedding(), soft_cap)
 
 
-class _Bridge(_TransformerLensModel):
-    """A TransformerBridge: hooks around the blocks of a Hugging Face model."""
+class _DecoderModel(Model):
+    """A Hugging Face decoder, or hooks around one."""
 
-    @cached_property
-    def _decoder(self) -> Decoder:
-        return Decoder(self.module.original_model, self.shape.n_layers, self.module)
+    _hf_model: Any
+
+    @property
+    @abstractmethod
+    def _decoder(self) -> Decoder: ...
 
     @override
     def _walk(self, tokens: Tensor) -> Walk:
         return DecoderWalk(self._decoder, tokens, self.mask(tokens))
+
+    @contextmanager
+    @override
+    def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
+        with keep_keys_and_values(self._hf_model):
+            yield lambda _: {}
+
+    @override
+    def prefix(self, tokens: Tensor) -> Prefix:
+        return Prefix(self._decoder, tokens.to(self.device), self.mask(tokens))
+
+
+class _Bridge(_DecoderModel, _TransformerLensModel):
+    """A TransformerBridge: hooks around the blocks of a Hugging Face model."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self._hf_model = module.original_model
+
+    @cached_property
+    @override
+    def _decoder(self) -> Decoder:
+        return Decoder(self._hf_model, self.shape.n_layers, self.module)
 
     @override
     def _run(self, tokens: Tensor, own_names: list[str], **kwargs: Any) -> Any:
@@ -133,16 +159,6 @@ class _Bridge(_TransformerLensModel):
             return super()._run(tokens, own_names, **kwargs)
         finally:
             handle.remove()
-
-    @contextmanager
-    @override
-    def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
-        with keep_keys_and_values(self.module.original_model):
-            yield lambda _: {}
-
-    @override
-    def prefix(self, tokens: Tensor) -> Prefix:
-        return Prefix(self._decoder, tokens.to(self.device), self.mask(tokens))
 
 
 def _stop(block: nn.Module, args: Any, output: Any) -> None:
@@ -202,30 +218,17 @@ class _HookedTransformerWalk(Walk):
         return self._module(stream, start_at_layer=n_layers, return_type="logits")
 
 
-class _HuggingFaceModel(Model):
+class _HuggingFaceModel(_DecoderModel):
     """A Hugging Face causal language model in SAELens' HookedProxyLM."""
 
     def __init__(self, module: HookedProxyLM) -> None:
-        self._hf_model: Any = module.model
+        self._hf_model = module.model
         super().__init__(module, ModelShape.of_hf_config(self._hf_model.config))
 
     @cached_property
+    @override
     def _decoder(self) -> Decoder:
         return Decoder(self._hf_model, self.shape.n_layers)
-
-    @override
-    def _walk(self, tokens: Tensor) -> Walk:
-        return DecoderWalk(self._decoder, tokens, self.mask(tokens))
-
-    @contextmanager
-    @override
-    def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
-        with keep_keys_and_values(self._hf_model):
-            yield lambda _: {}
-
-    @override
-    def prefix(self, tokens: Tensor) -> Prefix:
-        return Prefix(self._decoder, tokens.to(self.device), self.mask(tokens))
 
     @override
     def _mask_kwargs(self, tokens: Tensor) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A loaded language model of any kind, and its shape."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -180,11 +180,9 @@ class Model(ABC):
             **kwargs,
         )
 
-    @contextmanager
-    def caching(self) -> Generator[Callable[[Tensor], dict[str, Any]]]:
+    def caching(self) -> AbstractContextManager[Callable[[Tensor], dict[str, Any]]]:
         """See `steps`: gives the model's arguments for the tokens of a step."""
         raise ValueError("its kind of model has no known cache")
-        yield lambda tokens: {}
 
     @abstractmethod
     def residual_streams(
