@@ -15,6 +15,7 @@ from sae_lens_multilayer.analysis.tables import make_table
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures.description import Axis, Panel, Picture, histogram
 from sae_lens_multilayer.results import Result
+from sae_lens_multilayer.topk.tile import wide_dtype
 
 _ELEMENTS = 2**24
 """Cosine similarities held at a time: 64 MiB of float32."""
@@ -145,7 +146,7 @@ def cos_sim_chunks(
 
 
 def _unit(vectors: Float[Tensor, "row d"]) -> Float[Tensor, "row d"]:
-    wide = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
+    wide = vectors.detach().to(wide_dtype(vectors.dtype))
     return wide / wide.norm(dim=1, keepdim=True)
 
 

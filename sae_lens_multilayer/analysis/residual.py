@@ -24,7 +24,7 @@ from sae_lens_multilayer.pictures.description import (
 )
 from sae_lens_multilayer.results import Result
 from sae_lens_multilayer.text.prompts import Tokens
-from sae_lens_multilayer.topk.tile import sum_dtype
+from sae_lens_multilayer.topk.tile import sum_dtype, wide_dtype
 
 _ELEMENTS = 2**22
 """Vector entries processed at a time."""
@@ -176,7 +176,7 @@ def _pieces(
     """Some tokens at a time, at least in float32, after the lens."""
     n_tokens = max(1, _ELEMENTS // x[0].numel())
     for piece in x.split(n_tokens):
-        piece = piece.to(torch.promote_types(piece.dtype, torch.float32))
+        piece = piece.to(wide_dtype(piece.dtype))
         if lens is not None:
             piece = lens.transform(piece.to(next(lens.buffers(), x).device))
         yield piece

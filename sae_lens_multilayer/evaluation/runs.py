@@ -17,7 +17,7 @@ from sae_lens_multilayer.evaluation.scores import (
 )
 from sae_lens_multilayer.evaluation.splicing import Edit, ResidualSplicer, Splicer
 from sae_lens_multilayer.models.model import Model
-from sae_lens_multilayer.topk.tile import sum_dtype
+from sae_lens_multilayer.topk.tile import sum_dtype, wide_dtype
 
 
 def mean_vectors(
@@ -122,7 +122,7 @@ class EvaluationRuns:
         x_hat = self._reconstruction.reconstruct(hook, x, counted)
         if self._use_error_term:
             # In float32 or wider: bfloat16 would not give x back.
-            dtype = torch.promote_types(x.dtype, torch.float32)
+            dtype = wide_dtype(x.dtype)
             x_hat = (x_hat.to(dtype) + (x.to(dtype) - x_hat.to(dtype))).to(x.dtype)
         return torch.where(kept.to(x.device).unsqueeze(-1), x, x_hat)
 

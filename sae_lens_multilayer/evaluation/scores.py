@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lens_multilayer.evaluation.splicing import Run
-from sae_lens_multilayer.topk.tile import sum_dtype
+from sae_lens_multilayer.topk.tile import sum_dtype, wide_dtype
 
 _LOGITS_AT_A_TIME = 2**24
 """Logits of one run held at a time: 64 MiB of float32."""
@@ -43,7 +43,7 @@ class Softmax:
     @classmethod
     def of(cls, logits: Float[Tensor, "row d_vocab"]) -> "Softmax":
         """The distribution with these logits."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = logits.to(wide_dtype(logits.dtype))
         shifted = wide - wide.amax(-1, keepdim=True)
         weights = shifted.exp()
         return cls(shifted, weights, _sum(weights).unsqueeze(1))

@@ -9,13 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_lens_multilayer.topk.tile import wide_dtype
+
 MAX_CONDITION_NUMBER = 1e6
 """Of I + W in the 2-norm. Above it, float32 activations do not survive the inverse."""
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a lens for vectors of `dtype`: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 class AffineMap(nn.Module):

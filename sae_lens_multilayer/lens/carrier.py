@@ -14,10 +14,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_multilayer.files import read_json
-from sae_lens_multilayer.lens.affine import wide_dtype
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.models.model import Model
+from sae_lens_multilayer.topk.tile import wide_dtype
 
 LENS_PREFIX = "lens."
 """Prefix of the names of a lens' tensors in the state dict of an SAE."""

@@ -22,6 +22,7 @@ from sae_lens_multilayer.files import (
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.text.prompts import check_prompts
+from sae_lens_multilayer.topk.tile import wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def fit_tuned_lens(
         check_writable(output_path, "output_path")
     lens = new_tuned_lens(model)
     dtype = lens.unembed.unembedding.weight.dtype
-    lens.layer_translators.to(torch.promote_types(dtype, torch.float32))
+    lens.layer_translators.to(wide_dtype(dtype))
     params = list(lens.layer_translators.parameters())
     updates, schedule = _optimizer(optimizer, params, lr, weight_decay, n_steps)
     batches = _batches(tokens, n_steps, batch_size_prompts, seed)
@@ -236,7 +237,7 @@ def _run(
 ) -> tuple[list[Tensor], Float[Tensor, "prompt pos d_vocab"]]:
     """The residual stream before each block and after the last; log-probabilities."""
     streams, logits = model.residual_streams(tokens)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = wide_dtype(logits.dtype)
     return streams, logits.to(dtype).log_softmax(-1)
 
 

@@ -18,6 +18,7 @@ from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.record import Record, model_fingerprints
 from sae_lens_multilayer.text.prompts import Prompts, take_prompts
+from sae_lens_multilayer.topk.tile import wide_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _gradients(
     found = torch.autograd.grad(
         final, sources, grad.view_as(final), retain_graph=retain_graph
     )
-    dtype = torch.promote_types(final.dtype, torch.float32)
+    dtype = wide_dtype(final.dtype)
     parts = [g.reshape(grad.shape)[: len(rows)].to(dtype) for g in found]
     sums = [(part * counted[:, :, None]).sum((1, 2)) for part in parts]
     return torch.stack(sums).cpu().double()

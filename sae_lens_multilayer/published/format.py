@@ -14,7 +14,6 @@ from tuned_lens.nn.lenses import TunedLensConfig
 
 from sae_lens_multilayer import hooks
 from sae_lens_multilayer.files import read_json
-from sae_lens_multilayer.lens.affine import wide_dtype
 from sae_lens_multilayer.lens.carrier import LENS_PREFIX
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
@@ -23,6 +22,7 @@ from sae_lens_multilayer.models.loading import shape_by_name
 from sae_lens_multilayer.models.model import ModelShape
 from sae_lens_multilayer.published.releases import PublishedName, published_model
 from sae_lens_multilayer.sae.config import ARCHITECTURE
+from sae_lens_multilayer.topk.tile import wide_dtype
 
 _TENSORS = ("encoder.weight", "decoder.weight", "pre_encoder_bias")
 _BESIDE_TRANSFORMER = "autoencoder."

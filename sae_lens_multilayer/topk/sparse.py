@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lens_multilayer.topk.products import weighted_row_sum
 from sae_lens_multilayer.topk.select import make_encoder
-from sae_lens_multilayer.topk.tile import compute_dtype, make_tile, row_chunks
+from sae_lens_multilayer.topk.tile import make_tile, row_chunks, wide_dtype
 
 _INFERENCE_ROWS = 4096
 
@@ -54,7 +54,7 @@ def encode_topk(
     pre-activations. Activations have the wider dtype of `z` and `W_enc`. For
     `certified` see `step.training_step`.
     """
-    dtype = compute_dtype(W_enc)
+    dtype = wide_dtype(W_enc.dtype)
     flat = z.reshape(-1, z.shape[-1])
     per_act = len(b_dec) // z.shape[-1]
     W_enc_rows, bias = W_enc.T.to(dtype).contiguous(), b_dec.to(dtype)

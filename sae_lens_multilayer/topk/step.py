@@ -24,10 +24,10 @@ from sae_lens_multilayer.topk.tile import (
     LayerMoments,
     Tile,
     Transform,
-    compute_dtype,
     layer_groups,
     make_tile,
     squared_norms,
+    wide_dtype,
 )
 
 
@@ -102,7 +102,7 @@ def training_step(
             are not standardised.
     """
     assert z_gradient is None or not standardize_inputs
-    dtype = compute_dtype(W_enc)
+    dtype = wide_dtype(W_enc.dtype)
     dead = _gather_dead(W_enc, W_dec, dead_latents, k_aux)
     n_acts = z.numel() // len(b_dec)
     encoder = make_encoder(
@@ -304,7 +304,7 @@ def _gather_dead(
     indices = dead_latents.nonzero().flatten()
     if len(indices) == 0:
         return None
-    dtype = compute_dtype(W_enc)
+    dtype = wide_dtype(W_enc.dtype)
     return DeadLatents(
         indices,
         W_enc.T.index_select(0, indices).to(dtype),
@@ -317,7 +317,7 @@ def _start_gradients(
     W_enc: Float[Tensor, "d_in d_sae"], W_dec: Float[Tensor, "d_sae d_in"]
 ) -> LatentGradients:
     """Accumulate into the parameters' `.grad` directly if its dtype is wide enough."""
-    dtype = compute_dtype(W_enc)
+    dtype = wide_dtype(W_enc.dtype)
     if W_enc.dtype != dtype:
         return LatentGradients.zeros_like(W_dec.to(dtype))
     return LatentGradients(_grad(W_enc).T, _grad(W_dec))

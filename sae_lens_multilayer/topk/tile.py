@@ -53,9 +53,9 @@ def make_tile(
     return Tile(centred, mean, std, v.contiguous())
 
 
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """Float64 for float64 parameters, float32 for all others."""
-    return torch.promote_types(parameter.dtype, torch.float32)
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 for float64, float32 for all others."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

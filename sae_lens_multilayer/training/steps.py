@@ -17,7 +17,7 @@ from sae_lens_multilayer.ranks import ALONE, Ranks
 from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
 from sae_lens_multilayer.topk.reference import standardize
 from sae_lens_multilayer.topk.select import block_rows
-from sae_lens_multilayer.topk.tile import LayerMoments, compute_dtype
+from sae_lens_multilayer.topk.tile import LayerMoments, wide_dtype
 
 
 @dataclass
@@ -207,7 +207,7 @@ def _stats_of_part(
     share: float,
 ) -> StepStats:
     """The stats of a micro-batch; its losses are multiplied by its share."""
-    dtype = compute_dtype(x)
+    dtype = wide_dtype(x.dtype)
     acts = output.feature_acts.detach()
     acts = (acts.to_dense() if acts.is_sparse else acts).to(dtype)
     by_layer = acts.view(*x.shape[:2], -1)
