@@ -5,7 +5,7 @@ importing everything again), which starts or resumes the task: `train` writes
 FOLDER/output, `harvest` writes FOLDER/cache, and `cached` trains on that cache. Tasks
 like `train` are `lens` (with a tuned lens), `stock` (a stock architecture), `streamed`
 (a streamed dataset) and `prefetch` (batches are read in a thread). `jacobian` fits a
-Jacobian lens to FOLDER/lens.pt.
+Jacobian lens to FOLDER/fitted, `sgd` and `adam` a tuned lens.
 Each step and each part of a checkpoint takes SECONDS longer, so that kills are equally
 likely in both. Prints `started PID` just before the task starts, and `ended STATUS`
 when the process has ended.
@@ -35,8 +35,9 @@ from sae_lens_multilayer import (
     MultiLayerConfig,
     files,
     fit_jacobian_lens,
+    fit_tuned_lens,
 )
-from sae_lens_multilayer.lens import jacobian, jacobian_sums
+from sae_lens_multilayer.lens import fit, jacobian, progress
 from sae_lens_multilayer.training.trainer import MultiLayerTrainer
 
 
@@ -56,14 +57,19 @@ def documents() -> Dataset:
     return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in w) for w in words]})
 
 
-def fit_jacobian(folder: Path, seconds: float, model: Any) -> None:
-    slow_down(jacobian, "_streams", seconds)
-    jacobian_sums._SECONDS_BETWEEN_SAVES = 0
+def fit_lens(task: str, folder: Path, seconds: float, model: Any) -> None:
+    progress._SECONDS_BETWEEN_SAVES = 0
     tokens = torch.arange(1, 1 + 24 * N_CTX).view(24, N_CTX) % 500
+    output = folder / "fitted"
     print("started", os.getpid(), flush=True)
-    fit_jacobian_lens(
-        model, tokens, skip_first_positions=1, output_path=folder / "lens.pt"
-    )
+    if task == "jacobian":
+        slow_down(jacobian, "_streams", seconds)
+        fit_jacobian_lens(model, tokens, skip_first_positions=1, output_path=output)
+    else:
+        slow_down(fit, "_backward", seconds)
+        kind: Any = task
+        settings = {"batch_size_prompts": 7, "n_steps": 24, "optimizer": kind}
+        fit_tuned_lens(model, tokens, **settings, output_path=output)
 
 
 def main(
@@ -71,8 +77,8 @@ def main(
 ) -> None:
     slow_down(MultiLayerTrainer, "step", seconds)
     slow_down(files, "_flush", seconds)
-    if task == "jacobian":
-        fit_jacobian(folder, seconds, tiny_model(tokenizer))
+    if task in ("jacobian", "sgd", "adam"):
+        fit_lens(task, folder, seconds, tiny_model(tokenizer))
         return
     sae: Any = tiny_sae_config(dead_after_tokens=500)
     if task == "stock":

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,25 +112,30 @@ def test_kills_at_any_moment_do_not_change_where_a_run_ends(runs, tmp_path, what
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_kills_at_any_moment_do_not_change_a_jacobian_lens(runs, tmp_path):
-    def jacobians(folder: Path) -> dict[int, torch.Tensor]:
-        found = read_jacobians(folder / "lens.pt")
+@pytest.mark.parametrize("what", ["jacobian", "sgd", "adam"])
+def test_kills_at_any_moment_do_not_change_a_lens(runs, tmp_path, what):
+    def fitted(folder: Path) -> dict[Any, torch.Tensor]:
+        path = folder / "fitted"
+        if what == "jacobian":
+            found = read_jacobians(path)
+        else:
+            found = torch.load(path / "params.pt", weights_only=True)
         shutil.rmtree(folder)
         return found
 
-    runs.start(tmp_path / "whole", 0, "jacobian")
+    runs.start(tmp_path / "whole", 0, what)
     assert runs.wait() == 0
-    assert [path.name for path in (tmp_path / "whole").iterdir()] == ["lens.pt"]
-    expected = jacobians(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "whole").iterdir()] == ["fitted"]
+    expected = fitted(tmp_path / "whole")
     choose, folder = random.Random(0), tmp_path / "killed"
     n_kills = n_resumed = 0
     while n_kills < N_KILLS or not n_resumed:
         n_resumed += any(folder.glob("*.partial/batches-*"))
-        process = runs.start(folder, STEP_SECONDS, "jacobian")
+        process = runs.start(folder, STEP_SECONDS, what)
         time.sleep(choose.uniform(0, 70 * STEP_SECONDS))
         n_kills += runs.kill(process)
-        if (folder / "lens.pt").exists():
-            torch.testing.assert_close(jacobians(folder), expected, rtol=0, atol=0)
-    runs.start(folder, 0, "jacobian")
+        if (folder / "fitted").exists():
+            torch.testing.assert_close(fitted(folder), expected, rtol=0, atol=0)
+    runs.start(folder, 0, what)
     assert runs.wait() == 0
-    torch.testing.assert_close(jacobians(folder), expected, rtol=0, atol=0)
+    torch.testing.assert_close(fitted(folder), expected, rtol=0, atol=0)

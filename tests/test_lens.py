@@ -28,6 +28,7 @@ from tuned_lens import TunedLens
 from tuned_lens.nn.unembed import Unembed
 
 from sae_lens_multilayer.lens import fit as lens_fit
+from sae_lens_multilayer.lens import progress
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.fit import fit_tuned_lens, lens_kl, new_tuned_lens
 from sae_lens_multilayer.lens.lens import LayerLens
@@ -723,6 +724,54 @@ def test_a_step_is_tuned_lens_own_recipe(tokenizer):
     fitted = fit_tuned_lens(model, tokens, n_steps=1, max_grad_norm=0.01)
     for p, value in zip(fitted.layer_translators.parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach(), value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("fails_at", [1, 2, 5, 9])
+def test_a_fit_continues_after_an_error(
+    tokenizer, tmp_path, monkeypatch, optimizer, fails_at, dtype
+):
+    """Bit for bit as without one, in steps that no longer begin with a pass."""
+    model, tokens = tiny_model(tokenizer, dtype=dtype), torch.randint(1, 512, (5, 8))
+    settings = {"n_steps": 9, "batch_size_prompts": 3, "optimizer": optimizer}
+    expected = fit_tuned_lens(model, tokens, **settings).layer_translators.state_dict()
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_SAVES", 0)
+    backward, path, calls = lens_fit._backward, tmp_path / "lens", []
+
+    def count(*args):
+        calls.append(args)
+        if len(calls) == fails_at:
+            raise MemoryError
+        return backward(*args)
+
+    monkeypatch.setattr(lens_fit, "_backward", count)
+    with pytest.raises(MemoryError):
+        fit_tuned_lens(model, tokens, **settings, output_path=path)
+    if fails_at == 1:
+        assert not any(tmp_path.iterdir())  # nothing was done
+    else:
+        for name, value in {"n_steps": 10, "lr": 0.5, "seed": 1}.items():
+            changed = {**settings, name: value}
+            with pytest.raises(
+                ValueError, match=f"(?s)`{name}`.*Delete .*lens.partial"
+            ):
+                fit_tuned_lens(model, tokens, **changed, output_path=path)
+        with pytest.raises(ValueError, match="`prompts`"):
+            fit_tuned_lens(model, tokens.flip(0), **settings, output_path=path)
+    lens = fit_tuned_lens(model, tokens, **settings, output_path=path)
+    assert len(calls) == 10
+    for name, tensor in lens.layer_translators.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+    assert [one.name for one in tmp_path.iterdir()] == ["lens"]
+
+
+def test_a_fit_whose_values_are_not_finite_is_not_resumed(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_SAVES", 0)
+    tokens, path = torch.randint(1, 512, (2, 8)), tmp_path / "lens"
+    with pytest.raises(FloatingPointError, match="Use a lower `lr`"):
+        fit_tuned_lens(model, tokens, n_steps=40, lr=1e30, output_path=path)
+    fit_tuned_lens(model, tokens, n_steps=1, output_path=path)
 
 
 def test_an_unembed_is_the_end_of_the_model(model, hf_model, bridge):

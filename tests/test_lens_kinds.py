@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sae_lens_multilayer import LayerLens, cli, evaluate, fit_jacobian_lens, fit_lens
 from sae_lens_multilayer.analysis import output_tokens
-from sae_lens_multilayer.lens import jacobian, jacobian_sums
+from sae_lens_multilayer.lens import jacobian, progress
 from sae_lens_multilayer.lens.closed_form import (
     CLOSED_FORMS,
     Moments,
@@ -336,7 +336,7 @@ def test_a_jacobian_file_needs_a_new_path(model, tmp_path, monkeypatch):
 def test_a_jacobian_fit_continues_after_an_error(model, tmp_path, monkeypatch):
     tokens = torch.randint(1, 512, (3, 6))
     expected = fit_jacobian_lens(model, tokens, skip_first_positions=0).state_dict()
-    monkeypatch.setattr(jacobian_sums, "_SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_SAVES", 0)
     streams, path = jacobian._streams, tmp_path / "lens.pt"
     n_batches = 0
 

@@ -1,8 +1,9 @@
 """Fits a tuned lens to any model SAELens can load, in the format of tuned-lens."""
 
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +15,20 @@ from tqdm.auto import tqdm
 from tuned_lens import TunedLens
 from tuned_lens.nn.lenses import TunedLensConfig
 
-from sae_lens_multilayer.files import (
-    check_writable,
-    complete_or_absent,
-    save_somewhere,
+from sae_lens_multilayer.files import check_writable, complete_or_absent
+from sae_lens_multilayer.lens.progress import (
+    FitProgress,
+    resumable_fit,
 )
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
+from sae_lens_multilayer.optimizer_state import (
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from sae_lens_multilayer.record import Record, hash_of_tensors, model_fingerprints
 from sae_lens_multilayer.text.prompts import check_prompts
 from sae_lens_multilayer.topk.tile import wide_dtype
-
-logger = logging.getLogger(__name__)
 
 Optimizer = Literal["sgd", "adam"]
 
@@ -84,10 +88,15 @@ def fit_tuned_lens(
         weight_decay: Coefficient of the L2 penalty on W and b.
         max_grad_norm: Largest norm of the gradient of all layers together.
         output_path: New or empty folder to save to, in the format that
-            `TunedLens.from_unembed_and_pretrained` loads.
+            `TunedLens.from_unembed_and_pretrained` loads. The state of the fit is saved
+            about every minute in the folder `{output_path}.partial`. A second call with
+            the same arguments resumes from it, with the same result.
 
     Returns:
         The lens in the model's dtype.
+
+    Raises:
+        ValueError: If that folder is of a fit with other arguments or another model.
 
     References:
         Belrose et al. (2023), arXiv:2303.08112, and tuned-lens' `train_loop.py`.
@@ -98,28 +107,22 @@ def fit_tuned_lens(
     if output_path is not None:
         output_path = Path(output_path).expanduser()
         check_writable(output_path, "output_path")
-    lens = new_tuned_lens(model)
-    dtype = lens.unembed.unembedding.weight.dtype
-    lens.layer_translators.to(wide_dtype(dtype))
-    params = list(lens.layer_translators.parameters())
-    updates, schedule = _optimizer(optimizer, params, lr, weight_decay, n_steps)
-    batches = _batches(tokens, n_steps, batch_size_prompts, seed)
-    bar = tqdm(batches, "Fitting the tuned lens", n_steps)
-    with bar, torch.enable_grad():
-        for batch in bar:
-            losses = _backward(model, lens, batch, forward_batch_size_prompts)
-            _check_finite("The KL of each layer", losses)
-            bar.set_postfix(kl=f"{losses.mean():.4f}", refresh=False)
-            nn.utils.clip_grad_norm_(params, max_grad_norm)
-            updates.step()
-            updates.zero_grad()
-            schedule.step()
-    lens.layer_translators.to(dtype).requires_grad_(False)
-    for tensor in lens.layer_translators.state_dict().values():
-        _check_finite("The fitted lens", tensor)
-    if output_path is not None:
-        path = save_somewhere(output_path, lambda path: _save(lens, path))
-        logger.info("The lens is saved at %s.", path)
+    recipe = _Recipe(
+        n_steps,
+        batch_size_prompts,
+        forward_batch_size_prompts,
+        optimizer,
+        lr,
+        weight_decay,
+        max_grad_norm,
+        seed,
+    )
+    inputs = {"prompts": hash_of_tensors({"ids": tokens})}
+    inputs |= model_fingerprints(model.module)
+    record = Record("tuned_fit", asdict(recipe), inputs)
+    with resumable_fit(output_path, record) as progress:
+        lens = _fit(model, tokens, recipe, progress)
+        progress.save_output(lambda path: _save(lens, path))
     return lens
 
 
@@ -155,57 +158,113 @@ def lens_kl(
     return total / tokens.numel()
 
 
-def _optimizer(
-    name: str,
-    params: list[nn.Parameter],
-    lr: float | None,
-    weight_decay: float,
-    n_steps: int,
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    optimizer: torch.optim.Optimizer
-    if name == "sgd":
-        warmup_steps = 0
-        optimizer = torch.optim.SGD(
-            params,
+@dataclass(frozen=True)
+class _Recipe:
+    """The settings of a fit; see `fit_tuned_lens`."""
+
+    n_steps: int
+    batch_size_prompts: int | None
+    forward_batch_size_prompts: int
+    optimizer: str
+    lr: float | None
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("sgd", "adam"):
+            raise ValueError(
+                f"`optimizer` must be 'sgd' or 'adam'; got {self.optimizer!r}."
+            )
+
+    def new_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        shared: Any = {"lr": self.lr_of_step(0), "weight_decay": self.weight_decay}
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(params, momentum=_MOMENTUM, nesterov=True, **shared)
+        return torch.optim.Adam(
+            params, betas=(_MOMENTUM, 0.999), amsgrad=True, **shared
+        )
+
+    def lr_of_step(self, step: int) -> float:
+        if self.optimizer == "sgd":
             # PyTorch's momentum multiplies the step by 1 / (1 - momentum).
-            lr=(1.0 if lr is None else lr) * (1 - _MOMENTUM),
-            momentum=_MOMENTUM,
-            nesterov=True,
-            weight_decay=weight_decay,
-        )
-    elif name == "adam":
-        warmup_steps = min(1000, n_steps // 5)
-        optimizer = torch.optim.Adam(
-            params,
-            lr=1e-3 if lr is None else lr,
-            betas=(_MOMENTUM, 0.999),
-            amsgrad=True,
-            weight_decay=weight_decay,
-        )
-    else:
-        raise ValueError(f"`optimizer` must be 'sgd' or 'adam'; got {name!r}.")
-
-    def factor(step: int) -> float:
+            largest = (1.0 if self.lr is None else self.lr) * (1 - _MOMENTUM)
+            warmup_steps = 0
+        else:
+            largest = 1e-3 if self.lr is None else self.lr
+            warmup_steps = min(1000, self.n_steps // 5)
         rising = (step + 1) / (warmup_steps + 1)
-        return min(rising, (n_steps - step) / (n_steps - warmup_steps))
+        falling = (self.n_steps - step) / (self.n_steps - warmup_steps)
+        return largest * min(rising, falling)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def batches(self, tokens: Tensor) -> Iterator[Tensor]:
+        n_prompts, n_pos = tokens.shape
+        batch_size = self.batch_size_prompts
+        if batch_size is None:
+            batch_size = min(n_prompts, math.ceil(_RECIPE_TOKENS_PER_STEP / n_pos))
+        generator = torch.Generator().manual_seed(self.seed)
+        remaining = torch.empty(0, dtype=torch.int64)
+        for _ in range(self.n_steps):
+            while len(remaining) < batch_size:
+                order = torch.randperm(n_prompts, generator=generator)
+                remaining = torch.cat([remaining, order])
+            chosen, remaining = remaining.tensor_split([batch_size])
+            yield tokens[chosen.to(tokens.device)]
 
 
-def _batches(
-    tokens: Tensor, n_steps: int, batch_size_prompts: int | None, seed: int
-) -> Iterator[Tensor]:
-    n_prompts, n_pos = tokens.shape
-    if batch_size_prompts is None:
-        batch_size_prompts = min(n_prompts, math.ceil(_RECIPE_TOKENS_PER_STEP / n_pos))
-    generator = torch.Generator().manual_seed(seed)
-    remaining = torch.empty(0, dtype=torch.int64)
-    for _ in range(n_steps):
-        while len(remaining) < batch_size_prompts:
-            order = torch.randperm(n_prompts, generator=generator)
-            remaining = torch.cat([remaining, order])
-        chosen, remaining = remaining.tensor_split([batch_size_prompts])
-        yield tokens[chosen.to(tokens.device)]
+def _fit(
+    model: Model, tokens: Tensor, recipe: _Recipe, progress: FitProgress
+) -> TunedLens:
+    lens = new_tuned_lens(model)
+    translators, dtype = lens.layer_translators, lens.unembed.unembedding.weight.dtype
+    translators.to(wide_dtype(dtype))
+    _train(model, lens, tokens, recipe, progress)
+    translators.to(dtype).requires_grad_(False)
+    for tensor in translators.state_dict().values():
+        _check_finite("The fitted lens", tensor)
+    return lens
+
+
+def _train(
+    model: Model,
+    lens: TunedLens,
+    tokens: Tensor,
+    recipe: _Recipe,
+    progress: FitProgress,
+) -> None:
+    params = list(lens.layer_translators.parameters())
+    optimizer = recipe.new_optimizer(params)
+    n_done, saved = progress.load()
+    if saved:
+        _load_state(lens, optimizer, saved)
+    batches = islice(recipe.batches(tokens), n_done, None)
+    bar = tqdm(batches, "Fitting the tuned lens", recipe.n_steps, initial=n_done)
+    with bar, torch.enable_grad():
+        for step, batch in enumerate(bar, n_done):
+            losses = _backward(model, lens, batch, recipe.forward_batch_size_prompts)
+            _check_finite("The KL of each layer", losses)
+            bar.set_postfix(kl=f"{losses.mean():.4f}", refresh=False)
+            nn.utils.clip_grad_norm_(params, recipe.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_of_step(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.end_batch(step + 1, _state(lens, optimizer))
+
+
+def _state(lens: TunedLens, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    weights = lens.layer_translators.state_dict(prefix="lens.")
+    return {**weights, **optimizer_tensors(optimizer)}
+
+
+def _load_state(
+    lens: TunedLens, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
+) -> None:
+    weights = lens.layer_translators.state_dict(prefix="lens.")
+    lens.layer_translators.load_state_dict(
+        {name.removeprefix("lens."): saved[name] for name in weights}
+    )
+    load_optimizer_tensors(optimizer, saved)
 
 
 def _backward(

@@ -1,6 +1,5 @@
 """Jacobian lenses: the mean derivative of the last layer by each layer before it."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer.files import beside, check_new_file, save_somewhere
+from sae_lens_multilayer.files import beside, check_new_file
 from sae_lens_multilayer.lens.config import LensConfig
-from sae_lens_multilayer.lens.jacobian_sums import JacobianSums, kept_until_done
 from sae_lens_multilayer.lens.lens import LayerLens
+from sae_lens_multilayer.lens.progress import (
+    FitProgress,
+    resumable_fit,
+)
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.record import Record, model_fingerprints
 from sae_lens_multilayer.text.prompts import Prompts, take_prompts
 from sae_lens_multilayer.topk.tile import wide_dtype
-
-logger = logging.getLogger(__name__)
 
 Jacobians = Mapping[int, Float[Tensor, "d_in d_in"]]
 """`J[l]` with `h_final ~ J[l] h_l`, h_l the output of block l, for all but the last."""
@@ -79,24 +79,16 @@ def fit_jacobian_lens(
         {"batch_size_prompts": batch_size_prompts, "rows_per_pass": rows_per_pass},
         {"prompts": prompts.fingerprint, **model_fingerprints(lm.module)},
     )
-    with kept_until_done(output_path, record) as folder:
+    with resumable_fit(output_path, record) as progress:
         batches = prompts.split(batch_size_prompts)
-        jacobians = _mean_jacobians(lm, batches, rows_per_pass, folder)
-        if output_path is not None:
-            _save_somewhere(output_path, jacobians, len(prompts))
+        jacobians = _mean_jacobians(lm, batches, rows_per_pass, progress)
+        progress.save_output(lambda path: save_jacobians(path, jacobians, len(prompts)))
     if hook_names is None:
         layers = range(lm.shape.n_layers)
         hook_names = [f"blocks.{layer}.hook_resid_post" for layer in layers]
     return lens_of_jacobians(
         jacobians, hook_names, lm.shape.n_layers, lm.name, lm.unembedding_hash()
     )
-
-
-def _save_somewhere(output_path: Path, jacobians: Jacobians, n_prompts: int) -> None:
-    path = save_somewhere(
-        output_path, lambda free: save_jacobians(free, jacobians, n_prompts)
-    )
-    logger.info("The Jacobians are saved at %s.", path)
 
 
 def _without_ends(prompts: Prompts, skip_first_positions: int) -> Prompts:
@@ -116,26 +108,30 @@ def _mean_jacobians(
     model: Model,
     batches: Sequence[Prompts],
     rows_per_pass: int,
-    folder: Path | None,
+    progress: FitProgress,
 ) -> dict[int, Float[Tensor, "d_in d_in"]]:
     d_in = model.shape.d_model
-    sums = JacobianSums(model.shape.n_layers - 1, d_in, folder)
+    n_done, saved = progress.load()
+    zeros = torch.zeros(model.shape.n_layers - 1, d_in, d_in, dtype=torch.float64)
+    total = saved.get("total", zeros)
+    n_positions = saved.get("n_positions", torch.tensor(0))
     passes = torch.arange(d_in).split(rows_per_pass)
-    n_done = sums.n_batches
     bar = tqdm(
         None, "Jacobians", len(batches) * d_in, unit="row", initial=n_done * d_in
     )
     with bar:
-        for batch in batches[n_done:]:
+        for n_batches, batch in enumerate(batches[n_done:], n_done + 1):
             counted = batch.counted.to(model.device)
             *sources, final = _streams(model, batch.ids, rows_per_pass)
             for rows in passes:
                 is_last = rows is passes[-1]
                 grads = _gradients(sources, final, counted, rows, not is_last)
-                sums.total[:, rows] += grads
+                total[:, rows] += grads
                 bar.update(len(rows))
-            sums.end_batch(int(counted.sum()))
-    return dict(enumerate(sums.mean()))
+            n_positions += counted.sum().cpu()
+            tensors = {"total": total, "n_positions": n_positions}
+            progress.end_batch(n_batches, tensors)
+    return dict(enumerate((total / n_positions).float()))
 
 
 @torch.enable_grad()

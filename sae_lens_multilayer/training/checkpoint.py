@@ -30,6 +30,10 @@ from sae_lens_multilayer.files import (
     read_tensors,
     remove_folder,
 )
+from sae_lens_multilayer.optimizer_state import (
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from sae_lens_multilayer.record import Record, as_lines
 from sae_lens_multilayer.training.signals import held_signals
 
@@ -206,8 +210,7 @@ def upload(owner: Any, folder: Path, wandb_aliases: list[str] | None) -> None:
 def write_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
     """Write optimiser, counters and random states; schedules follow from them."""
     tensors = {name: getattr(trainer, name) for name in _COUNTERS}
-    for index, state in trainer.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
+    tensors |= optimizer_tensors(trainer.optimizer)
     check_finite(tensors)
     tensors |= random_states()
     save_file(
@@ -231,9 +234,7 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
     for name in _NUMBERS:
         setattr(trainer, name, values[name])
     set_random_states(tensors)
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    state = _optimizer_state(trainer.optimizer, tensors)
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    load_optimizer_tensors(trainer.optimizer, tensors)
     with warnings.catch_warnings():
         # torch warns of schedules that are advanced before the optimiser's first step.
         warnings.simplefilter("ignore", UserWarning)
@@ -242,22 +243,6 @@ def load_trainer_state(trainer: SAETrainer[Any, Any], folder: Path) -> None:
     for scheduler in trainer.coefficient_schedulers.values():
         scheduler.load_state_dict({"current_step": trainer.n_training_steps})
     trainer.activation_scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
-
-
-def _optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> dict[int, dict[str, Tensor]]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            # The fused update needs moments laid out in memory as their parameter is.
-            like = params[int(index)]
-            if tensor.shape == like.shape:
-                tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-            state.setdefault(int(index), {})[key] = tensor
-    return state
 
 
 def random_states() -> dict[str, Tensor]:
