@@ -51,7 +51,7 @@ def complete_or_absent(path: str | Path) -> Generator[Path, None, None]:
     # A folder cannot be renamed onto a link, or onto "."
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_of(path)
+    partial = partial_of(path)
     partial.mkdir()
     try:
         yield partial
@@ -76,7 +76,7 @@ def write_whole(path: Path, text: str, replace: bool = True) -> None:
         replace: False: FileExistsError if there is a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_of(path)
+    partial = partial_of(path)
     try:
         # Paths that are not UTF-8 have characters that cannot be encoded.
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -101,7 +101,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder; a kill meanwhile leaves none that looks complete."""
-    partial = _partial_of(folder)
+    partial = partial_of(folder)
     folder.rename(partial)
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -263,7 +263,8 @@ def _damaged(path: Path, kind: str, problem: object) -> str:
     return f"{path} must be {kind}; {problem}. The file is damaged: use another one."
 
 
-def _partial_of(path: Path) -> Path:
+def partial_of(path: Path) -> Path:
+    """A new name beside `path`, which is hidden and marks what is incomplete."""
     return path.with_name(f"{PARTIAL_PREFIX}{uuid4().hex[:8]}")
 
 

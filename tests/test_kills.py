@@ -138,4 +138,5 @@ def test_kills_at_any_moment_do_not_change_a_lens(runs, tmp_path, what):
             torch.testing.assert_close(fitted(folder), expected, rtol=0, atol=0)
     runs.start(folder, 0, what)
     assert runs.wait() == 0
+    assert not any(folder.glob("*.partial"))
     torch.testing.assert_close(fitted(folder), expected, rtol=0, atol=0)

@@ -5,6 +5,7 @@ of whole models; the same run on vectors that were mapped beforehand.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -365,6 +366,52 @@ def test_a_jacobian_fit_continues_after_an_error(model, tmp_path, monkeypatch):
     for name, tensor in lens.state_dict().items():
         assert torch.equal(tensor, expected[name])
     assert [one.name for one in tmp_path.iterdir()] == ["lens.pt"]
+
+
+@pytest.mark.parametrize("kind", ["tuned", "jacobian"])
+@pytest.mark.parametrize(
+    "killed_in", ["_remove", "remove_folder", "remove_leftovers", "rmdir"]
+)
+def test_a_fit_killed_while_it_cleans_up_leaves_nothing(
+    kind, killed_in, offline, tmp_path, monkeypatch
+):
+    """The next run is refused, as the lens is there, and removes the rest."""
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_SAVES", 0)
+    few = ["--n_tokens", "128", "--n_steps", "2", "--skip_first_positions", "1"]
+    command = ["lens", "run.yaml", "--kind", kind, "--output_path", "new", *few]
+    before = {path.name for path in tmp_path.iterdir()}
+    owner = Path if killed_in == "rmdir" else progress
+    original = getattr(owner, killed_in)
+
+    def kill(*args):
+        if (tmp_path / "new").exists():
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, killed_in, kill)
+        with pytest.raises(SystemExit, match="130"):
+            cli.main(command)
+    assert (tmp_path / "new.partial").exists()
+    with pytest.raises(SystemExit, match="nothing is overwritten"):
+        cli.main(command)
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "new"}
+
+
+def test_the_state_of_a_fit_stays_if_another_file_has_its_name(
+    model, tmp_path, monkeypatch
+):
+    """Its fit had not begun to save, so that file is not its lens."""
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_SAVES", 0)
+    tokens = torch.randint(1, 512, (3, 6))
+    settings = {"skip_first_positions": 0, "output_path": tmp_path / "lens.pt"}
+    monkeypatch.setattr(progress.FitProgress, "save_output", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit_jacobian_lens(model, tokens, **settings)
+    (tmp_path / "lens.pt").touch()
+    with pytest.raises(FileExistsError):
+        fit_jacobian_lens(model, tokens, **settings)
+    assert [*tmp_path.glob("lens.pt.partial/batches-*")]
 
 
 def test_a_jacobian_file_is_read_again(model, tmp_path):

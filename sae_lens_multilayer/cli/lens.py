@@ -13,6 +13,7 @@ from sae_lens_multilayer.files import save_somewhere
 from sae_lens_multilayer.lens.config import LensKind
 from sae_lens_multilayer.lens.fit import fit_tuned_lens
 from sae_lens_multilayer.lens.jacobian import fit_jacobian_lens
+from sae_lens_multilayer.lens.progress import remove_finished
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.text.prompts import Text
@@ -57,6 +58,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command."""
+    remove_finished(Path(options.output_path).expanduser())
     new = new_file if options.kind == "jacobian" else new_folder
     output = new(options.output_path)
     cfg = config_from_settings(read_settings_file(options.config))

@@ -18,6 +18,7 @@ from tuned_lens.nn.lenses import TunedLensConfig
 from sae_lens_multilayer.files import check_writable, complete_or_absent
 from sae_lens_multilayer.lens.progress import (
     FitProgress,
+    remove_finished,
     resumable_fit,
 )
 from sae_lens_multilayer.models.kinds import as_model
@@ -106,6 +107,7 @@ def fit_tuned_lens(
     tokens = check_prompts(model, tokens)
     if output_path is not None:
         output_path = Path(output_path).expanduser()
+        remove_finished(output_path)
         check_writable(output_path, "output_path")
     recipe = _Recipe(
         n_steps,

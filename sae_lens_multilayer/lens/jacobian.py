@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer.files import beside, check_new_file
+from sae_lens_multilayer.files import check_new_file, partial_of
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.lens.progress import (
     FitProgress,
+    remove_finished,
     resumable_fit,
 )
 from sae_lens_multilayer.models.kinds import as_model
@@ -71,6 +72,7 @@ def fit_jacobian_lens(
             f"model must have at least 2 blocks; {lm.name!r} has {lm.shape.n_layers}."
         )
     if output_path is not None:
+        remove_finished(Path(output_path).expanduser())
         output_path = check_new_file(output_path, "output_path")
     prompts = take_prompts(lm, tokens, None, batch_size_prompts)
     prompts = _without_ends(prompts, skip_first_positions)
@@ -217,9 +219,11 @@ def save_jacobians(path: str | Path, jacobians: Jacobians, n_prompts: int) -> No
         "source_layers": sorted(jacobians),
         "d_model": len(next(iter(jacobians.values()))),
     }
-    partial = beside(path)
+    partial = partial_of(path)
     try:
-        torch.save(contents, partial)
+        # A path would name the archive in the file, and must not begin with a dot.
+        with partial.open("wb") as file:
+            torch.save(contents, file)
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lens_multilayer.files import (
+    LOCK_FILENAME,
     complete_or_absent,
     locked,
     read_tensors,
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _STATE_PREFIX = "batches-"
 _TENSORS_FILENAME = "state.safetensors"
+_FINISHED_FILENAME = "finished"
+"""Exists once all batches are done and the output is being saved."""
 _SECONDS_BETWEEN_SAVES = 60
 """Least time between two saves, which write several matrices per layer."""
 
@@ -57,6 +60,8 @@ class FitProgress:
     def save_output(self, save: Callable[[Path], None]) -> None:
         """Save what was fitted by `save_somewhere`, if there is an output."""
         if self._output is not None:
+            with suppress(OSError):  # a full disk
+                (_folder_of(self._output) / _FINISHED_FILENAME).touch()
             path = save_somewhere(self._output, save)
             logger.info("The lens is saved at %s.", path)
 
@@ -82,14 +87,25 @@ def resumable_fit(
         Record.read_same(folder, record, advice)
     with locked(folder):
         remove_leftovers(folder)
+        (folder / _FINISHED_FILENAME).unlink(missing_ok=True)
         record.write(folder)
         try:
             yield FitProgress(output)
         except BaseException as error:
             if isinstance(error, FloatingPointError) or not _states(folder):
-                remove_folder(folder)
+                _remove(folder)
             raise
-        remove_folder(folder)
+        _remove(folder)
+
+
+def remove_finished(output: Path) -> None:
+    """Remove what a fit that was killed after it had saved its output has left."""
+    folder = _folder_of(output)
+    if not output.exists() or not folder.is_dir():
+        return
+    if (folder / _FINISHED_FILENAME).exists() or not any(folder.iterdir()):
+        with locked(folder):
+            _remove(folder)
 
 
 def _folder_of(output: Path) -> Path:
@@ -107,3 +123,14 @@ def _save(folder: Path, n_batches: int, tensors: Mapping[str, Tensor]) -> None:
         save_file(dict(tensors), partial / _TENSORS_FILENAME)
     for one in earlier:
         remove_folder(one)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what a fit has written, in an order that a later call can continue."""
+    for state in _states(folder):
+        remove_folder(state)
+    remove_leftovers(folder)
+    for name in (LOCK_FILENAME, RECORD_FILENAME, _FINISHED_FILENAME):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # the user may have put something there
+        folder.rmdir()
