@@ -18,7 +18,13 @@ from sae_lens.load_model import HookedProxyLM, load_model
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from sae_lens_multilayer import (
     MultiLayerActivationsStore,
@@ -540,6 +546,35 @@ def test_a_class_without_a_small_configuration_has_no_shape():
 
 
 # Submodules of a Hugging Face model
+
+
+@pytest.fixture
+def t5(tokenizer, tmp_path) -> str:
+    settings = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=512, decoder_start_token_id=0, **settings)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_an_encoder_decoder_model_is_an_early_error(t5, tokenizer):
+    raw = T5ForConditionalGeneration.from_pretrained(t5)
+    bridge = TransformerBridge.boot_transformers(t5, device="cpu")
+    message = f"must be a decoder, .*'{t5}' has an encoder and a decoder .*'t5'.*GPT-2"
+    for model in (HookedProxyLM(raw, tokenizer), bridge):
+        with pytest.raises(ValueError, match=message):
+            as_model(model)
+    for kind in ("TransformerBridge", "HookedTransformer"):
+        with pytest.raises(ValueError, match=message):
+            shape_by_name(kind, t5)
+
+
+def test_a_model_that_is_no_causal_one_is_a_short_error(t5):
+    message = f"^`model_name` must be a causal .*'{t5}' is none.*T5Config.{{,70}}$"
+    with pytest.raises(ValueError, match=message):
+        loading.load_by_name("AutoModelForCausalLM", t5, None, "cpu")
+    with pytest.raises(ValueError, match=message):
+        check_modules("AutoModelForCausalLM", t5, {}, ["decoder.block.0"])
 
 
 def test_submodules_that_exist_pass():

@@ -26,6 +26,16 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of a call of a block."""
 
 
+def check_decoder_only(config: Any) -> None:
+    """Raise ValueError if a Hugging Face config is that of an encoder-decoder model."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            "The model must be a decoder, which predicts each token from those before; "
+            f"{config.name_or_path!r} has an encoder and a decoder (model type "
+            f"{config.model_type!r}). Use a causal model such as GPT-2 or Llama."
+        )
+
+
 class Decoder:
     """The blocks of a model, and its forward pass without them."""
 

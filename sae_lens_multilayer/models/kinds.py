@@ -23,6 +23,7 @@ from typing_extensions import override
 from sae_lens_multilayer.models.decoder import (
     Decoder,
     DecoderWalk,
+    check_decoder_only,
     first_output,
     input_kwargs,
     keep_keys_and_values,
@@ -143,6 +144,7 @@ class _Bridge(_DecoderModel, _TransformerLensModel):
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         self._hf_model = module.original_model
+        check_decoder_only(self._hf_model.config)
 
     @cached_property
     @override
@@ -224,6 +226,7 @@ class _HuggingFaceModel(_DecoderModel):
     def __init__(self, module: HookedProxyLM) -> None:
         self._hf_model = module.model
         super().__init__(module, ModelShape.of_hf_config(self._hf_model.config))
+        check_decoder_only(self._hf_model.config)
 
     @cached_property
     @override

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sae_lens_multilayer.hooks import missing_hook, unknown_name
+from sae_lens_multilayer.models.decoder import check_decoder_only
 from sae_lens_multilayer.models.model import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def load_by_name(
         from transformer_lens.model_bridge import TransformerBridge
 
         return TransformerBridge.boot_transformers(model_name, device=device, **kwargs)
-    with _short_unknown_model_error(model_name):
+    with _short_error(model_name):
         return sae_lens.load_model.load_model(
             model_class_name,
             model_name,
@@ -84,6 +85,7 @@ def shape_by_name(
         if model_class_name in ("TransformerBridge", "HookedTransformer"):
             given = hub_kwargs | (kwargs.get("hf_config_overrides") or {})
             config = AutoConfig.from_pretrained(model_name, **given)
+            check_decoder_only(config)
             shape = ModelShape.of_hf_config(config)
             return replace(shape, n_ctx=kwargs.get("n_ctx") or shape.n_ctx)
         if model_class_name == "AutoModelForCausalLM":
@@ -104,7 +106,7 @@ def _shape_of_hooked_transformer(name: str, kwargs: dict[str, Any]) -> ModelShap
             f"`model_class_name` must be 'TransformerBridge' or 'AutoModelForCausalLM' "
             f"for {name!r}: this version of TransformerLens has no HookedTransformer."
         ) from error
-    with _short_unknown_model_error(name):
+    with _short_error(name):
         return ModelShape.of_config(get_pretrained_model_config(name, **kwargs))
 
 
@@ -113,11 +115,17 @@ def _only(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _short_unknown_model_error(model_name: str) -> Generator[None]:
-    """Shorten TransformerLens' list of hundreds of names to the nearest ones."""
+def _short_error(model_name: str) -> Generator[None]:
+    """Shorten the hosts' lists of hundreds of models that they can load."""
     try:
         yield
     except ValueError as error:
+        first_line = str(error).split("\n")[0]
+        if first_line.startswith("Unrecognized configuration class"):
+            raise ValueError(
+                f"`model_name` must be a causal language model such as GPT-2 or Llama; "
+                f"{model_name!r} is none: {first_line}"
+            ) from error
         if "Valid official model names" not in str(error):
             raise
         from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
@@ -139,7 +147,7 @@ def check_modules(
     if model_class_name != "AutoModelForCausalLM":
         return
     config = AutoConfig.from_pretrained(model_name, **kwargs)
-    with torch.device("meta"):
+    with torch.device("meta"), _short_error(model_name):
         model = AutoModelForCausalLM.from_config(
             config, **_only(kwargs, "trust_remote_code")
         )
