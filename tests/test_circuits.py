@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import count_calls, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from sae_lens import SAE
@@ -959,6 +959,33 @@ def test_graphs_fail_alone_and_are_made_again(study, tmp_path, monkeypatch, capl
     assert calls == [5, 5, 8]
     listed = json.loads((folder / "graphs" / "graph-metadata.json").read_text())
     assert [one["slug"] for one in listed["graphs"]] == ["raw_induction"]
+
+
+def test_a_study_that_resumes_loads_each_sae_once_to_check_its_folders(
+    study, tmp_path, monkeypatch
+):
+    model, settings = study
+    chosen, folder = CircuitSettings.from_settings(settings), tmp_path / "out"
+
+    def started() -> Any:
+        inputs = inputs_module.StudyInputs(chosen, folder, model, None)
+        return study_module._Study(chosen, folder, inputs)
+
+    new = started()
+    for point in new.points:
+        new._record(point).write(folder / point.name)
+    loads = count_calls(monkeypatch, inputs_module.SAE, "load_from_disk")
+    started()
+    assert sorted(args[0] for args, _ in loads) == ["a", "b", "c"]
+
+
+def test_a_hook_that_the_saes_lack_is_an_error_before_a_model_is_loaded(
+    study, tmp_path
+):
+    chosen = CircuitSettings.from_settings({**study[1], "layers": [7]})
+    with pytest.raises(ValueError, match="7"):
+        circuits_study(chosen, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_runs_the_study(study, tmp_path, monkeypatch, capsys):

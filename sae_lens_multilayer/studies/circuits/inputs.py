@@ -61,8 +61,12 @@ class StudyInputs:
     ) -> None:
         self._settings, self._folder = settings, folder
         self._given, self._dataset = model, dataset
+        first = SAE.load_from_disk(settings.reference, device="cpu")
+        self._metadata: Any = first.cfg.metadata
+        self.layers = chosen_hooks(first, settings.layers)
+        """The hooks of all circuits."""
+        self._hashes = {settings.reference: sae_hash(first)}
         self._tasks: dict[tuple[str, int], Task] = {}
-        self._hashes: dict[str, str] = {}
         self._last: tuple[Path, Gradients] | None = None
 
     def fingerprints(self, point: CircuitPoint) -> dict[str, Any]:
@@ -86,11 +90,6 @@ class StudyInputs:
     # Model and prompts
 
     @cached_property
-    def _metadata(self) -> Any:
-        path = self._settings.reference
-        return SAE.load_from_disk(path, device="cpu").cfg.metadata
-
-    @cached_property
     def model(self) -> Any:
         """The model given, or that of the settings or of the first SAE."""
         if self._given is not None:
@@ -103,12 +102,6 @@ class StudyInputs:
             settings.device,
             list(metadata.hook_names),
         )
-
-    @cached_property
-    def layers(self) -> list[str]:
-        """The hooks of all circuits."""
-        sae = SAE.load_from_disk(self._settings.reference, device="cpu")
-        return chosen_hooks(sae, self._settings.layers)
 
     def task(self, point: CircuitPoint) -> Task:
         """The task of a point, with its prompts."""

@@ -197,19 +197,16 @@ class _Study(ResumablePoints[CircuitPoint]):
         Those that exist for the same inputs and settings are skipped. An error is
         logged and ends only that graph; a later call retries it.
         """
-        settings, graphs = self.settings, GraphFolder(self.folder / GRAPHS_FOLDER)
-        first = settings.seeds[0], settings.ablations[0]
-        for point in self.points:
-            if point.index or (point.seed, point.ablation) != first:
-                continue
-            record = Record.read(self.folder / point.name)
-            inputs = record.settings | record.fingerprints
-            made_of = hash_of_json([settings.n_graph_nodes, inputs])
-            slug = f"{point.label}_{point.task}"
-            if graphs.has(slug, made_of):
-                continue
+        graphs = GraphFolder(self.folder / GRAPHS_FOLDER)
+        missing = {
+            slug: (point, made_of)
+            for slug, (point, made_of) in self._graphs().items()
+            if not graphs.has(slug, made_of)
+        }
+        if missing:
             _ = self.inputs.model  # which no circuit needs if all are done
             self._check_folders()
+        for slug, (point, made_of) in missing.items():
             try:
                 graphs.add(self._graph(point, slug), made_of)
             except InterruptedException:
@@ -220,6 +217,18 @@ class _Study(ResumablePoints[CircuitPoint]):
                     "another call of the study retries the graph.",
                     slug,
                 )
+
+    def _graphs(self) -> dict[str, tuple[CircuitPoint, str]]:
+        """The point of each graph by its name, and the hash of what it is made of."""
+        settings, found = self.settings, dict[str, tuple[CircuitPoint, str]]()
+        first = settings.seeds[0], settings.ablations[0]
+        for point in self.points:
+            if point.index == 0 and (point.seed, point.ablation) == first:
+                record = Record.read(self.folder / point.name)
+                inputs = record.settings | record.fingerprints
+                made_of = hash_of_json([settings.n_graph_nodes, inputs])
+                found[f"{point.label}_{point.task}"] = point, made_of
+        return found
 
     def _graph(self, point: CircuitPoint, slug: str) -> dict[str, Any]:
         inputs = self.inputs
