@@ -1,6 +1,7 @@
 """Circuits of SAEs and prompts with different seeds compared."""
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -26,8 +27,9 @@ def compare_seeds(
         share: Kept share of the nodes of the compared circuits.
     """
     rows: list[dict[str, Any]] = []
+    matching = cache(_matching)  # of all tasks, ablations and seeds
     for a, b in _pairs(found):
-        latent_of = None if a.sae == b.sae else _matching(a.sae, b.sae)
+        latent_of = None if a.sae == b.sae else matching(a.sae, b.sae)
         value = jaccard(found[a].nodes(share), found[b].nodes(share), latent_of)
         keys = {name: getattr(a, name) for name in ("label", "task", "ablation")}
         between = "prompts" if a.sae == b.sae else "SAEs"
