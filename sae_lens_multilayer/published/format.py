@@ -177,6 +177,22 @@ _NAME_IT = (
 )
 
 
+def _shape_of_model(model_name: str, source: str, location: str) -> ModelShape:
+    try:
+        shape = shape_by_name("HookedTransformer", model_name)
+    except ValueError as error:
+        raise ValueError(
+            f"The language model of the MLSAE at {location} is {model_name!r} {source}. "
+            f"{_NAME_IT}. {error}"
+        ) from error
+    if shape is None:
+        raise FileNotFoundError(
+            f"The config of {model_name!r} is not cached, and the Hugging Face hub "
+            "cannot be reached."
+        )
+    return shape
+
+
 def find_origin(
     settings: dict[str, Any],
     location: str,
@@ -198,19 +214,8 @@ def find_origin(
     elif candidates:
         model_name = candidates[0]
         if n_layers is None:
-            try:
-                shape = shape_by_name("HookedTransformer", candidates[0])
-            except ValueError as error:
-                source = "as given" if is_given else "by its config or name"
-                raise ValueError(
-                    f"The language model of the MLSAE at {location} is "
-                    f"{candidates[0]!r} {source}. {_NAME_IT}. {error}"
-                ) from error
-            if shape is None:
-                raise FileNotFoundError(
-                    f"The config of {candidates[0]!r} is not cached, and the Hugging "
-                    "Face hub cannot be reached."
-                )
+            source = "as given" if is_given else "by its config or name"
+            shape = _shape_of_model(candidates[0], source, location)
             n_layers, d_in = shape.n_layers, shape.d_model
     if n_layers is None:
         problem = (
