@@ -182,8 +182,8 @@ def _shape_of_model(model_name: str, source: str, location: str) -> ModelShape:
         shape = shape_by_name("HookedTransformer", model_name)
     except ValueError as error:
         raise ValueError(
-            f"The language model of the MLSAE at {location} is {model_name!r} {source}. "
-            f"{_NAME_IT}. {error}"
+            f"The language model of the MLSAE at {location} is {model_name!r} "
+            f"{source}. {_NAME_IT}. {error}"
         ) from error
     if shape is None:
         raise FileNotFoundError(
