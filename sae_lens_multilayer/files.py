@@ -81,13 +81,26 @@ def write_whole(path: Path, text: str, replace: bool = True) -> None:
         # Paths that are not UTF-8 have characters that cannot be encoded.
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         _flush(partial)
-        if not replace:
-            path.touch(exist_ok=False)  # hard links fail on some file systems
-        os.replace(partial, path)
+        if replace:
+            os.replace(partial, path)
+        else:
+            _move_to_new(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def _move_to_new(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no hard links
+        path.touch(exist_ok=False)
+        os.replace(partial, path)
+    else:
+        partial.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:

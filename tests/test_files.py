@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,46 @@ def test_a_file_that_appears_while_one_is_written_is_kept(tmp_path, monkeypatch)
     assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == {
         "a": "old"
     }
+
+
+def refuse(*args):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("killed_in", ["link", "replace", "unlink", "fsync"])
+def test_a_kill_leaves_no_half_file_that_would_prevent_the_next_run(
+    tmp_path, monkeypatch, killed_in
+):
+    for after in (False, True):
+        path, original = tmp_path / f"{after}" / "a", getattr(os, killed_in)
+
+        def kill(*args, after=after, original=original):
+            # What follows would not happen after a kill.
+            monkeypatch.setattr(files.Path, "unlink", lambda *_, **__: None)
+            if after:
+                original(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            patched.setattr(os, killed_in, kill)
+            write_whole(path, "whole", replace=False)
+        monkeypatch.undo()
+        if not path.exists():
+            write_whole(path, "whole", replace=False)
+        assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_new_file_needs_no_hard_links(tmp_path, monkeypatch, exists):
+    monkeypatch.setattr(os, "link", refuse)
+    if exists:
+        make_file(tmp_path / "a")
+        with pytest.raises(FileExistsError):
+            write_whole(tmp_path / "a", "whole", replace=False)
+    else:
+        write_whole(tmp_path / "a", "whole", replace=False)
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == ("old" if exists else "whole")
 
 
 def test_a_folder_that_is_kept_beside_a_taken_path_is_saved_once(tmp_path, caplog):
