@@ -40,13 +40,13 @@ from benchmarks._common import (
 )
 from benchmarks._step_case import AUX_COEFFICIENT, K_AUX, Case, K
 from sae_lens_multilayer.topk.reference import training_loss
-from sae_lens_multilayer.topk.sparse import (
-    decode_topk,
-    encode_topk,
+from sae_lens_multilayer.topk.sparse import decode_topk, encode_topk
+from sae_lens_multilayer.topk.step import training_step
+from sae_lens_multilayer.topk.update import (
     normalize_decoder,
     project_decoder_gradient,
+    update_weights,
 )
-from sae_lens_multilayer.topk.step import training_step
 
 LEARNING_RATE, ADAM_EPS = 1e-4, 6.25e-10
 Step = Callable[[], object]
@@ -59,14 +59,11 @@ def fused_adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
 
 def ours(case: Case, certified: bool) -> Step:
     rows, W_dec, b_dec = case.parameters()
-    # Adam updates the encoder's rows, which are contiguous.
-    W_enc = rows.detach().T
-    rows.grad, W_dec.grad = torch.zeros_like(rows), torch.zeros_like(W_dec)
-    b_dec.grad, W_enc.grad = torch.zeros_like(b_dec), rows.grad.T
-    optimizer = fused_adam([rows, W_dec, b_dec])
+    # The weights of a latent are contiguous, as in the SAE.
+    W_enc = nn.Parameter(rows.detach().T)
+    optimizer = fused_adam([W_enc, W_dec, b_dec])
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=False)
         training_step(
             case.z,
             W_enc,
@@ -76,9 +73,7 @@ def ours(case: Case, certified: bool) -> Step:
             certified=certified,
             **case.loss_options(),
         )
-        normalize_decoder(W_dec)
-        project_decoder_gradient(W_dec)
-        optimizer.step()
+        update_weights(optimizer, W_enc, W_dec)
 
     return step
 

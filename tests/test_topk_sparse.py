@@ -27,8 +27,6 @@ from sae_lens_multilayer.topk.sparse import (
     TopKActs,
     decode_topk,
     encode_topk,
-    normalize_decoder,
-    project_decoder_gradient,
 )
 from sae_lens_multilayer.topk.step import TopKStep, training_step
 
@@ -975,33 +973,3 @@ def test_encode_takes_vectors_of_another_dtype_than_the_weights():
     assert all_low.values.dtype == torch.bfloat16
     z_hat = decode_topk(all_low, W_dec.bfloat16(), b_dec.bfloat16())
     assert z_hat.dtype == torch.bfloat16
-
-
-# The decoder's norm
-
-
-def test_unit_norm_and_projection_are_those_of_the_papers_code():
-    # Reference: the reference's on_after_backward (float32): norm first, then gradient.
-    data = load_file(PAPER / "topk_step.safetensors")
-    W_dec = data["initial.decoder.weight"].T.contiguous().requires_grad_()
-    W_dec.grad = data["auxk_active.grad_before.decoder.weight"].T.contiguous()
-    normalize_decoder(W_dec)
-    project_decoder_gradient(W_dec)
-    torch.testing.assert_close(
-        W_dec.detach(), data["auxk_active.decoder.weight_after_unit_norm"].T
-    )
-    torch.testing.assert_close(
-        W_dec.grad, data["auxk_active.grad_after.decoder.weight"].T
-    )
-
-
-def test_a_decoder_row_of_zeros_stays_zero():
-    W_dec = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    normalize_decoder(W_dec)
-    torch.testing.assert_close(W_dec, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
-
-
-def test_projection_without_a_gradient_does_nothing():
-    W_dec = torch.eye(2)
-    project_decoder_gradient(W_dec)
-    assert W_dec.grad is None

@@ -26,9 +26,10 @@ from sae_lens_multilayer.files import write_whole
 logger = logging.getLogger(__name__)
 
 _HEADER, *_SOURCES = (
-    Path(__file__).with_name(name) for name in ("rows.h", "kernel.cpp", "products.cpp")
+    Path(__file__).with_name(name)
+    for name in ("rows.h", "kernel.cpp", "products.cpp", "update.cpp")
 )
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno"]
 _VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": [

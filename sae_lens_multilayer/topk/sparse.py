@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lens_multilayer.topk.products import weighted_row_sum
 from sae_lens_multilayer.topk.select import make_encoder
-from sae_lens_multilayer.topk.tile import make_tile, row_chunks, wide_dtype
+from sae_lens_multilayer.topk.tile import make_tile, wide_dtype
 
 _INFERENCE_ROWS = 4096
 
@@ -88,20 +88,3 @@ def decode_topk(
     vectors = acts.mean.shape[:-1]
     per_act = vectors[-1] if len(vectors) == acts.values.ndim else 1
     return u_hat.view(*vectors, len(b_dec) // per_act) * acts.std + acts.mean
-
-
-@torch.no_grad()
-def project_decoder_gradient(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Remove from `W_dec.grad` the component along each unit-norm row, in place."""
-    if W_dec.grad is None:
-        return
-    for rows, grad in zip(row_chunks(W_dec), row_chunks(W_dec.grad), strict=True):
-        along = torch.linalg.vecdot(grad, rows, dim=1)
-        grad.addcmul_(rows, along.unsqueeze(1), value=-1)
-
-
-@torch.no_grad()
-def normalize_decoder(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """Scale each row of `W_dec` to unit norm, in place; rows of zeros stay zero."""
-    norm = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
-    W_dec.div_(norm.masked_fill_(norm == 0, 1))

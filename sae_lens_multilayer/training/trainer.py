@@ -19,7 +19,7 @@ from sae_lens_multilayer.config import MultiLayerTrainerConfig
 from sae_lens_multilayer.hooks import layer_labels
 from sae_lens_multilayer.ranks import ALONE, Ranks, bits_of
 from sae_lens_multilayer.sae.sparse_training import SparseTrainingSAE
-from sae_lens_multilayer.topk.sparse import normalize_decoder, project_decoder_gradient
+from sae_lens_multilayer.topk.update import update_weights
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.checkpoint import check_finite, not_finite
 from sae_lens_multilayer.training.geometric_median import median_of_inputs
@@ -227,13 +227,11 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
             torch.nn.utils.clip_grad_norm_(
                 self.sae.parameters(), self.cfg.max_grad_norm
             )
-        has_unit_norm = isinstance(self.sae, SparseTrainingSAE)
-        if has_unit_norm:
-            project_decoder_gradient(self.sae.W_dec)
-        self.optimizer.step()
-        if has_unit_norm:
-            normalize_decoder(self.sae.W_dec)
-        self.optimizer.zero_grad(set_to_none=not has_unit_norm)
+        if isinstance(self.sae, SparseTrainingSAE):
+            update_weights(self.optimizer, self.sae.W_enc, self.sae.W_dec)
+        else:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
