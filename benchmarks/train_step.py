@@ -47,6 +47,7 @@ from sae_lens_multilayer.topk.update import (
     project_decoder_gradient,
     update_weights,
 )
+from sae_lens_multilayer.training.memory import keep_freed_memory
 
 LEARNING_RATE, ADAM_EPS = 1e-4, 6.25e-10
 Step = Callable[[], object]
@@ -58,6 +59,7 @@ def fused_adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
 
 
 def ours(case: Case, certified: bool) -> Step:
+    keep_freed_memory()  # As the trainer does; for all steps of this process.
     rows, W_dec, b_dec = case.parameters()
     # The weights of a latent are contiguous, as in the SAE.
     W_enc = nn.Parameter(rows.detach().T)

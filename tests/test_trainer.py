@@ -5,6 +5,9 @@ pieces for accumulation; the formulas of the schedules; SAELens' SAE after foldi
 scale.
 """
 
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -511,3 +514,24 @@ class TestState:
 
 def fail(*args: Any, **kwargs: Any) -> None:
     raise OSError("The disk is full")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_freed_memory_is_kept_for_the_next_step(keeps):
+    # Authority: the kernel's count of pages that were handed out. 80 MiB are 20,480.
+    code = f"""
+import resource, torch
+from sae_lens_multilayer.training.memory import keep_freed_memory
+if {keeps}:
+    keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**21) for _ in range(10)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 2_000) == keeps

@@ -54,7 +54,8 @@ class LatentGradients:
         Returns:
             The gradients of the pre-activations, at the entries of `acts`.
         """
-        h_gradient = acts.dots(u_hat_gradient, W_dec).mul_(acts.values > 0)
+        # Activations are not negative. A product with bools would be slow.
+        h_gradient = acts.dots(u_hat_gradient, W_dec).mul_(acts.values.sign())
         acts.add_sums(self.h, h_gradient)
         if isinstance(acts, DenseActs):
             acts.add_transposed_matmul(self.W_dec, acts.values, u_hat_gradient)
@@ -79,9 +80,19 @@ class LatentGradients:
         acts.add_transposed_matmul(self.W_dec, acts.values, u_hat_gradient)
         acts.add_transposed_matmul(self.W_enc_rows, h_gradient, v)
 
+    def sharing(self) -> "LatentGradients":
+        """New accumulators for other activations that add to the same weights."""
+        return LatentGradients(self.W_enc_rows, self.W_dec)
+
     def add_to(self, total: "LatentGradients", at: Tensor) -> None:
-        """Add all to the latents of `total` with the indices `at`."""
+        """Add all to the latents of `total` with the indices `at`.
+
+        If the accumulators share the weights of `total`, only the rest is added.
+        """
         self.flush()
+        if self.W_dec is total.W_dec:
+            total.h += self.h
+            return
         total.W_enc_rows.index_add_(0, at, self.W_enc_rows)
         total.W_dec.index_add_(0, at, self.W_dec)
         total.h.index_add_(0, at, self.h)
@@ -97,11 +108,12 @@ class AuxK:
     """Gao's auxiliary loss: dead latents reconstruct the residual `e = z - z_hat`.
 
     Its gradient is divided by the variance of `e` at a layer, which is complete after
-    the layer's last tile. If a tile has all tokens, its vectors are scaled. Otherwise,
-    if each vector is encoded alone, the gradients of the layer are kept apart and
-    scaled at its end; those of a crosscoder, whose encoder adds up layers with
-    different scales, are added in a second pass over the tiles, and so they are if the
-    gradient of the vectors is wanted.
+    the layer's last tile. If a tile has all tokens, its vectors are scaled and its
+    gradients are added to those of the other losses. Otherwise, if each vector is
+    encoded alone, the gradients of the layer are kept apart and scaled at its end;
+    those of a crosscoder, whose encoder adds up layers with different scales, are added
+    in a second pass over the tiles, and so they are if the gradient of the vectors is
+    wanted.
     """
 
     def __init__(
@@ -110,9 +122,19 @@ class AuxK:
         coefficient: float,
         ranks: Ranks,
         shape: torch.Size,
+        weights: tuple[Float[Tensor, "latent d_enc"], Float[Tensor, "latent d_enc"]],
+        total: LatentGradients,
     ) -> None:
-        """`shape` of the batch, [token, layer, d_in], with the tokens of this rank."""
+        """Make an empty sum.
+
+        Args:
+            shape: Of the batch, [token, layer, d_in], with the tokens of this rank.
+            weights: Encoder rows and decoder rows of all latents.
+            total: To which gradients are added.
+        """
         self.dead = dead
+        self.weights = weights
+        self.total = total
         self.coefficient = coefficient
         self.ranks = ranks
         self.n_tokens, self.n_layers, self.d_in = shape
@@ -138,7 +160,7 @@ class AuxK:
         """
         acts, difference = self._difference(tile, selection, residual)
         squares = squared_norms(residual)
-        sum_e = -residual.sum(dim=1, dtype=squares.dtype)
+        sum_e = -residual.sum(dim=1).to(squares.dtype)
         per_vector = torch.stack([sum_e, squares, squared_norms(difference)])
         sums = per_vector.unflatten(1, (-1, n_layers)).sum(1)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -151,7 +173,7 @@ class AuxK:
             return False
         return True
 
-    def finish_group(self, total: LatentGradients) -> Float[Tensor, " layer"] | None:
+    def finish_group(self) -> Float[Tensor, " layer"] | None:
         """End a group of layers; adds the gradients that were kept apart.
 
         Returns:
@@ -163,7 +185,7 @@ class AuxK:
         if self._gradients is None:
             return scale
         self._gradients.scale(scale)
-        self.finish(total)
+        self.finish()
         return None
 
     def add_again(
@@ -178,10 +200,10 @@ class AuxK:
         acts, difference = self._difference(tile, selection, residual)
         self._add_gradients(tile, acts, difference, scale, z_gradient)
 
-    def finish(self, total: LatentGradients) -> None:
+    def finish(self) -> None:
         """Add the gradients of all tiles whose vectors were scaled."""
         if self._gradients is not None:
-            self._gradients.add_to(total, self.dead.indices)
+            self._gradients.add_to(self.total, self.dead.indices)
             self._gradients = None
 
     def _difference(
@@ -191,8 +213,8 @@ class AuxK:
         assert selection.dead is not None
         values, indices = selection.dead.values.relu(), selection.dead.indices
         acts = make_acts(values, indices, len(self.dead.indices))
-        e_hat = acts.matmul(self.dead.W_dec).view_as(residual) * tile.std
-        return acts, e_hat.add_(residual)
+        e_hat = acts.matmul(self.dead.W_dec).view_as(residual)
+        return acts, torch.addcmul(residual, e_hat, tile.std, out=e_hat)
 
     def _add_gradients(
         self,
@@ -206,12 +228,19 @@ class AuxK:
         if scale is not None:
             n_times = len(difference) // len(scale)
             weight = weight * scale.to(weight.dtype).repeat(n_times).unsqueeze(1)
-        if self._gradients is None:
-            self._gradients = LatentGradients.zeros_like(self.dead.W_dec)
         gradient = difference.mul_(weight).view_as(tile.v)
-        h = self._gradients.add(acts, gradient, tile.v, self.dead.W_dec)
+        W_enc_rows, W_dec = self.dead.W_enc_rows, self.dead.W_dec
+        is_direct = False
+        if scale is not None and isinstance(acts, SparseActs):
+            is_direct = True
+            acts = acts.among(self.dead.indices, len(self.total.W_dec))
+            W_enc_rows, W_dec = self.weights
+        if self._gradients is None:
+            zeros_like = LatentGradients.zeros_like
+            self._gradients = self.total.sharing() if is_direct else zeros_like(W_dec)
+        h = self._gradients.add(acts, gradient, tile.v, W_dec)
         if z_gradient is not None:
-            z_gradient += h.matmul(self.dead.W_enc_rows)
+            z_gradient += h.matmul(W_enc_rows)
 
     def _finish_layers(self) -> Float[Tensor, " layer"]:
         """Store the losses of complete layers; returns the scales of gradients."""

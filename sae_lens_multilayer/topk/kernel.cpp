@@ -10,6 +10,10 @@
 
 #include "rows.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t kGroupsPerK = 16;
@@ -78,6 +82,74 @@ T kth_largest(const T *x, int64_t n, int64_t k) {
   return found;
 }
 
+constexpr int64_t kAtATime = 16;
+
+// Which of 16 numbers have an order >= a threshold, as bits.
+template <typename Bits>
+uint32_t which_from(const Bits *h, Order<Bits> threshold) {
+  uint32_t which = 0;
+  for (int64_t i = 0; i < kAtATime; ++i)
+    which |= uint32_t(order_of(h[i]) >= threshold) << i;
+  return which;
+}
+
+#if defined(__AVX2__)
+template <>
+uint32_t which_from(const uint16_t *h, int16_t threshold) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(h));
+  const __m256i order = _mm256_max_epi16(bits, _mm256_setzero_si256());
+  const __m256i is_less = _mm256_cmpgt_epi16(_mm256_set1_epi16(threshold), order);
+  const __m128i low = _mm256_castsi256_si128(is_less);
+  const __m128i high = _mm256_extracti128_si256(is_less, 1);
+  return 0xffff & ~_mm_movemask_epi8(_mm_packs_epi16(low, high));
+}
+
+template <>
+uint32_t which_from(const uint32_t *h, int32_t threshold) {
+  uint32_t which = 0;
+  for (int64_t i = 0; i < kAtATime; i += 8) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(h + i));
+    const __m256i size = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+    const __m256i is_nan = _mm256_cmpgt_epi32(size, _mm256_set1_epi32(0x7f800000));
+    const __m256i order = _mm256_max_epi32(bits, _mm256_setzero_si256());
+    const __m256i is_less = _mm256_cmpgt_epi32(_mm256_set1_epi32(threshold), order);
+    const __m256i is_not = _mm256_andnot_si256(is_nan, is_less);
+    which |= (0xff & ~_mm256_movemask_ps(_mm256_castsi256_ps(is_not))) << i;
+  }
+  return which;
+}
+#endif
+
+// Writes start + i for each bit i that is set, of at most 16; returns the end. There must
+// be space for 16.
+int32_t *write_indices(uint32_t which, int32_t start, int32_t *to) {
+#if defined(__AVX512F__)
+  const __m512i all = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i indices = _mm512_add_epi32(all, _mm512_set1_epi32(start));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(which, indices));
+  return to + __builtin_popcount(which);
+#else
+  for (; which != 0; which &= which - 1)
+    *to++ = start + __builtin_ctz(which);
+  return to;
+#endif
+}
+
+// Writes the indices of all of n numbers with an order >= a threshold, which ascend;
+// returns their end. There must be space for n + 16.
+template <typename Bits>
+int32_t *write_indices_from(const Bits *h, int64_t n, Order<Bits> threshold,
+                            int32_t *to) {
+  int64_t start = 0;
+  for (; start + kAtATime <= n; start += kAtATime)
+    if (const uint32_t which = which_from(h + start, threshold))
+      to = write_indices(which, start, to);
+  for (; start < n; ++start)
+    if (order_of(h[start]) >= threshold)
+      *to++ = start;
+  return to;
+}
+
 // Indices of some numbers of a row.
 struct Found {
   const int32_t *begin, *end;
@@ -94,66 +166,74 @@ class Row {
   T read(const Bits *h, int64_t n, int64_t k) {
     h_ = h;
     n_ = n;
-    n_groups_ = std::min(n, kGroupsPerK * k);
+    int64_t n_groups = std::min(n, kGroupsPerK * k);
     // With a power of two, a group's numbers would evict each other from the cache.
-    if (n_groups_ < n)
-      n_groups_ = std::min(n, (n_groups_ / 64 * 2 + 1) * 32);
-    maxima_.resize(n_groups_);
+    if (n_groups < n)
+      n_groups = std::min(n, (n_groups / 64 * 2 + 1) * 32);
+    maxima_.resize(n_groups);
     T *maxima = maxima_.data();
-    for (int64_t g = 0; g < n_groups_; ++g)
+    for (int64_t g = 0; g < n_groups; ++g)
       maxima[g] = order_of(h[g]);
-    for (int64_t start = n_groups_; start < n; start += n_groups_) {
-      const int64_t width = std::min(n_groups_, n - start);
+    for (int64_t start = n_groups; start < n; start += n_groups) {
+      const int64_t width = std::min(n_groups, n - start);
       for (int64_t g = 0; g < width; ++g)
         maxima[g] = std::max(maxima[g], order_of(h[start + g]));
     }
-    return kth_largest(maxima, n_groups_, k);
+    return kth_largest(maxima, n_groups, k);
   }
 
-  // Returns the indices of all numbers >= a threshold.
+  // Returns the indices of all numbers >= a threshold, which ascend.
   Found indices_from(T threshold) {
-    // One more, since a number that is too small is written and then overwritten.
-    if (static_cast<int64_t>(indices_.size()) <= n_)
-      indices_.resize(n_ + 1);
-    int32_t *to = indices_.data();
-    if (n_groups_ == n_) {
-      // Without branches, since many numbers may be as large.
-      for (int64_t i = 0; i < n_; ++i) {
-        *to = i;
-        to += maxima_[i] >= threshold;
-      }
-    } else {
-      for (int64_t g = 0; g < n_groups_; ++g)
-        if (maxima_[g] >= threshold)
-          for (int64_t i = g; i < n_; i += n_groups_)
-            if (order_of(h_[i]) >= threshold)
-              *to++ = i;
-    }
-    return {indices_.data(), to};
+    if (static_cast<int64_t>(indices_.size()) < n_ + kAtATime)
+      indices_.resize(n_ + kAtATime);
+    int32_t *const begin = indices_.data();
+    return {begin, write_indices_from(h_, n_, threshold, begin)};
   }
 
  private:
   const Bits *h_ = nullptr;
-  int64_t n_ = 0, n_groups_ = 0;
+  int64_t n_ = 0;
   std::vector<T> maxima_;
   std::vector<int32_t> indices_;
 };
 
-// Writes the k largest of n numbers and their indices, given all numbers and indices.
+// Some columns of a row; all of them if there are no indices.
+template <typename Bits>
+class Columns {
+ public:
+  Columns(const int64_t *indices, int64_t n)
+      : indices_(indices), n_(n), gathered_(indices == nullptr ? 0 : n) {}
+
+  const Bits *of(const Bits *row) {
+    if (indices_ == nullptr)
+      return row;
+    for (int64_t i = 0; i < n_; ++i)
+      gathered_[i] = row[indices_[i]];
+    return gathered_.data();
+  }
+
+ private:
+  const int64_t *indices_;
+  int64_t n_;
+  std::vector<Bits> gathered_;
+};
+
+// Writes the k largest of n numbers and their indices, in the order given.
 void keep_largest(const int32_t *orders, const int32_t *indices, int64_t n, int64_t k,
                   float *kept, int64_t *kept_indices) {
   const int32_t threshold = kth_largest(orders, n, k);
-  int64_t n_kept = 0;
-  const auto keep = [&](int64_t i) {
-    kept[n_kept] = float_of(orders[i]);
-    kept_indices[n_kept++] = indices[i];
-  };
+  int64_t n_larger = 0;
   for (int64_t i = 0; i < n; ++i)
-    if (orders[i] > threshold)
-      keep(i);
-  for (int64_t i = 0; i < n && n_kept < k; ++i)
-    if (orders[i] == threshold)
-      keep(i);
+    n_larger += orders[i] > threshold;
+  int64_t n_kept = 0, n_equal = k - n_larger;
+  for (int64_t i = 0; i < n && n_kept < k; ++i) {
+    // Without branches, since about as many are kept as not.
+    const bool is_equal = orders[i] == threshold;
+    kept[n_kept] = float_of(orders[i]);
+    kept_indices[n_kept] = indices[i];
+    n_kept += (orders[i] > threshold) | (is_equal & (n_equal > 0));
+    n_equal -= is_equal;
+  }
 }
 
 // Entries of some rows that may belong to the k largest; none for a row without proof.
@@ -175,10 +255,7 @@ class Candidates {
     const Found found = row.indices_from(std::max(bits_of(bound) >> 16, 1u));
     if (found.size() > limit_)
       return;
-    int32_t *const end = std::copy(found.begin, found.end, &columns_[starts_[r]]);
-    ends_[r] = end - &columns_[0];
-    if (!std::is_sorted(&columns_[starts_[r]], end))
-      std::sort(&columns_[starts_[r]], end);
+    ends_[r] = std::copy(found.begin, found.end, &columns_[starts_[r]]) - &columns_[0];
   }
 
   // Computes the float32 numbers of all candidates of n_rows rows.
@@ -232,15 +309,17 @@ void round_rows(const float *x, int64_t n_rows, int64_t d, uint16_t *rounded,
   }
 }
 
-void largest_positive(const uint32_t *h, int64_t n_rows, int64_t stride, int64_t n,
-                      int64_t k, float *values, int64_t *indices, int threads) {
+void largest_positive(const uint32_t *h, int64_t n_rows, int64_t stride,
+                      const int64_t *latents, int64_t n, int64_t k, float *values,
+                      int64_t *indices, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Row<uint32_t> row;
+    Columns<uint32_t> columns(latents, n);
     std::vector<int32_t> orders;
 #pragma omp for schedule(dynamic, kRowsAtATime)
     for (int64_t r = 0; r < n_rows; ++r) {
-      const uint32_t *from = h + r * stride;
+      const uint32_t *from = columns.of(h + r * stride);
       const Found found = row.indices_from(row.read(from, n, k));
       orders.clear();
       for (const int32_t *i = found.begin; i < found.end; ++i)
@@ -261,17 +340,11 @@ void certified_topk(const uint16_t *h, int64_t n_rows, int64_t stride,
 #pragma omp parallel num_threads(threads)
     {
       Row<uint16_t> row;
-      std::vector<uint16_t> gathered(latents == nullptr ? 0 : n);
+      Columns<uint16_t> columns(latents, n);
 #pragma omp for schedule(dynamic, kRowsAtATime)
-      for (int64_t r = 0; r < n_tile; ++r) {
-        const uint16_t *from = h + (start + r) * stride;
-        if (latents != nullptr) {
-          for (int64_t i = 0; i < n; ++i)
-            gathered[i] = from[latents[i]];
-          from = gathered.data();
-        }
-        candidates.find(r, row, from, n, k, 2 * errors[start + r]);
-      }
+      for (int64_t r = 0; r < n_tile; ++r)
+        candidates.find(r, row, columns.of(h + (start + r) * stride), n, k,
+                        2 * errors[start + r]);
     }
     candidates.multiply(n_tile, n, x + start * d, w, d, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, kRowsAtATime)

@@ -57,17 +57,21 @@ def round_rows(
 
 
 def largest_positive(
-    h: Float[Tensor, "act latent"], k: int
+    h: Float[Tensor, "act column"],
+    k: int,
+    latents: Int[Tensor, " latent"] | None = None,
 ) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"]]:
-    """Values and indices of the k largest entries above 0 of each row, unsorted.
+    """Values and indices of the k largest entries above 0 of each row, by index.
 
     `h` is float32 with contiguous rows. NaN is largest. If fewer than k entries are
-    above 0, the rest are zeros with the indices of other entries.
+    above 0, the rest are zeros with the indices of other entries. If some `latents` are
+    given, indices are those among these columns.
     """
     check(h, torch.float32, h.stride(1) == 1)
     values = h.new_empty(len(h), k)
     indices = torch.empty(len(h), k, dtype=torch.int64)
-    call("largest_positive", h, len(h), h.stride(0), h.shape[1], k, values, indices)
+    n = h.shape[1] if latents is None else len(latents)
+    call("largest_positive", h, len(h), h.stride(0), latents, n, k, values, indices)
     return values, indices
 
 
@@ -168,7 +172,7 @@ def _check_result(kernel: ctypes.CDLL) -> None:
     """Raise RuntimeError if the kernel computes a small case wrong."""
     h = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float32, device="cpu")
     values, indices = torch.zeros_like(h), torch.zeros_like(h, dtype=torch.int64)
-    _run(kernel, "largest_positive", h, 1, 3, 3, 1, values, indices)
+    _run(kernel, "largest_positive", h, 1, 3, None, 3, 1, values, indices)
     if (values[0, 0], indices[0, 0]) != (3, 1):
         raise RuntimeError(f"its largest entry of {h} is {values[0, 0]}")
     starts = torch.arange(2, device="cpu")

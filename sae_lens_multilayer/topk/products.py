@@ -45,6 +45,10 @@ class SparseActs:
         indices = torch.cat([tile.indices for tile in tiles])
         return cls(values, indices, tiles[0].n_latents)
 
+    def among(self, latents: Int[Tensor, " latent"], n_latents: int) -> "SparseActs":
+        """The same, with `n_latents` latents of which these are `latents`."""
+        return SparseActs(self.values, latents[self.indices], n_latents)
+
     def matmul(self, rows: Float[Tensor, "latent d_in"]) -> Float[Tensor, "act d_in"]:
         """Sum of the rows of the active latents, weighted by the activations."""
         if can_multiply(self.values, rows):
@@ -102,12 +106,12 @@ class SparseActs:
         out.index_add_(0, self.indices.flatten(), values.flatten())
 
     @cached_property
-    def _by_latent(self) -> Pattern:
-        return Pattern.of(self.indices, self.n_latents).transposed()
+    def _by_act(self) -> Pattern:
+        return Pattern.of(self.indices, self.n_latents)
 
     @cached_property
-    def _by_act(self) -> Pattern:
-        return self._by_latent.transposed()
+    def _by_latent(self) -> Pattern:
+        return self._by_act.transposed()
 
     @cached_property
     def _sorted_by_latent(

@@ -96,7 +96,8 @@ void row_dots(const float *x, const float *w, int64_t d, const int32_t *rows,
 
 // Calls visit(row, first entry, end) for the entries of each row of a sparse matrix. If
 // rows are long, one block of columns after the other, so that the dense rows of a block
-// are read from the cache. Columns ascend in each row.
+// are read from the cache; for this, columns ascend in each row. If they do not, each
+// entry is still visited once.
 template <typename Visit>
 void visit_blocks(const int64_t *starts, const int64_t *ends, const int32_t *columns,
                   int64_t n_rows, int64_t n_columns, int64_t d, int threads,

@@ -91,19 +91,24 @@ def block_rows(n_columns: int, device_type: str) -> int:
 
 
 def select_topk(
-    h: Float[Tensor, "act latent"], k: int
+    h: Float[Tensor, "act column"],
+    k: int,
+    latents: Int[Tensor, " latent"] | None = None,
 ) -> tuple[Float[Tensor, "act k"], Int[Tensor, "act k"]]:
-    """The k largest positive entries; if there are fewer, others at or below 0."""
+    """The k largest positive entries; if there are fewer, others at or below 0.
+
+    Indices are those among the columns of `latents`, if given.
+    """
     if h.dtype == torch.float32 and native.is_available(h):
-        return native.largest_positive(h, k)
-    return exact_topk(h, k)
+        return native.largest_positive(h, k, latents)
+    return exact_topk(h if latents is None else h.index_select(1, latents), k)
 
 
 class Encoder:
     """Selects the k largest entries of `W_enc_rows v` for many vectors v.
 
     All blocks of vectors share one buffer of pre-activations, [block, d_sae]. Together
-    with those of the dead latents it has at most `max_rows * d_sae` entries.
+    with a copy of those of the dead latents it has at most `max_rows * d_sae` entries.
     """
 
     def __init__(
@@ -134,8 +139,8 @@ class Encoder:
         values, indices = select_topk(h, self.k)
         if self.dead is None:
             return Selection(values, indices)
-        h_dead = h.index_select(1, self.dead.indices)
-        return Selection(values, indices, Selection(*select_topk(h_dead, self.dead.k)))
+        dead = select_topk(h, self.dead.k, self.dead.indices)
+        return Selection(values, indices, Selection(*dead))
 
     @cached_property
     def _block(self) -> Tensor:

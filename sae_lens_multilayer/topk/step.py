@@ -113,12 +113,17 @@ def training_step(
         certified=certified,
         dead=dead,
     )
+    gradients, decoder = _start_gradients(W_enc, W_dec), W_dec.to(dtype).contiguous()
+    aux = None
+    if dead is not None:
+        weights = encoder.W_enc_rows, decoder
+        aux = AuxK(dead, aux_coefficient, ranks, z.shape, weights, gradients)
     batch = _Batch(
         encoder,
-        W_dec.to(dtype).contiguous(),
+        decoder,
         b_dec.to(dtype),
-        _start_gradients(W_enc, W_dec),
-        None if dead is None else AuxK(dead, aux_coefficient, ranks, z.shape),
+        gradients,
+        aux,
         standardize_inputs,
         ranks,
         z_gradient,
@@ -165,7 +170,7 @@ class _Batch:
         for group, weight in zip(groups, weights.split(sizes), strict=True):
             self._add_group(group, weight.to(self.W_dec.dtype))
         if self.aux is not None:
-            self.aux.finish(self.gradients)
+            self.aux.finish()
 
     def _add_group(self, group: "LayerGroup", weight: Float[Tensor, " layer"]) -> None:
         sums, again = 0, list[tuple[Tensor, Selection, Tensor | None]]()
@@ -181,7 +186,7 @@ class _Batch:
             ):
                 again.append((z, selection, z_gradient))
         if self.aux is not None:
-            scale = self.aux.finish_group(self.gradients)
+            scale = self.aux.finish_group()
             for z, selection, z_gradient in again:
                 assert scale is not None
                 tile = self._tile(z)

@@ -23,6 +23,7 @@ from sae_lens_multilayer.topk.update import update_weights
 from sae_lens_multilayer.training import checkpoint as checkpoints
 from sae_lens_multilayer.training.checkpoint import check_finite, not_finite
 from sae_lens_multilayer.training.geometric_median import median_of_inputs
+from sae_lens_multilayer.training.memory import keep_freed_memory
 from sae_lens_multilayer.training.scale import (
     estimate_scale,
     fold_scale,
@@ -94,6 +95,7 @@ class MultiLayerTrainer(SAETrainer[TrainingSAE[Any], Any]):
     @override
     def fit(self) -> TrainingSAE[Any]:
         """Train on `total_training_samples` tokens, unless `stop_requested` is set."""
+        keep_freed_memory()
         self.sae.to(self.cfg.device)
         self._check_replicas()
         self._estimate_scale()
