@@ -25,10 +25,9 @@ from sae_lens_multilayer.files import write_whole
 
 logger = logging.getLogger(__name__)
 
-_HEADER, *_SOURCES = (
-    Path(__file__).with_name(name)
-    for name in ("rows.h", "kernel.cpp", "products.cpp", "update.cpp")
-)
+_HEADERS = ("order.h", "rows.h")
+_SOURCES = ("kernel.cpp", "products.cpp", "update.cpp")
+_FOLDER = Path(__file__).parent
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno"]
 _VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
@@ -187,7 +186,7 @@ def _compiled(compiler: str) -> Path:
     """Path of the compiled kernel, from the cache if source and flags are the same."""
     vectors = _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     command = [*compiler.split(), *_FLAGS, *vectors]
-    sources = b"".join(path.read_bytes() for path in (_HEADER, *_SOURCES))
+    sources = b"".join((_FOLDER / n).read_bytes() for n in _HEADERS + _SOURCES)
     key = _sha256(" ".join(command).encode() + sources)
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = cache_dir / "sae_lens_multilayer" / f"topk-{key[:16]}.so"
@@ -202,7 +201,7 @@ def _compiled(compiler: str) -> Path:
         # Each process compiles in its own folder; the last one replaces the files.
         built = Path(folder) / library.name
         subprocess.run(
-            [*command, *map(str, _SOURCES), "-o", str(built)],
+            [*command, *(str(_FOLDER / n) for n in _SOURCES), "-o", str(built)],
             check=True,
             capture_output=True,
             text=True,
