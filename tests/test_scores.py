@@ -66,15 +66,21 @@ def test_sums_are_over_the_scored_positions(seed):
 
 
 @pytest.mark.parametrize("n_rows", [1, 6])
-def test_a_run_that_all_prompts_share(n_rows, monkeypatch):
-    monkeypatch.setattr("sae_lens_multilayer.evaluation.scores._LOGITS_AT_A_TIME", 22)
+@pytest.mark.parametrize("n_at_a_time", [1, 4, 100])
+def test_runs_that_all_prompts_share(n_rows, n_at_a_time, monkeypatch):
+    monkeypatch.setattr(
+        "sae_lens_multilayer.evaluation.scores._LOGITS_AT_A_TIME", 44 * n_at_a_time
+    )
     tokens, scored = torch.randint(11, (4, 6)), torch.rand(4, 6) < 0.7
-    logits = torch.randn(n_rows, 11, dtype=torch.float64)
-    sums = RunSums()
-    add_shared_scores(sums, lambda rows: logits[rows], n_rows, tokens, scored)
-    log_probs = logits.log_softmax(-1).expand(4, 6, 11)
-    expected = cross_entropy(log_probs, tokens, scored)
-    assert sums.ce_loss() == pytest.approx(expected, rel=1e-12)
+    scored[0, 0] = True
+    logits = torch.randn(3, n_rows, 11, dtype=torch.float64)
+    sums = [RunSums() for _ in logits]
+    rows_of_all = logits.flatten(0, 1)
+    add_shared_scores(sums, lambda rows: rows_of_all[rows], n_rows, tokens, scored)
+    for found, of_run in zip(sums, logits, strict=True):
+        log_probs = of_run.log_softmax(-1).expand(4, 6, 11)
+        expected = cross_entropy(log_probs, tokens, scored)
+        assert found.ce_loss() == pytest.approx(expected, rel=1e-12)
 
 
 def cross_entropy(log_probs, tokens, scored):

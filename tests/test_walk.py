@@ -27,7 +27,7 @@ from sae_lens_multilayer.evaluation.splicing import (
     make_splicer,
 )
 from sae_lens_multilayer.models.kinds import as_model
-from sae_lens_multilayer.models.walk import Alike
+from sae_lens_multilayer.models.walk import Alike, Walk, find_alike
 
 N_LAYERS, N_POS = 4, 12
 LLAMA = {"num_key_value_heads": 2, "head_dim": 8}
@@ -475,6 +475,46 @@ def assert_ablation_is_that_of_whole_passes(hf_model: Any, alike: Alike) -> None
         )
         rtol = 1e-6 if hf_model.dtype == torch.float32 else 2e-3
         torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+
+
+class NoisyWalk(Walk):
+    """Each position has its own relative error of `scale` epsilons of float32."""
+
+    def __init__(self, scale: float) -> None:
+        self.residual = torch.zeros(2, N_POS, 8)
+        self._error = torch.linspace(0, scale * 2.0**-23, N_POS).unsqueeze(1)
+
+    def run_block(self, stream: Tensor, block: int) -> Tensor:
+        return stream * (1 + self._error)
+
+    def logits(self, stream: Tensor) -> Tensor:
+        return stream
+
+
+@pytest.mark.parametrize(("n_eps", "is_rounding"), [(16, True), (64, False)])
+def test_positions_are_alike_up_to_rounding(n_eps, is_rounding):
+    """Products of 1,536 float32 terms in SmolLM2 differ by up to 8 epsilons."""
+    assert find_alike(NoisyWalk(n_eps), 1) == Alike(True, is_rounding)
+
+
+def test_a_walk_through_a_hooked_transformer_copies_its_unembedding_once(
+    tokenizer, tokens
+):
+    """Reference: the whole pass; hooks and weights of the model stay its own."""
+    model: Any = tiny_model(tokenizer)
+    weight, pointer = model.unembed.W_U, model.unembed.W_U.data_ptr()
+    walk = as_model(model).walk(tokens)
+    stream = walk.residual
+    for block in range(model.cfg.n_layers):
+        stream = walk.run_block(stream, block)
+    seen: list[Tensor] = []
+    model.unembed.hook_out.add_hook(lambda x, hook: seen.append(x))
+    assert torch.equal(walk.logits(stream), seen[0])
+    assert torch.allclose(seen[0], model(tokens), atol=1e-12)
+    head = walk._head.unembed
+    assert head.W_U.T.contiguous().data_ptr() == head.W_U.data_ptr()
+    assert model.unembed.W_U is weight
+    assert weight.data_ptr() == pointer
 
 
 def test_ablated_runs_of_blocks_that_count_positions_keep_their_positions():

@@ -108,9 +108,8 @@ class EvaluationRuns:
             return
         assert isinstance(self._splicer, ResidualSplicer)
         n_pos = tokens.shape[1]
-        n_rows, runs = self._splicer.runs_of_any_prompt(n_pos, self._ablations)
-        for i, run in runs.items():
-            add_shared_scores(self._ablated[i], run, n_rows, tokens, scored)
+        n_rows, run = self._splicer.runs_of_any_prompt(n_pos, self._ablations)
+        add_shared_scores(self._ablated, run, n_rows, tokens, scored)
 
     def _splice(
         self,

@@ -1,6 +1,6 @@
 """Cross-entropy and KL divergence of runs, as sums over chunks of positions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,27 +133,32 @@ def add_scores(
 
 @torch.no_grad()
 def add_shared_scores(
-    sums: RunSums,
+    sums: Sequence[RunSums],
     run: Run,
     n_rows: int,
     tokens: Int[Tensor, "prompt pos"],
     scored: Bool[Tensor, "prompt pos"],
 ) -> None:
-    """Add the cross-entropy of a run that is the same for all prompts.
+    """Add the cross-entropy of runs that are the same for all prompts.
 
     Args:
-        n_rows: Positions of the run: as many as a prompt has, or 1 if they are alike.
+        sums: Sums of each run.
+        run: All runs, one after the other, each of `n_rows` positions.
+        n_rows: Positions of a run: as many as a prompt has, or 1 if they are alike.
     """
     prompt, position = scored[:, :-1].nonzero(as_tuple=True)
-    targets, own_row = tokens[prompt, position + 1], position % n_rows
-    for rows in _chunks(run, torch.arange(n_rows)):
-        logits = run(rows)
-        log_q = logits.to(sum_dtype(logits.device)).log_softmax(-1)
-        is_here = (own_row >= rows[0]) & (own_row <= rows[-1])
-        at = (own_row[is_here] - rows[0]).to(log_q.device)
-        chosen = log_q[at, targets[is_here].long().to(log_q.device)]
-        sums.ce -= chosen.sum().item()
-        sums.n_predicted += len(chosen)
+    targets, own_row = tokens[prompt, position + 1].long(), position % n_rows
+    for rows in _chunks(run, torch.arange(len(sums) * n_rows), _LOGITS_AT_A_TIME // 4):
+        softmax = Softmax.of(run(rows))
+        log_total = softmax.total.log().squeeze(1)
+        for i in range(int(rows[0]) // n_rows, int(rows[-1]) // n_rows + 1):
+            at = own_row + i * n_rows - rows[0]
+            is_here = (at >= 0) & (at < len(rows))
+            row = at[is_here].to(log_total.device)
+            target = targets[is_here].to(log_total.device)
+            ce = log_total[row] - softmax.shifted[row, target]
+            sums[i].ce += ce.sum().item()
+            sums[i].n_predicted += len(ce)
 
 
 def score(
@@ -207,11 +212,13 @@ def score_reference(
     )
 
 
-def _chunks(run: Run, rows: Int[Tensor, " row"]) -> Iterator[Int[Tensor, " row"]]:
+def _chunks(
+    run: Run, rows: Int[Tensor, " row"], n_logits: int = _LOGITS_AT_A_TIME
+) -> Iterator[Int[Tensor, " row"]]:
     """Split rows so that few logits are held at a time."""
     if len(rows) > 0:
         d_vocab = run(rows[:1]).shape[-1]
-        yield from rows.split(max(1, _LOGITS_AT_A_TIME // d_vocab))
+        yield from rows.split(max(1, n_logits // d_vocab))
 
 
 def _sum(x: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:

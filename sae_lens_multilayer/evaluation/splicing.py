@@ -70,6 +70,14 @@ class ResidualSplicer:
         self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
     ) -> Iterator[tuple[Run, Mapping[int, Run]]]:
         """All runs of a batch at once."""
+        logits, clean, streams = self._run(tokens, edits)
+        runs = {i: partial(_head, logits, stream) for i, stream in streams.items()}
+        yield partial(_head, logits, clean), runs
+
+    def _run(
+        self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor, dict[int, Tensor]]:
+        """The model's head, and the last residual streams: clean and of each edit."""
         walks = _Walks(self._model, tokens, max(1, self._max_prompts // len(tokens)))
         clean = walks.of(1).residual
         streams: dict[int, Tensor] = {}
@@ -83,30 +91,28 @@ class ResidualSplicer:
                     if hook in edit:
                         after = edit[hook](streams.get(i, clean))
                         streams[i] = after.to(clean.device, clean.dtype)
-        logits = walks.of(1).logits
-        runs = {i: partial(_head, logits, stream) for i, stream in streams.items()}
-        yield partial(_head, logits, clean), runs
+        return walks.of(1).logits, clean, streams
 
     @property
     def forgets_prompts(self) -> bool:
         """Whether replacing the whole stream leaves nothing of a prompt."""
         return self._model.alike.prompts
 
-    def runs_of_any_prompt(
-        self, n_pos: int, edits: Sequence[Edit]
-    ) -> tuple[int, Mapping[int, Run]]:
+    def runs_of_any_prompt(self, n_pos: int, edits: Sequence[Edit]) -> tuple[int, Run]:
         """Runs of one prompt, for edits that set all positions to the same vector.
 
         Returns:
-            The number of positions of the prompt, 1 if all are alike, and the runs.
+            The number of positions of the prompt, 1 if all are alike, and all runs as
+            one of `len(edits)` prompts, so that a few positions share a product.
         """
         n_pos = 1 if self._model.alike.positions else n_pos
         tokenizer = self._model.tokenizer
         # Any token except padding, which would be masked.
         token = int(tokenizer is not None and tokenizer.pad_token_id == 0)
         tokens = torch.full((1, n_pos), token, device=self._model.device)
-        ((_, runs),) = self.runs(tokens, edits)
-        return n_pos, runs
+        logits, _, streams = self._run(tokens, edits)
+        stream = torch.cat([streams[i] for i in range(len(edits))])
+        return n_pos, partial(_head, logits, stream)
 
 
 class _Walks:

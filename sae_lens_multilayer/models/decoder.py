@@ -147,10 +147,10 @@ class Decoder:
         self, pass_over: Callable[..., Any], tokens: Tensor, kwargs: dict[str, Any]
     ) -> Any:
         passed = nn.ModuleList(_PassedOver(block, pass_over) for block in self.blocks)
-        model = _with_submodule(self._model, self.blocks_name.split("."), passed)
+        model = with_submodule(self._model, self.blocks_name.split("."), passed)
         if self._root is None:
             return model(tokens, **kwargs).logits
-        bridge = _shallow_copy(self._root)
+        bridge = shallow_copy(self._root)
         if "_driver" in bridge.__dict__:  # In TransformerLens 4, it holds the model.
             bridge.__dict__["_driver"] = copy.copy(bridge.__dict__["_driver"])
         # The bridge's property; a module would be registered as a submodule otherwise.
@@ -276,7 +276,8 @@ def _find_blocks(model: Any, n_layers: int) -> str:
     return min(names, key=lambda name: name.count("."))
 
 
-def _shallow_copy(module: Any) -> Any:
+def shallow_copy(module: Any) -> Any:
+    """A copy of a module whose submodules can be replaced; it shares all of them."""
     shallow = object.__new__(type(module))
     shallow.__dict__.update(module.__dict__)
     shallow.__dict__["_modules"] = dict(module._modules)
@@ -296,11 +297,11 @@ def _bound_to(shallow: Any, module: Any, function: Any) -> Any:
     return function
 
 
-def _with_submodule(module: Any, path: list[str], replacement: nn.Module) -> Any:
+def with_submodule(module: Any, path: list[str], replacement: nn.Module) -> Any:
     """A copy of a module with another submodule, which shares all the rest."""
     if not path:
         return replacement
-    shallow = _shallow_copy(module)
+    shallow = shallow_copy(module)
     child = shallow._modules[path[0]]
-    shallow._modules[path[0]] = _with_submodule(child, path[1:], replacement)
+    shallow._modules[path[0]] = with_submodule(child, path[1:], replacement)
     return shallow

@@ -28,6 +28,7 @@ from sae_lens_multilayer.models.decoder import (
     input_kwargs,
     keep_keys_and_values,
 )
+from sae_lens_multilayer.models.hooked_walk import HookedTransformerWalk
 from sae_lens_multilayer.models.model import Model, ModelShape, Replace
 from sae_lens_multilayer.models.prefix import Prefix
 from sae_lens_multilayer.models.walk import Walk
@@ -173,7 +174,7 @@ def _stop(block: nn.Module, args: Any, output: Any) -> None:
 class _HookedTransformer(_TransformerLensModel):
     @override
     def _walk(self, tokens: Tensor) -> Walk:
-        return _HookedTransformerWalk(self.module, tokens, **self._mask_kwargs(tokens))
+        return HookedTransformerWalk(self.module, tokens, **self._mask_kwargs(tokens))
 
     @override
     def _mask_kwargs(self, tokens: Tensor) -> dict[str, Any]:
@@ -194,30 +195,6 @@ class _HookedTransformer(_TransformerLensModel):
             "past_kv_cache": cache,
             "attention_mask": torch.ones_like(tokens, device=self.device),
         }
-
-
-class _HookedTransformerWalk(Walk):
-    def __init__(
-        self, module: Any, tokens: Tensor, attention_mask: Tensor | None = None
-    ) -> None:
-        self._module = module
-        self.residual, _, _, self._mask = module.input_to_embed(
-            tokens, attention_mask=attention_mask
-        )
-
-    @override
-    def run_block(self, stream: Tensor, block: int) -> Tensor:
-        return self._module(
-            stream,
-            start_at_layer=block,
-            stop_at_layer=block + 1,
-            attention_mask=self._mask,
-        )
-
-    @override
-    def logits(self, stream: Tensor) -> Tensor:
-        n_layers = self._module.cfg.n_layers
-        return self._module(stream, start_at_layer=n_layers, return_type="logits")
 
 
 class _HuggingFaceModel(_DecoderModel):

@@ -106,7 +106,7 @@ def find_alike(walk: Walk, n_layers: int) -> Alike:
     after = [walk.run_block(stream, block) for block in range(n_layers)]
     return Alike(
         prompts=all(_alike(x, x[:1].expand_as(x), 100.0) for x in after),
-        positions=all(_alike(x, x[:1, :1].expand_as(x), 8.0) for x in after),
+        positions=all(_alike(x, x[:1, :1].expand_as(x), 32.0) for x in after),
     )
 
 
