@@ -272,6 +272,11 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         raise ValueError(_damaged(path, "safetensors", error)) from error
 
 
+def first_sentence(error: Exception) -> str:
+    """Class and first sentence of an error; `torch.load` has more, of bad advice."""
+    return f"{type(error).__name__}: {error}".split(". ")[0]
+
+
 def _damaged(path: Path, kind: str, problem: object) -> str:
     return f"{path} must be {kind}; {problem}. The file is damaged: use another one."
 

@@ -193,7 +193,7 @@ def test_what_appears_while_a_command_runs_is_kept_and_so_is_the_result(
 ):
     Path("out").mkdir()
     target = Path("out/x.y")
-    at_work = (fit, "_batches") if command == "lens" else (loading, "load_by_name")
+    at_work = (fit, "_train") if command == "lens" else (loading, "load_by_name")
     original = getattr(*at_work)
 
     def work(*args):
@@ -356,6 +356,12 @@ def test_long_first_positions_are_a_warning(offline, model, caplog):
             ["sae", "--n_tokens", "9999"],
             "`n_tokens` must be at most 1024, .* 64 whole prompts",
         ),
+        (["sae", "--context_size", "0"], "`context_size` must be at least 1; got 0"),
+        (
+            ["sae", "--context_size", "15", "--dataset_path", "short.jsonl"],
+            "must have a whole prompt of 15 tokens; it is shorter.*`context_size`",
+        ),
+        (["sae", "--dataset_path", "bad.jsonl"], r"bad\.jsonl must be readable.*JSON"),
         (["sae", "--analyses", "foo"], "'foo' needs a row in ANALYSES"),
         (["sae", "--latents", "64"], r"in \[0, d_sae = 64\)"),
         (["sae", "--exclude_positions", "99"], "`exclude_positions` must be in"),
@@ -364,8 +370,37 @@ def test_long_first_positions_are_a_warning(offline, model, caplog):
 def test_wrong_input_is_a_one_line_error(changes, message, offline):
     sae, *rest = changes
     Path("empty").mkdir()
+    Path("short.jsonl").write_text('{"text": "w1 w2"}\n')
+    Path("bad.jsonl").write_text('{"text": "w1" "w2"}\n')
     with pytest.raises(SystemExit, match=f"^sae-lens-multilayer analyze: .*{message}"):
         cli.main(["analyze", sae, *offline, *rest])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--n_steps", "0"], "`n_steps` must be at least 1; got 0"),
+        (["--n_prompts_per_step", "0"], "`batch_size_prompts` must be at least 1"),
+        (["--lr", "1e30", "--n_steps", "3"], "not finite.* Use a lower `lr`"),
+    ],
+)
+def test_wrong_settings_of_a_lens_are_a_one_line_error(changes, message, offline):
+    command = ["lens", "run.yaml", "--n_tokens", "64", *changes]
+    with pytest.raises(SystemExit, match=f"^sae-lens-multilayer lens: .*{message}"):
+        cli.main(command)
+
+
+def test_a_device_that_is_not_there_is_a_one_line_error(offline):
+    command = ["train", "--config", "run.yaml", "--device", "nope"]
+    with pytest.raises(SystemExit, match=r"train: `device` nope cannot be used here"):
+        cli.main(command)
+
+
+@pytest.mark.parametrize("kind", ["TransformerBridge", "AutoModelForCausalLM"])
+def test_a_model_that_is_not_there_is_named(kind, offline_hub):
+    message = "`model_name` must be a folder of a model, .*got 'modle'"
+    with pytest.raises(OSError, match=message):
+        loading.load_by_name(kind, "modle", None, "cpu")
 
 
 @pytest.mark.parametrize(

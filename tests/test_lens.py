@@ -466,7 +466,7 @@ class Harmful:
 def test_a_pickle_of_anything_else_is_not_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"0.weight": Harmful()}, folder / "params.pt")
-    with pytest.raises(ValueError, match=r"tensors only.*Weights only load failed"):
+    with pytest.raises(ValueError, match=r"tensors only.*load failed\)\.$"):
         layer_lens(folder)
     assert not (tmp_path / "executed").exists()
 

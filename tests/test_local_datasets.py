@@ -216,6 +216,14 @@ def test_an_empty_file_is_an_error(own_place, suffix, streaming):
 
 
 @STREAMING
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+def test_a_file_of_another_format_is_an_error_that_names_it(own_place, name, streaming):
+    (own_place / name).write_text('{"text": "w1" "w2"}')
+    with pytest.raises(ValueError, match=rf"^{name} must be readable as a dataset; "):
+        resolve_dataset(name, N_CTX, streaming)
+
+
+@STREAMING
 def test_an_empty_folder_is_an_error(own_place, streaming):
     (own_place / "folder").mkdir()
     with pytest.raises(ValueError, match="must have at least one row; folder is empty"):

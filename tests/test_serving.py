@@ -362,6 +362,8 @@ def test_the_command_serves_on_the_loopback_alone(offline, capsys, monkeypatch):
     assert 'id="latents-0"' in own.text
     with pytest.raises(SystemExit, match="must be an address of the loopback"):
         cli.main(["serve", "sae", *offline, "--host", "0.0.0.0"])
+    with pytest.raises(SystemExit, match=r"--port must be in \[0, 65535\]; got 65536"):
+        cli.main(["serve", "sae", *offline, "--port", "65536"])
     remote = ["--host", "127.0.0.2", "--remote_hosts", "box.example"]
     cli.main(["serve", "sae", *offline, "--port", "0", *remote])
     client = TestClient(apps[1], base_url="http://box.example")

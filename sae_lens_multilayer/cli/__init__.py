@@ -51,6 +51,17 @@ EXIT_STATUSES = {
 """What the exit statuses mean."""
 
 
+_INPUT_ERRORS = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    ModuleNotFoundError,
+    RankError,
+    re.error,
+)
+"""Errors of wrong input, whose messages are enough."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command that the arguments name; None: those of the process."""
     options = _parser().parse_args(arguments)
@@ -76,8 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"\n{PROG} {options.command}: stopped.", file=sys.stderr)
         sys.exit(_STOPPED_BY_USER)
-    except (ValueError, OSError, ModuleNotFoundError, RankError, re.error) as error:
-        # Wrong input; the message is enough.
+    except _INPUT_ERRORS as error:
         if options.traceback:
             raise
         is_printed_by_first = isinstance(error, AgreedError) and not is_first

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from simple_parsing import field as option
 
 from sae_lens_multilayer.analysis.first_position import first_position_warning
+from sae_lens_multilayer.models.loading import check_device
 from sae_lens_multilayer.published.saved_sae import check_model, load_model, load_sae
 from sae_lens_multilayer.sae.views import hook_names_of
 from sae_lens_multilayer.text.prompts import Prompts, Text
@@ -47,13 +47,7 @@ class ModelOptions:
 
     def check_device(self) -> None:
         """Raise ValueError if the device cannot be used."""
-        try:
-            torch.zeros(1).to(self.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"--device {self.device} cannot be used here: {reason}"
-            ) from error
+        check_device("--device", self.device)
 
     def load(self, metadata: SAEMetadata, hook_names: Sequence[str] | None) -> Any:
         """Load the model of the options, or else of an SAE's metadata.

@@ -46,6 +46,8 @@ class Options:
 def run(options: Options) -> None:
     """Run the command."""
     hosts = allowed_hosts(options)
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port must be in [0, 65535]; got {options.port}.")
     try:
         import uvicorn
 

@@ -28,7 +28,7 @@ from sae_lens_multilayer.optimizer_state import (
     optimizer_tensors,
 )
 from sae_lens_multilayer.record import Record, hash_of_tensors, model_fingerprints
-from sae_lens_multilayer.text.prompts import check_prompts
+from sae_lens_multilayer.text.prompts import check_at_least_one, check_prompts
 from sae_lens_multilayer.topk.tile import wide_dtype
 
 Optimizer = Literal["sgd", "adam"]
@@ -174,6 +174,9 @@ class _Recipe:
     seed: int
 
     def __post_init__(self) -> None:
+        for name in ("n_steps", "batch_size_prompts", "forward_batch_size_prompts"):
+            value = getattr(self, name)
+            check_at_least_one(name, 1 if value is None else value)
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(
                 f"`optimizer` must be 'sgd' or 'adam'; got {self.optimizer!r}."

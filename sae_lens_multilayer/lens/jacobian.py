@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lens_multilayer.files import check_new_file, partial_of
+from sae_lens_multilayer.files import check_new_file, first_sentence, partial_of
 from sae_lens_multilayer.lens.config import LensConfig
 from sae_lens_multilayer.lens.lens import LayerLens
 from sae_lens_multilayer.lens.progress import (
@@ -20,7 +20,7 @@ from sae_lens_multilayer.lens.progress import (
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.record import Record, model_fingerprints
-from sae_lens_multilayer.text.prompts import Prompts, take_prompts
+from sae_lens_multilayer.text.prompts import Prompts, check_at_least_one, take_prompts
 from sae_lens_multilayer.topk.tile import wide_dtype
 
 Jacobians = Mapping[int, Float[Tensor, "d_in d_in"]]
@@ -74,6 +74,7 @@ def fit_jacobian_lens(
     if output_path is not None:
         remove_finished(Path(output_path).expanduser())
         output_path = check_new_file(output_path, "output_path")
+    check_at_least_one("rows_per_pass", rows_per_pass)
     prompts = take_prompts(lm, tokens, None, batch_size_prompts)
     prompts = _without_ends(prompts, skip_first_positions)
     record = Record(
@@ -243,7 +244,7 @@ def read_jacobians(path: str | Path) -> dict[int, Float[Tensor, "d_in d_in"]]:
     except Exception as error:  # the class depends on the bytes in the file
         raise ValueError(
             f"{path} must be the file of a Jacobian lens, with a matrix for each layer "
-            f'under "J" ({type(error).__name__}: {error}).'
+            f'under "J" ({first_sentence(error)}).'
         ) from error
     d_in = contents.get("d_model", next(iter(shapes), (0,))[0])
     not_finite = [n for n, j in jacobians.items() if not j.isfinite().all()]

@@ -10,6 +10,8 @@ from tuned_lens import TunedLens
 from tuned_lens.load_artifacts import load_lens_artifacts
 from tuned_lens.nn.lenses import TunedLensConfig
 
+from sae_lens_multilayer.files import first_sentence
+
 _CONFIG, _TENSORS = "config.json", "params.pt"
 
 
@@ -32,5 +34,5 @@ def read_tuned_lens(
         raise ValueError(
             f"There is no tuned lens {str(source)!r}: it must be a folder with "
             f"{_CONFIG} and {_TENSORS} (tensors only), or a name in tuned-lens' hub "
-            f"space that can be downloaded ({type(error).__name__}: {error})."
+            f"space that can be downloaded ({first_sentence(error)})."
         ) from error

@@ -41,6 +41,15 @@ def _is_folder(model_name: str) -> bool:
     return (Path(model_name) / "config.json").is_file()
 
 
+def check_device(name: str, device: str) -> None:
+    """Raise ValueError if the device, the setting `name`, cannot be used."""
+    try:
+        torch.zeros(1).to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name} {device} cannot be used here: {reason}") from error
+
+
 def load_by_name(
     model_class_name: str,
     model_name: str,
@@ -54,11 +63,15 @@ def load_by_name(
         hook_names: The hooks to install on a Hugging Face model; None: all modules.
     """
     kwargs = kwargs or {}
-    if model_class_name == "TransformerBridge":
-        from transformer_lens.model_bridge import TransformerBridge
-
-        return TransformerBridge.boot_transformers(model_name, device=device, **kwargs)
+    if device is not None:
+        check_device("`device`", device)
     with _short_error(model_name):
+        if model_class_name == "TransformerBridge":
+            from transformer_lens.model_bridge import TransformerBridge
+
+            return TransformerBridge.boot_transformers(
+                model_name, device=device, **kwargs
+            )
         return sae_lens.load_model.load_model(
             model_class_name,
             model_name,
@@ -116,9 +129,16 @@ def _only(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
 
 @contextmanager
 def _short_error(model_name: str) -> Generator[None]:
-    """Shorten the hosts' lists of hundreds of models that they can load."""
+    """Name the model in errors, without the hosts' lists of hundreds of others."""
     try:
         yield
+    except OSError as error:
+        if model_name in str(error):
+            raise
+        raise OSError(
+            f"`model_name` must be a folder of a model, or a name that is cached or on "
+            f"a hub that can be reached; got {model_name!r}. {error}"
+        ) from error
     except ValueError as error:
         first_line = str(error).split("\n")[0]
         if first_line.startswith("Unrecognized configuration class"):

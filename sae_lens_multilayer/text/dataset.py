@@ -1,10 +1,12 @@
 """From a dataset's path to its rows."""
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
     Dataset,
@@ -14,6 +16,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 from sae_lens.config import HfDataset
 
 from sae_lens_multilayer.record import hash_of_json
@@ -52,14 +55,15 @@ def resolve_dataset(
         use_chat_formatting: Read conversations; token columns are unchanged.
 
     """
-    if isinstance(dataset, str):
-        found = _load_local(dataset, streaming)
-        if found is None:
-            return dataset
-        dataset = found
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        dataset = _train_split(dataset)
-    first: Any = next(iter(dataset), None)
+    with _readable(dataset):
+        if isinstance(dataset, str):
+            found = _load_local(dataset, streaming)
+            if found is None:
+                return dataset
+            dataset = found
+        if isinstance(dataset, DatasetDict | IterableDatasetDict):
+            dataset = _train_split(dataset)
+        first: Any = next(iter(dataset), None)
     if first is None:
         raise ValueError("The dataset must have at least one row; it is empty.")
     column = next((name for name in _TOKEN_COLUMNS if name in first), None)
@@ -71,6 +75,17 @@ def resolve_dataset(
     return _of_whole_contexts(
         dataset, column, context_size, join=not disable_concat_sequences
     )
+
+
+@contextmanager
+def _readable(dataset: object) -> Generator[None]:
+    """Name the dataset if a file of it has another format than its name says."""
+    try:
+        yield
+    except (pa.ArrowInvalid, DatasetGenerationError) as error:
+        name = dataset if isinstance(dataset, str) else "The dataset"
+        reason = error.__cause__ or error
+        raise ValueError(f"{name} must be readable as a dataset; {reason}.") from error
 
 
 def _load_local(name: str, streaming: bool) -> Any:

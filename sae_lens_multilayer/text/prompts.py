@@ -71,6 +71,9 @@ class Text:
     seqpos_slice: tuple[int | None, ...] = (None,)
     exclude_special_tokens: bool | list[int] = False
 
+    def __post_init__(self) -> None:
+        check_at_least_one("context_size", self.context_size)
+
     @classmethod
     def from_config(cls, cfg: MultiLayerConfig[Any]) -> "Text":
         """The text of a training run."""
@@ -144,11 +147,16 @@ class Text:
             n_tokens: Tokens of text, rounded up to whole prompts.
             dataset: Used instead of `dataset_path`.
         """
-        _check_at_least_one("n_tokens", n_tokens)
+        check_at_least_one("n_tokens", n_tokens)
         reader = self.reader(model, dataset)
         ids, ended = next_rows(reader, -(-n_tokens // self.context_size))
-        if ids is None or ended:
-            n_there = 0 if ids is None else len(ids)
+        if ids is None:
+            raise ValueError(
+                f"The text must have a whole prompt of {self.context_size} tokens; it "
+                "is shorter. Give more text or a smaller `context_size`."
+            )
+        if ended:
+            n_there = len(ids)
             raise ValueError(
                 f"`n_tokens` must be at most {n_there * self.context_size}, as the "
                 f"text has {n_there} whole prompts of {self.context_size} tokens."
@@ -239,7 +247,7 @@ def take_prompts(
         batch_size_prompts: Only validated.
         exclude_tokens, exclude_positions: See `mark_counted`.
     """
-    _check_at_least_one("batch_size_prompts", batch_size_prompts)
+    check_at_least_one("batch_size_prompts", batch_size_prompts)
     source: Any = tokens
     if isinstance(tokens, ActivationsStore):
         tokens = _take_from_store(tokens, n_prompts)
@@ -255,7 +263,7 @@ def _take_from_store(
     store: ActivationsStore, n_prompts: int | None
 ) -> Int[Tensor, "prompt pos"]:
     n_wanted = store.store_batch_size_prompts if n_prompts is None else n_prompts
-    _check_at_least_one("n_prompts", n_wanted)
+    check_at_least_one("n_prompts", n_wanted)
     prompts, ended = next_rows(store, n_wanted)
     if prompts is None or ended:
         n_left = 0 if prompts is None else len(prompts)
@@ -280,7 +288,8 @@ def next_rows(
     return torch.cat(rows), False
 
 
-def _check_at_least_one(name: str, value: int) -> None:
+def check_at_least_one(name: str, value: int) -> None:
+    """Raise ValueError if the setting `name` is below 1."""
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1; got {value!r}.")
 

@@ -63,11 +63,12 @@ def prepare(
 ) -> Run:
     """Check and load what a run needs, except its data.
 
-    In the order in which mistakes can be found: `override_sae`; the ranks and paths to
-    write to; the model's shape and hooks; the checkpoint or weights to start from; the
-    lens; the SAE; the cache; the loaded model. The store, which is made next, checks
-    the hooks' widths and the dataset. For `Args`, see the runner.
+    In the order in which mistakes can be found: the device; `override_sae`; the ranks
+    and paths to write to; the model's shape and hooks; the checkpoint or weights to
+    start from; the lens; the SAE; the cache; the loaded model. The store, which is made
+    next, checks the hooks' widths and the dataset. For `Args`, see the runner.
     """
+    loading.check_device("`device`", cfg.device)
     identity = checkpoints.identity_of(cfg.sae, cfg.normalize_activations)
     if override_sae is not None:
         _check_given(override_sae, identity)
