@@ -3,12 +3,14 @@
 import logging
 
 import pytest
+import tokenizers
 import torch
 from conftest import N_CTX
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from transformers import PreTrainedTokenizerFast
 
 from sae_lens_multilayer import MultiLayerActivationsStore
 from sae_lens_multilayer.text.stream import remaining_after
@@ -75,6 +77,17 @@ def test_rows_without_text_are_skipped_and_logged(
     assert caplog.messages[0].endswith("is None.")
     assert len(caplog.messages) <= 5
     assert store.get_batch_tokens(1).shape == (1, N_CTX)
+
+
+def test_a_tokenizer_without_words_reads_no_text(
+    model, make_config, text_dataset, token_dataset
+):
+    """As `transformers` makes it for a folder of a model without a tokenizer."""
+    empty = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="<e>")
+    with pytest.raises(ValueError, match=r"special ones only, \['<e>'\].*Save it"):
+        MultiLayerActivationsStore.from_config(model, make_config(), text_dataset)
+    MultiLayerActivationsStore.from_config(model, make_config(), token_dataset)
 
 
 @pytest.fixture

@@ -30,6 +30,12 @@ class ResumableTokens(ActivationsStore):
     one document has any."""
     _n_bad_rows: int = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take SAELens' arguments; ValueError if the tokenizer cannot read text."""
+        super().__init__(*args, **kwargs)
+        if not self.is_dataset_tokenized:
+            _check_has_words(self.model.tokenizer)
+
     @override
     def _iterate_tokenized_sequences(self) -> Generator[Tokens, None, None]:
         # Not itself a generator, so that an epoch starts when SAELens calls this.
@@ -99,6 +105,16 @@ class ResumableTokens(ActivationsStore):
                 row, column = self.n_rows_this_epoch - 1, self.tokens_column
                 logger.warning(message, row, self._n_bad_rows, column, value)
         return usable
+
+
+def _check_has_words(tokenizer: Any) -> None:
+    special = getattr(tokenizer, "all_special_ids", None)
+    if special is not None and len(tokenizer) <= len(set(special)):
+        raise ValueError(
+            "The tokenizer must have tokens for the text; it has special ones only, "
+            f"{tokenizer.all_special_tokens}, as for a folder of a model without a "
+            "tokenizer. Save it there: `tokenizer.save_pretrained(folder)`."
+        )
 
 
 def remaining_after(context: Tokens, documents: list[Tokens]) -> list[Tokens]:
