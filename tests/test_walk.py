@@ -17,6 +17,7 @@ from conftest import D_VOCAB, tiny_model
 from sae_lens.load_model import HookedProxyLM
 from saes import random_sae
 from torch import Tensor, nn
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
@@ -497,24 +498,35 @@ def test_positions_are_alike_up_to_rounding(n_eps, is_rounding):
     assert find_alike(NoisyWalk(n_eps), 1) == Alike(True, is_rounding)
 
 
-def test_a_walk_through_a_hooked_transformer_copies_its_unembedding_once(
-    tokenizer, tokens
+@pytest.mark.parametrize("n_key_value_heads", [None, 1])
+@pytest.mark.parametrize("gated_mlp", [False, True])
+def test_a_walk_lays_out_the_weights_of_a_hooked_transformer_once(
+    n_key_value_heads, gated_mlp, tokens
 ):
-    """Reference: the whole pass; hooks and weights of the model stay its own."""
-    model: Any = tiny_model(tokenizer)
-    weight, pointer = model.unembed.W_U, model.unembed.W_U.data_ptr()
+    """Reference: the whole pass. Hooks run; the model and its gradients are its own."""
+    config = {"n_key_value_heads": n_key_value_heads, "gated_mlp": gated_mlp}
+    config |= {"n_ctx": N_POS, "d_vocab": D_VOCAB, "act_fn": "relu", "d_mlp": 24}
+    sizes = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8}
+    model: Any = HookedTransformer(HookedTransformerConfig(**sizes, **config))
+    places = {name: x.data_ptr() for name, x in model.named_parameters()}
     walk = as_model(model).walk(tokens)
-    stream = walk.residual
-    for block in range(model.cfg.n_layers):
-        stream = walk.run_block(stream, block)
     seen: list[Tensor] = []
-    model.unembed.hook_out.add_hook(lambda x, hook: seen.append(x))
-    assert torch.equal(walk.logits(stream), seen[0])
-    assert torch.allclose(seen[0], model(tokens), atol=1e-12)
-    head = walk._head.unembed
-    assert head.W_U.T.contiguous().data_ptr() == head.W_U.data_ptr()
-    assert model.unembed.W_U is weight
-    assert weight.data_ptr() == pointer
+    for point in (model.blocks[1].attn.hook_z, model.unembed.hook_out):
+        point.add_hook(lambda x, hook: seen.append(x))
+    stream = walk.residual
+    for block in (0, 1):
+        stream = walk.run_block(stream, block)
+    logits = walk.logits(stream)
+    assert len(seen) == 2
+    assert torch.equal(logits, model(tokens))
+    logits.sum().backward()
+    weights = dict(model.named_parameters())
+    assert {name: x.data_ptr() for name, x in weights.items()} == places
+    assert all(x.grad is not None for name, x in weights.items() if "W_" in name)
+    attn, mlp = walk._with_block.blocks[1].attn, walk._with_block.blocks[1].mlp
+    copied = [walk._head.unembed.W_U.T, attn.W_Q.mT, attn.W_O.permute(2, 0, 1)]
+    assert all(x.is_contiguous() for x in copied)
+    assert mlp.W_in.T.is_contiguous() == gated_mlp
 
 
 def test_ablated_runs_of_blocks_that_count_positions_keep_their_positions():

@@ -70,15 +70,20 @@ class ResidualSplicer:
         self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
     ) -> Iterator[tuple[Run, Mapping[int, Run]]]:
         """All runs of a batch at once."""
-        logits, clean, streams = self._run(tokens, edits)
+        most = max(1, self._max_prompts // len(tokens))
+        logits, clean, streams = self._run(tokens, edits, most)
         runs = {i: partial(_head, logits, stream) for i, stream in streams.items()}
         yield partial(_head, logits, clean), runs
 
     def _run(
-        self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit]
+        self, tokens: Int[Tensor, "prompt pos"], edits: Sequence[Edit], most: int
     ) -> tuple[Callable[[Tensor], Tensor], Tensor, dict[int, Tensor]]:
-        """The model's head, and the last residual streams: clean and of each edit."""
-        walks = _Walks(self._model, tokens, max(1, self._max_prompts // len(tokens)))
+        """The model's head, and the last residual streams: clean and of each edit.
+
+        Args:
+            most: Most runs in one call of a block.
+        """
+        walks = _Walks(self._model, tokens, most)
         clean = walks.of(1).residual
         streams: dict[int, Tensor] = {}
         for depth in range(self._model.shape.n_layers + 1):
@@ -105,12 +110,14 @@ class ResidualSplicer:
             The number of positions of the prompt, 1 if all are alike, and all runs as
             one of `len(edits)` prompts, so that a few positions share a product.
         """
-        n_pos = 1 if self._model.alike.positions else n_pos
+        most = self._max_prompts
+        if self._model.alike.positions:
+            n_pos, most = 1, most * n_pos
         tokenizer = self._model.tokenizer
         # Any token except padding, which would be masked.
         token = int(tokenizer is not None and tokenizer.pad_token_id == 0)
         tokens = torch.full((1, n_pos), token, device=self._model.device)
-        logits, _, streams = self._run(tokens, edits)
+        logits, _, streams = self._run(tokens, edits, most)
         stream = torch.cat([streams[i] for i in range(len(edits))])
         return n_pos, partial(_head, logits, stream)
 
