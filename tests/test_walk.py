@@ -516,6 +516,7 @@ def test_a_walk_lays_out_the_weights_of_a_hooked_transformer_once(
     stream = walk.residual
     for block in (0, 1):
         stream = walk.run_block(stream, block)
+    attn, mlp = walk._with_block.blocks[1].attn, walk._with_block.blocks[1].mlp
     logits = walk.logits(stream)
     assert len(seen) == 2
     assert torch.equal(logits, model(tokens))
@@ -523,7 +524,6 @@ def test_a_walk_lays_out_the_weights_of_a_hooked_transformer_once(
     weights = dict(model.named_parameters())
     assert {name: x.data_ptr() for name, x in weights.items()} == places
     assert all(x.grad is not None for name, x in weights.items() if "W_" in name)
-    attn, mlp = walk._with_block.blocks[1].attn, walk._with_block.blocks[1].mlp
     copied = [walk._head.unembed.W_U.T, attn.W_Q.mT, attn.W_O.permute(2, 0, 1)]
     assert all(x.is_contiguous() for x in copied)
     assert mlp.W_in.T.is_contiguous() == gated_mlp

@@ -50,6 +50,7 @@ class HookedTransformerWalk(Walk):
 
     @override
     def logits(self, stream: Tensor) -> Tensor:
+        self._block, self._with_block = -1, self._module  # Free the copied weights.
         n_layers = self._module.cfg.n_layers
         return self._head(stream, start_at_layer=n_layers, return_type="logits")
 
