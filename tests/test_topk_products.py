@@ -1,10 +1,8 @@
 """Sparse products: the C++ kernel and PyTorch against dense products in float64."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
+from engines import ENGINES, engine, requires_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,25 +11,9 @@ from sae_lens_multilayer.topk import native, products
 from sae_lens_multilayer.topk.products import DenseActs, SparseActs, make_acts
 from sae_lens_multilayer.topk.select import CertifiedEncoder, select_topk
 
-requires_kernel = pytest.mark.skipif(
-    not native.is_available(torch.empty(0)), reason="there is no C++ compiler"
-)
-ENGINES = [pytest.param(True, id="kernel", marks=requires_kernel), False]
 # (vectors, k, latents, width): one of each; odd; several blocks of columns, of both
 # the matrix and its transpose.
 SIZES = [(1, 1, 1, 1), (5, 3, 11, 70), (37, 9, 101, 19), (2049, 64, 2100, 150)]
-
-
-@contextmanager
-def engine(is_native: bool, n_threads: int = 1) -> Iterator[None]:
-    """Use the C++ kernel or PyTorch, with a number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    with pytest.MonkeyPatch.context() as patch:
-        if not is_native:
-            patch.setattr(native, "is_available", lambda x: False)
-        yield
-    torch.set_num_threads(before)
 
 
 def make_case(n: int, k: int, n_latents: int, d: int, seed: int = 0):

@@ -3,12 +3,12 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from engines import ENGINES, engine, requires_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,33 +23,17 @@ from sae_lens_multilayer.topk.select import (
     make_encoder,
     select_topk,
 )
-from sae_lens_multilayer.topk.sparse import (
-    TopKActs,
-    decode_topk,
-    encode_topk,
-)
+from sae_lens_multilayer.topk.sparse import TopKActs, decode_topk, encode_topk
 from sae_lens_multilayer.topk.step import TopKStep, training_step
 
 PAPER = Path(__file__).parent / "data" / "paper"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 Weights = tuple[Tensor, Tensor, Tensor]
 
-has_kernel = native.is_available(torch.empty(0))
-requires_kernel = pytest.mark.skipif(not has_kernel, reason="there is no C++ compiler")
-ENGINES = [pytest.param(True, id="kernel", marks=requires_kernel), False]
 CERTIFY = [
     pytest.param(native.certified_topk, id="kernel", marks=requires_kernel),
     select._certify,
 ]
-
-
-@contextmanager
-def kernel_used(is_native: bool) -> Iterator[None]:
-    """Use the C++ kernel or disable it."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not is_native:
-            patch.setattr(native, "is_available", lambda x: False)
-        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -165,7 +149,7 @@ def test_losses_and_gradients_are_those_of_autograd(dtype, k, dead_share):
 def test_gradients_with_many_latents_of_which_few_are_used(certified, is_native):
     # 2,999 latents need three rounds of groups, two of them with ungrouped entries.
     z, weights = make_case(150, 2, 33, 2999, torch.float32)
-    with kernel_used(is_native):
+    with engine(is_native):
         assert_parity(
             z,
             weights,
@@ -680,7 +664,7 @@ def test_certified_selection_is_the_float32_selection(
     z = z[0] + spread * (z[:, 0] - z[0])
     W_enc = W_enc * scale
     exact = encode_topk(z, W_enc, b_dec, k, certified=False)
-    with kernel_used(is_native):
+    with engine(is_native):
         certified = encode_topk(z, W_enc, b_dec, k, certified=True)
     torch.testing.assert_close(
         dense_acts(certified, 600), dense_acts(exact, 600), rtol=1e-4, atol=1e-5 * scale
@@ -758,7 +742,7 @@ def test_the_error_bound_holds_where_it_is_tight(rounded, is_native):
     exact, inexact = torch.ones(3, 64), torch.full((3, 64), 1 + 0.99 * 2**-8)
     v = exact if rounded == "weights" else inexact
     rows = exact if rounded == "vectors" else inexact
-    with kernel_used(is_native):
+    with engine(is_native):
         _, bound = CertifiedEncoder(rows, 1, max_rows=3)._approximate(v)
     product = v.bfloat16().double() @ rows.bfloat16().double().T
     error = (product - v.double() @ rows.double().T).abs().amax(1)
@@ -772,7 +756,7 @@ def test_rows_without_proof_are_computed_in_float32(is_native, monkeypatch):
     monkeypatch.setattr(select, "_UNPROVEN_ROWS", 2)
     v = torch.randn(5, 8)
     rows = torch.randn(1, 8) + 1e-5 * torch.randn(200, 8)
-    with kernel_used(is_native):
+    with engine(is_native):
         encoder = CertifiedEncoder(rows, 3, max_rows=5)
         selection = encoder(v.abs() * rows[0].sign())
         assert encoder.n_unproven == 5
@@ -805,12 +789,12 @@ def test_a_step_counts_the_rows_without_proof(certified):
 def test_selection_keeps_nan(kind, nan, is_native):
     v, rows = torch.randn(5, 8), torch.randn(64, 8)
     v[2, 0] = nan
-    with kernel_used(is_native):
+    with engine(is_native):
         selection = kind(rows, 3, max_rows=5)(v)
     assert selection.values.isnan().any(1).tolist() == [i == 2 for i in range(5)]
     rows[40, 1] = nan
     v[2, 0] = 0
-    with kernel_used(is_native):
+    with engine(is_native):
         selection = kind(rows, 3, max_rows=5)(v)
     assert selection.values.isnan().any(1).all()
 
@@ -901,7 +885,7 @@ def test_pre_activations_of_dead_latents_count_towards_the_micro_batch(
             return out
 
         monkeypatch.setattr(Tensor, name, record)
-    with kernel_used(is_native):
+    with engine(is_native):
         training_step(
             z,
             *copies(weights),

@@ -1,11 +1,10 @@
 """The update of the weights: one pass in C++ and separate passes of PyTorch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from engines import ENGINES, engine, requires_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,11 +20,6 @@ from sae_lens_multilayer.topk.update import (
 PAPER = Path(__file__).parent / "data" / "paper"
 # A smaller eps would divide the rounding of a gradient near 0 by a number near 0.
 LEARNING_RATE, BETAS, EPS = 1e-2, (0.9, 0.99), 0.1
-
-requires_kernel = pytest.mark.skipif(
-    not native.is_available(torch.empty(0)), reason="there is no C++ compiler"
-)
-ENGINES = [pytest.param(True, id="kernel", marks=requires_kernel), False]
 
 
 class Case:
@@ -59,18 +53,6 @@ class Case:
         """Weights and the optimiser's state."""
         state = [t for p in self.all for t in self.optimizer.state[p].values()]
         return [*(p.detach() for p in self.all), *state]
-
-
-@contextmanager
-def engine(is_native: bool, n_threads: int = 1) -> Iterator[None]:
-    """Use the C++ kernel or PyTorch, with a number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    with pytest.MonkeyPatch.context() as patch:
-        if not is_native:
-            patch.setattr(native, "is_available", lambda x: False)
-        yield
-    torch.set_num_threads(before)
 
 
 def adam_by_definition(case: Case, n_steps: int) -> list[Tensor]:
