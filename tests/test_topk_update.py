@@ -34,6 +34,7 @@ class Case:
         normalize_decoder(self.W_dec)
         self.all = [self.W_enc, self.W_dec, self.router]
         options = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, **options}
+        self.optimizer: torch.optim.Optimizer
         self.optimizer = torch.optim.Adam(self.all, **options)
 
     def add_gradients(self, seed: int) -> None:
@@ -139,6 +140,45 @@ def test_one_pass_is_taken_whenever_the_kernel_can():
     strided.W_enc.data = strided.W_enc.data.contiguous()
     strided.W_enc.grad = torch.zeros_like(strided.W_enc)
     assert calls_of_kernel(strided) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.NAdam, {"eps": EPS}),
+        (torch.optim.RAdam, {"eps": EPS}),
+        (torch.optim.AdamW, {"eps": EPS, "weight_decay": 0.0}),
+    ],
+)
+def test_other_optimizers_take_their_own_step(kind, options):
+    # Authority: torch's step between projection and unit norm.
+    found, expected = Case(9, 4), Case(9, 4)
+    for case in (found, expected):
+        case.optimizer = kind(case.all, lr=LEARNING_RATE, **options)
+    found.update(3)
+    for seed in range(3):
+        expected.optimizer.zero_grad()
+        expected.add_gradients(seed)
+        project_decoder_gradient(expected.W_dec)
+        expected.optimizer.step()
+        normalize_decoder(expected.W_dec)
+    for one, other in zip(found.numbers(), expected.numbers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_groups_of_parameters_have_their_own_rates():
+    one_group, groups = Case(9, 4), Case(9, 4)
+    shared = {"betas": BETAS, "eps": EPS}
+    of_groups = [{"params": groups.all[:2], "lr": LEARNING_RATE}]
+    of_groups.append({"params": groups.all[2:], "lr": 0.0})
+    groups.optimizer = torch.optim.Adam(of_groups, **shared)
+    before = groups.router.detach().clone()
+    for case in (one_group, groups):
+        case.update(3)
+    for one, other in zip(one_group.all[:2], groups.all[:2], strict=True):
+        torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-5, atol=2e-6)
+    assert torch.equal(groups.router, before)
 
 
 @requires_kernel

@@ -1,4 +1,4 @@
-"""The update of the weights by Adam, with decoder rows of unit norm."""
+"""The update of the weights, with decoder rows of unit norm."""
 
 import torch
 from jaxtyping import Float
@@ -14,16 +14,17 @@ _UNSUPPORTED = ("weight_decay", "amsgrad", "maximize")
 
 @torch.no_grad()
 def update_weights(
-    optimizer: torch.optim.Adam,
+    optimizer: torch.optim.Optimizer,
     W_enc: Float[Tensor, "d_enc d_sae"],
     W_dec: Float[Tensor, "d_sae d_enc"],
 ) -> None:
-    """Take a step of Adam with decoder rows of unit norm, then set gradients to 0.
+    """Take a step with decoder rows of unit norm, then set gradients to 0.
 
     The component of the decoder's gradient along each row is removed before the step,
     and rows are scaled to unit norm after it. With the C++ kernel this is one pass over
     float32 weights, equal to the separate passes up to rounding. The first step, in
-    which `optimizer` makes its averages, has separate passes.
+    which `optimizer` makes its averages, has separate passes, and so have several
+    groups of parameters and other optimizers than `torch.optim.Adam`.
 
     Args:
         optimizer: Of these two weights, and perhaps of others.
@@ -62,11 +63,13 @@ def normalize_decoder(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
 
 
 def _rows(
-    optimizer: torch.optim.Adam, W: Tensor, transposed: bool
+    optimizer: torch.optim.Optimizer, W: Tensor, transposed: bool
 ) -> list[Tensor] | None:
     """Rows of latents of weights, gradient and averages, if the kernel takes them."""
-    (group,) = optimizer.param_groups
-    state = optimizer.state.get(W)
+    # A subclass of Adam may have another update.
+    if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) > 1:
+        return None
+    (group,), state = optimizer.param_groups, optimizer.state.get(W)
     if not state or W.grad is None or any(group[name] for name in _UNSUPPORTED):
         return None
     tensors = [W, W.grad, state["exp_avg"], state["exp_avg_sq"]]
@@ -75,7 +78,7 @@ def _rows(
 
 
 def _pass_once(
-    optimizer: torch.optim.Adam, W: Tensor, rows: list[Tensor], unit_norm: bool
+    optimizer: torch.optim.Optimizer, W: Tensor, rows: list[Tensor], unit_norm: bool
 ) -> None:
     """Update W by the kernel, which also clears its gradient."""
     (group,) = optimizer.param_groups
