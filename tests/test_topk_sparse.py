@@ -784,6 +784,22 @@ def test_a_step_counts_the_rows_without_proof(certified):
 
 
 @pytest.mark.parametrize("is_native", ENGINES)
+@pytest.mark.parametrize("certified", [False, True])
+def test_a_step_ignores_the_default_device(certified, is_native):
+    z, weights = make_case(20, 2, 8, 200, torch.float32)
+    dead = torch.arange(200) < 90
+    options = {"k": 3, "dead_latents": dead, "k_aux": 5, "aux_coefficient": 0.1}
+    found, expected = copies(weights), copies(weights)
+    with engine(is_native):
+        rest = {"micro_batch_size": 7, "certified": certified}
+        training_step(z, *expected, **options, **rest)
+        with torch.device("meta"):
+            training_step(z, *found, **options, **rest)
+    for one, other in zip(gradients(found), gradients(expected), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("is_native", ENGINES)
 @pytest.mark.parametrize("kind", [Encoder, CertifiedEncoder])
 @pytest.mark.parametrize("nan", [torch.nan, -torch.nan])
 def test_selection_keeps_nan(kind, nan, is_native):

@@ -2,7 +2,7 @@
 
 Compiling takes seconds; the library is stored in the user's cache folder, with its
 digest. It is loaded only if the digest is right and no other user can change it.
-Without it `select.py` uses PyTorch. The environment variable
+Without it the callers use PyTorch. The environment variable
 SAE_LENS_MULTILAYER_NATIVE=0 turns it off.
 """
 
@@ -68,7 +68,7 @@ def largest_positive(
     """
     check(h, torch.float32, h.stride(1) == 1)
     values = h.new_empty(len(h), k)
-    indices = torch.empty(len(h), k, dtype=torch.int64)
+    indices = h.new_empty(len(h), k, dtype=torch.int64)
     n = h.shape[1] if latents is None else len(latents)
     call("largest_positive", h, len(h), h.stride(0), latents, n, k, values, indices)
     return values, indices
@@ -99,8 +99,8 @@ def certified_topk(
     for tensor in (errors, x, rows):
         check(tensor, torch.float32, tensor.is_contiguous())
     values = x.new_empty(len(h), k)
-    indices = torch.empty(len(h), k, dtype=torch.int64)
-    proven = torch.empty(len(h), dtype=torch.bool)
+    indices = h.new_empty(len(h), k, dtype=torch.int64)
+    proven = h.new_empty(len(h), dtype=torch.bool)
     outputs = values, indices, proven
     of_h = h, len(h), h.stride(0), latents, len(rows)
     call("certified_topk", *of_h, errors, x, rows, x.shape[1], k, *outputs)
@@ -139,7 +139,7 @@ def _kernel() -> ctypes.CDLL | None:
         return None
     compiler = _compiler()
     if compiler is None:
-        logger.info("No C++ compiler found; using PyTorch to select latents.")
+        logger.info("No C++ compiler found; using PyTorch, which is slower.")
         return None
     try:
         library = _compiled(compiler)

@@ -191,7 +191,7 @@ def row_dots(
     if x.device.type != "cpu":
         return gathered_row_dots(x, rows, indices)
     n_acts, k = indices.shape
-    starts = torch.arange(0, n_acts * k + 1, k)
+    starts = torch.arange(0, n_acts * k + 1, k, device=x.device)
     pattern = _csr(
         starts, indices.flatten(), x.new_zeros(n_acts * k), (n_acts, len(rows))
     )
@@ -227,5 +227,5 @@ def _csr(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(
-            starts, columns, values, shape, check_invariants=False
+            starts, columns, values, shape, device=values.device, check_invariants=False
         )
