@@ -6,18 +6,14 @@ API (`hook_dict`, `run_with_cache`) overrides `own_hook_names`, `_run`, `logits`
 name is in `loading.py`.
 """
 
-import copy
-from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor, nn
-from tuned_lens.nn.unembed import Unembed
 from typing_extensions import override
 
 from sae_lens_multilayer.models.decoder import (
@@ -31,53 +27,10 @@ from sae_lens_multilayer.models.decoder import (
 from sae_lens_multilayer.models.hooked_walk import HookedTransformerWalk
 from sae_lens_multilayer.models.model import Model, ModelShape, Replace
 from sae_lens_multilayer.models.prefix import Prefix
+from sae_lens_multilayer.models.unembed import ModelUnembed
 from sae_lens_multilayer.models.walk import Walk
 
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_layernorm")
-
-
-class ModelUnembed(Unembed):
-    """tuned-lens' `Unembed` for every kind of model, and with a soft cap."""
-
-    def __init__(
-        self,
-        final_norm: nn.Module,
-        weight: Float[Tensor, "d_vocab d_model"],
-        bias: Float[Tensor, " d_vocab"] | None,
-        soft_cap: float | None,
-    ) -> None:
-        """Copy the final norm and share the memory of the unembedding."""
-        nn.Module.__init__(self)
-        self.final_norm = copy.deepcopy(final_norm)
-        # The hooks of a HookedProxyLM would write to its hook points.
-        self.final_norm._forward_hooks.clear()
-        d_vocab, d_model = weight.shape
-        has_bias = bias is not None
-        self.unembedding = nn.Linear(d_model, d_vocab, has_bias, device="meta")
-        self.unembedding.weight = nn.Parameter(weight.detach())
-        if bias is not None:
-            self.unembedding.bias = nn.Parameter(bias.detach())
-        self.soft_cap = soft_cap if soft_cap and soft_cap > 0 else None
-        self.requires_grad_(False)
-
-    @override
-    def forward(
-        self, h: Float[Tensor, "*batch d_model"]
-    ) -> Float[Tensor, "*batch d_vocab"]:
-        return self._capped(super().forward(h))
-
-    def token_logits(
-        self, h: Float[Tensor, "row d_model"], token: Int[Tensor, " row"]
-    ) -> Float[Tensor, " row"]:
-        """The logit of one token for each vector, without those of the others."""
-        logits = (self.final_norm(h) * self.unembedding.weight[token]).sum(-1)
-        bias = self.unembedding.bias
-        return self._capped(logits if bias is None else logits + bias[token])
-
-    def _capped(self, logits: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        if self.soft_cap is None:
-            return logits
-        return self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 class _TransformerLensModel(Model):
@@ -120,9 +73,9 @@ class _DecoderModel(Model):
 
     _hf_model: Any
 
-    @property
-    @abstractmethod
-    def _decoder(self) -> Decoder: ...
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self._hf_model, self.shape.n_layers)
 
     @override
     def _walk(self, tokens: Tensor) -> Walk:
@@ -204,11 +157,6 @@ class _HuggingFaceModel(_DecoderModel):
         self._hf_model = module.model
         super().__init__(module, ModelShape.of_hf_config(self._hf_model.config))
         check_decoder_only(self._hf_model.config)
-
-    @cached_property
-    @override
-    def _decoder(self) -> Decoder:
-        return Decoder(self._hf_model, self.shape.n_layers)
 
     @override
     def _mask_kwargs(self, tokens: Tensor) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tuned_lens.nn.unembed import Unembed
 from tuned_lens.utils import tensor_hash
 
 from sae_lens_multilayer.hooks import (
@@ -21,6 +20,7 @@ from sae_lens_multilayer.hooks import (
 )
 from sae_lens_multilayer.models.padding import padding_mask
 from sae_lens_multilayer.models.prefix import Prefix
+from sae_lens_multilayer.models.unembed import ModelUnembed
 from sae_lens_multilayer.models.walk import (
     Alike,
     Walk,
@@ -284,7 +284,7 @@ class Model(ABC):
         """Weight [d_vocab, d_model] and bias of the unembedding."""
 
     @abstractmethod
-    def unembed(self) -> Unembed:
+    def unembed(self) -> ModelUnembed:
         """tuned-lens' `Unembed` of this model, which shares its unembedding."""
 
     def unembedding_hash(self) -> str:

@@ -1,5 +1,6 @@
 """Single positions of a prompt, after the keys and values of its earlier positions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def _after(
 def prefix_differs(
     prefix: Prefix,
     position: Int[Tensor, " row"],
-    streams: list[Float[Tensor, "1 pos d_model"]],
+    streams: Sequence[Float[Tensor, "1 pos d_model"]],
     logits: Float[Tensor, "1 pos d_vocab"],
 ) -> str | None:
     """How single positions differ from a whole pass; None: they agree.

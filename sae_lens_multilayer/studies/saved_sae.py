@@ -51,7 +51,7 @@ class SavedSAESettings:
     device: str = "cpu"
 
     @classmethod
-    def from_settings(cls: type[T_SETTINGS], settings: dict[str, Any]) -> T_SETTINGS:
+    def from_settings(cls: type[T_SETTINGS], settings: dict[Any, Any]) -> T_SETTINGS:
         """The settings of a file, which may omit all but the SAE and the text."""
         # YAML reads the name `null` without quotes as None.
         settings = {"null" if n is None else n: v for n, v in settings.items()}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sae_lens_multilayer.evaluation.splicing import Splicer
 from sae_lens_multilayer.hooks import block_end
-from sae_lens_multilayer.models.kinds import ModelUnembed
 from sae_lens_multilayer.models.model import Model
+from sae_lens_multilayer.models.unembed import ModelUnembed
 from sae_lens_multilayer.studies.interventions.edited_runs import kl_div
 from sae_lens_multilayer.studies.interventions.runners import Additions, make_runner
 
@@ -104,8 +104,11 @@ class PromptRuns:
         steps = [(i + 0.5) / n_steps for i in range(n_steps)]
         points = torch.tensor([0.0, *steps]).to(edits.dx)
         dx = points.view(1, -1, 1) * edits.dx.unsqueeze(1)  # [edit, point, d_in]
-        repeated = [v.repeat_interleave(len(points)) for v in edits[:2]]
-        along = Additions(*repeated, dx.flatten(0, 1))
+        along = Additions(
+            edits.layer.repeat_interleave(len(points)),
+            edits.position.repeat_interleave(len(points)),
+            dx.flatten(0, 1),
+        )
         (gradients,) = self._in_parts(self._gradients, along)
         found = (gradients.view(dx.shape) * edits.dx.unsqueeze(1)).sum(-1)
         return torch.stack([found[:, 0], found[:, 1:].mean(1)], 1)
@@ -116,7 +119,8 @@ class PromptRuns:
         dx = part.dx.detach().requires_grad_()
         targets = self.targets[part.position]
         logits = self._runner.token_logits(part._replace(dx=dx), targets)
-        return torch.autograd.grad(logits.sum(), dx)
+        (gradient,) = torch.autograd.grad(logits.sum(), dx)
+        return (gradient,)
 
     def _in_parts(
         self, function: Callable[[Additions], tuple[Tensor, ...]], edits: Additions

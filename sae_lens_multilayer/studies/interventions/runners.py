@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lens_multilayer.evaluation.splicing import Edit, ResidualSplicer, Splicer
-from sae_lens_multilayer.models.kinds import ModelUnembed
 from sae_lens_multilayer.models.model import Model
 from sae_lens_multilayer.models.prefix import Prefix, prefix_differs
+from sae_lens_multilayer.models.unembed import ModelUnembed
 from sae_lens_multilayer.models.walk import Walk, agree
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tuned_lens.nn.unembed import Unembed
 from typing_extensions import override
 
 from sae_lens_multilayer.hooks import unknown_name
 from sae_lens_multilayer.models.model import Model, ModelShape
+from sae_lens_multilayer.models.unembed import ModelUnembed
 from sae_lens_multilayer.record import hash_of_json, hash_of_tensors
 from sae_lens_multilayer.store.source import Chunk, IndexedSource
 from sae_lens_multilayer.studies.synthetic.streams import (
@@ -100,7 +100,7 @@ class SyntheticModel(Model):
         raise _no_logits()
 
     @override
-    def unembed(self) -> Unembed:
+    def unembed(self) -> ModelUnembed:
         raise _no_logits()
 
 
