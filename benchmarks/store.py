@@ -98,7 +98,7 @@ def our_store(model: Any, tokens: torch.Tensor) -> Any:
     return (next(store) for _ in range(tokens.numel() // 256))
 
 
-def devices(model: Any) -> dict[str, str]:
+def devices(model: Any) -> dict[str, Any]:
     """All of a run on the device of its model."""
     device = str(model.cfg.device)
     return dict.fromkeys(("device", "llm_device", "act_store_device"), device)

@@ -124,7 +124,11 @@ def sae_lens(case: Case) -> Step:
 
 
 def sparse_coder(case: Case):
-    from sparsify import SparseCoder, SparseCoderConfig
+    # Not a dependency; compared if it is installed.
+    from sparsify import (  # pyright: ignore[reportMissingImports]
+        SparseCoder,
+        SparseCoderConfig,
+    )
 
     config = SparseCoderConfig(num_latents=case.d_sae, k=K)
     coder = SparseCoder(case.d_in, config, device=case.device, dtype=torch.float32)
@@ -171,7 +175,7 @@ def has_sparsify() -> bool:
     if find_spec("sparsify") is None:
         return False
     try:
-        import sparsify  # noqa: F401
+        import sparsify  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
     return True

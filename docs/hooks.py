@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latex2mathml.converter import convert
+# Installed by `make docs`.
+from latex2mathml.converter import convert  # pyright: ignore[reportMissingImports]
 
 from sae_lens_multilayer import cli
 from sae_lens_multilayer.cli import train

@@ -157,10 +157,10 @@ def train(
     harvested: list[list[int]] = []
     vectors = ModelSource.vectors
 
-    def watched(self: Any, prompts: torch.Tensor, rows: Any = None) -> Any:
+    def watched(self: Any, chunk: torch.Tensor, rows: Any = None) -> Any:
         if rows is None:
-            harvested.extend(prompts.tolist())
-        return vectors(self, prompts, rows)
+            harvested.extend(chunk.tolist())
+        return vectors(self, chunk, rows)
 
     ModelSource.vectors = watched
     slow_down(MultiLayerTrainer, "step", seconds)

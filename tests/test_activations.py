@@ -34,6 +34,7 @@ from sae_lens_multilayer import (
     NonFiniteActivationError,
     Text,
 )
+from sae_lens_multilayer.store.source import ModelSource
 
 # SAELens warns of small and of untokenised datasets, and of its own tensor copies.
 pytestmark = pytest.mark.filterwarnings(
@@ -447,6 +448,7 @@ class TestCosts:
         calls = Counter()
         for i, block in enumerate(model.blocks):
             block.register_forward_hook(lambda *_, i=i: calls.update([i]))
+        assert isinstance(store.source, ModelSource)
         store.source.activations(tokens_of(token_dataset)[:2])
         assert [calls[i] for i in range(3)] == blocks_run
 

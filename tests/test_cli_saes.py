@@ -528,6 +528,7 @@ def test_the_model_of_published_files_can_be_a_folder(tmp_path):
         load_sae(str(folder), None, "cpu")
     model = str(PAPER_DATA / "model")
     sae = load_sae(str(folder), None, "cpu", model)
+    assert isinstance(sae, MultiLayerSAE)
     assert sae.cfg.metadata.model_name == model
     assert len(sae.views()) == 5
 

@@ -229,7 +229,7 @@ def test_residuals_are_what_least_squares_leaves():
     x = torch.randn(60, 2, 5)
     x[:, 1] += x[:, 0] @ torch.randn(5, 5) + 2
     (prediction,) = fit_predictions(x)
-    source = ResidualSource(_Given(x), prediction)
+    source: Any = ResidualSource(_Given(x), prediction)
     parts = [next(source.vectors(source.next_chunk())) for _ in range(6)]
     residual = torch.cat(parts).double()
     assert source.epoch_ended

@@ -137,9 +137,9 @@ def test_a_narrow_sae_keeps_a_whitening_lens_in_float32(dtype, way, tmp_path):
     x = torch.randn(400, N, D_MODEL) @ torch.randn(D_MODEL, D_MODEL) * 500
     config = LensConfig(HOOK_NAMES, N, D_MODEL, kind="whitening")
     lens = fit_closed_form([x], config)
-    wide = random_sae()
+    wide: Any = random_sae()
     wide.lens = lens
-    narrow = copy.deepcopy(wide).to(dtype)
+    narrow: Any = copy.deepcopy(wide).to(dtype)
     if way == "set":
         narrow.lens = None
         narrow.lens = lens
@@ -149,6 +149,7 @@ def test_a_narrow_sae_keeps_a_whitening_lens_in_float32(dtype, way, tmp_path):
         assert narrow.dtype == dtype
     if way == "saved_lens":
         narrow.lens = saved_lens(tmp_path)
+        assert narrow.lens is not None
     elif way == "view":
         narrow = narrow.view(0)
         wide, x = wide.view(0), x[:, 0]

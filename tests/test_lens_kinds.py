@@ -231,7 +231,7 @@ def test_jacobians_equal_brute_force(model, rows_per_pass, batch_size_prompts):
         rows_per_pass=rows_per_pass,
     )
     expected = brute_force(wide, tokens, 0, skip=2)
-    found = lens.get_submodule("0").weight + torch.eye(D_MODEL)
+    found = lens.get_buffer("0.weight") + torch.eye(D_MODEL)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
     x = torch.randn(4, D_MODEL)
     torch.testing.assert_close(lens.transform(x, 0), x @ found.T, atol=1e-5, rtol=0)
@@ -240,7 +240,7 @@ def test_jacobians_equal_brute_force(model, rows_per_pass, batch_size_prompts):
 
 def test_a_model_without_blocks_of_its_own_is_the_identity(tokenizer):
     """A linear toy: no attention and an MLP of slope 0 add nothing to the stream."""
-    model = tiny_model(tokenizer, n_layers=3)
+    model: Any = tiny_model(tokenizer, n_layers=3)
     for block in model.blocks:
         block.attn.W_O.data.zero_()
         block.mlp.W_out.data.zero_()
@@ -251,7 +251,7 @@ def test_a_model_without_blocks_of_its_own_is_the_identity(tokenizer):
 
 
 def test_a_linear_toy_has_the_product_of_its_blocks(tokenizer, monkeypatch):
-    model = tiny_model(tokenizer, n_layers=3)
+    model: Any = tiny_model(tokenizer, n_layers=3)
     maps = torch.randn(3, D_MODEL, D_MODEL) / 4
 
     class Linear(torch.nn.Module):
@@ -269,7 +269,7 @@ def test_a_linear_toy_has_the_product_of_its_blocks(tokenizer, monkeypatch):
     tokens = torch.ones(2, 4).long()
     lens = fit_jacobian_lens(model, tokens, skip_first_positions=0)
     for i, expected in enumerate([maps[2] @ maps[1], maps[2]]):
-        found = lens.get_submodule(str(i)).weight + torch.eye(D_MODEL)
+        found = lens.get_buffer(f"{i}.weight") + torch.eye(D_MODEL)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
@@ -346,7 +347,7 @@ def test_a_token_column_that_does_not_hold_token_ids_is_an_error(row):
 def test_a_file_name_is_not_a_pattern(own_place, streaming):
     for name, text in [("run1.jsonl", "another"), ("run[1].jsonl", "wanted")]:
         Path(name).write_text(json.dumps({"text": text}))
-    found = resolve_dataset("run[1].jsonl", N_CTX, streaming)
+    found: Any = resolve_dataset("run[1].jsonl", N_CTX, streaming)
     assert [row["text"] for row in found] == ["wanted"]
 
 
@@ -354,7 +355,7 @@ def test_a_file_in_a_folder_with_brackets_is_read_and_the_folder_refused(own_pla
     folder = Path("data [v2]")
     folder.mkdir()
     (folder / "train.jsonl").write_text(json.dumps({"text": "words"}))
-    found = resolve_dataset(str(folder / "train.jsonl"), N_CTX)
+    found: Any = resolve_dataset(str(folder / "train.jsonl"), N_CTX)
     assert [row["text"] for row in found] == ["words"]
     with pytest.raises(ValueError, match=r"pattern; got data \[v2\]"):
         resolve_dataset(str(folder), N_CTX)

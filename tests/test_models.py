@@ -28,6 +28,7 @@ from transformers import (
 
 from sae_lens_multilayer import (
     MultiLayerActivationsStore,
+    MultiLayerConfig,
     reconstruction_metrics,
     views,
 )
@@ -38,6 +39,7 @@ from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.models.loading import check_modules, shape_by_name
 from sae_lens_multilayer.models.model import ModelShape, check_widths
+from sae_lens_multilayer.store.source import ModelSource
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sae_lens")
 
@@ -88,7 +90,7 @@ def hidden_states(tokens) -> tuple[Tensor, ...]:
     return (*states[:-1], after_last[0])
 
 
-def load_model_of(config):
+def load_model_of(config: MultiLayerConfig):
     hook_names = config.resolve_hook_names(BLOCKS)
     return loading.load_by_name(*config.named_model, "cpu", hook_names)
 
@@ -133,6 +135,7 @@ class TestVectors:
         )
         model = load_model_of(config)
         store = MultiLayerActivationsStore.from_config(model, config, token_dataset)
+        assert isinstance(store.source, ModelSource)
         acts = store.source.activations(tokens)
         chosen = range(BLOCKS) if layers is None else layers
         assert list(acts) == [hook_name.format(layer=layer) for layer in chosen]
@@ -150,6 +153,7 @@ class TestVectors:
         store = MultiLayerActivationsStore.from_config(
             load_model_of(config), config, token_dataset
         )
+        assert isinstance(store.source, ModelSource)
         acts = list(store.source.activations(tokens).values())
         torch.testing.assert_close(acts[0], hidden_states[0])
         torch.testing.assert_close(acts[1], hidden_states[1])
@@ -161,6 +165,7 @@ class TestVectors:
         model = SAETransformerBridge.boot_transformers(FOLDER, device="cpu")
         config = folder_config(make_config, hook_name="blocks.{layer}.hook_resid_post")
         store = MultiLayerActivationsStore.from_config(model, config, token_dataset)
+        assert isinstance(store.source, ModelSource)
         acts = store.source.activations(tokens)
         for layer, found in enumerate(acts.values()):
             torch.testing.assert_close(
@@ -456,9 +461,15 @@ def test_a_hook_that_is_switched_off_is_an_error_that_names_it(model, name):
 
 
 def test_a_model_whose_embedding_is_projected_has_no_lens():
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 16}
-    config = OPTConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
-    model = HookedProxyLM(OPTForCausalLM(config), None)
+    config = OPTConfig(
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=16,
+    )
+    no_tokenizer: Any = None
+    model = HookedProxyLM(OPTForCausalLM(config), no_tokenizer)
     with pytest.raises(ValueError, match=r"the width 32 .* have 16"):
         fit_tuned_lens(model, torch.ones(1, 4).long(), n_steps=1)
 
@@ -550,8 +561,9 @@ def test_a_class_without_a_small_configuration_has_no_shape():
 
 @pytest.fixture
 def t5(tokenizer, tmp_path) -> str:
-    settings = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    config = T5Config(vocab_size=512, decoder_start_token_id=0, **settings)
+    settings: dict[str, Any] = {"vocab_size": 512, "decoder_start_token_id": 0}
+    settings |= {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = T5Config(**settings)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     return str(tmp_path)

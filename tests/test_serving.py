@@ -20,13 +20,14 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 from test_page import driven_page, result_of_browser
 
-from sae_lens_multilayer import cli, serving
+from sae_lens_multilayer import cli
 from sae_lens_multilayer.analysis import Suite, prompt_acts
 from sae_lens_multilayer.evaluation.edits import LatentEdit
 from sae_lens_multilayer.evaluation.encoder import LayerEncoder
 from sae_lens_multilayer.models.kinds import as_model
 from sae_lens_multilayer.pictures.latents import USED
 from sae_lens_multilayer.pictures.page import ReportContent, report_html
+from sae_lens_multilayer.serving import explorer as explorer_module
 from sae_lens_multilayer.serving.app import make_app
 from sae_lens_multilayer.serving.explorer import Explorer, continue_text
 from sae_lens_multilayer.text.prompts import Text
@@ -137,7 +138,7 @@ def test_activations_are_those_of_the_analysis(client, explorer, model):
 def test_activations_of_a_prompt_around_a_position(
     client, explorer, model, monkeypatch
 ):
-    monkeypatch.setattr(serving.explorer, "MAX_TOKENS", 8)
+    monkeypatch.setattr(explorer_module, "MAX_TOKENS", 8)
     job = finished(client, {"kind": "prompt", "prompt": 3, "position": 9})
     found = job["result"]
     table = prompt_acts(explorer.sae, model, explorer.prompts[3:4]).to_dataframe()

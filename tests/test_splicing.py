@@ -259,7 +259,8 @@ class TestOneResult:
     def test_only_the_scored_positions_have_logits(self, model, tokens, monkeypatch):
         tokens[:, 2] = 7
         tokens = tokens.masked_fill(tokens == 9, 8)
-        sae, options = random_sae(), {"exclude_tokens": [7, 9], "keep_positions": [4]}
+        sae = random_sae()
+        options: dict[str, Any] = {"exclude_tokens": [7, 9], "keep_positions": [4]}
         expected = evaluate(sae, model, tokens, **options).to_dataframe()
         forward, n_rows = model.unembed.forward, []
         monkeypatch.setattr(

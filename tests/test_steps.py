@@ -9,9 +9,9 @@ from saes import HOOK_NAMES, random_sae
 from test_walk import ARCHITECTURES, block_names, bridge_of, random_model
 from torch import Tensor
 
-from sae_lens_multilayer import serving
 from sae_lens_multilayer.models.kinds import _TransformerLensModel, as_model
 from sae_lens_multilayer.models.steps import steps_obstacle
+from sae_lens_multilayer.serving import explorer as explorer_module
 from sae_lens_multilayer.serving.explorer import (
     ContinueRequest,
     Explorer,
@@ -121,7 +121,7 @@ def test_whole_passes_remain_where_steps_would_differ(explorer, monkeypatch, why
         monkeypatch.setattr(type(explorer._model), "mask", mask)
     else:
         explorer._can_step = False
-    monkeypatch.setattr(serving.explorer, "continue_in_steps", None)
+    monkeypatch.setattr(explorer_module, "continue_in_steps", None)
     request = ContinueRequest(
         kind="continue", text="w7 w8", edit="add", layers=[0], n_new=2
     )

@@ -8,7 +8,6 @@ import math
 from dataclasses import replace
 from itertools import pairwise, permutations
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -405,7 +404,9 @@ LONGER = {
 }
 
 
-def law(tmp_path, arm="mlsae", seeds=(0,), training=MappingProxyType({}), **changes):
+def law(
+    tmp_path, arm="mlsae", seeds=(0,), training: dict[str, Any] | None = None, **changes
+):
     """Metrics of one arm on small streams without jitter: means over the seeds."""
     cfg = replace(LAW, **changes)
     found = synthetic_study(
@@ -418,7 +419,7 @@ def law(tmp_path, arm="mlsae", seeds=(0,), training=MappingProxyType({}), **chan
                 "training_tokens": 40_000,
                 "train_batch_size_tokens": 256,
                 "lr": 1e-2,
-                **training,
+                **(training or {}),
             },
             n_eval_tokens=4_096,
         ),

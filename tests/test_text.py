@@ -30,6 +30,7 @@ from sae_lens_multilayer.cli import evaluate as cli_evaluate
 from sae_lens_multilayer.cli import report as cli_report
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.store.source import ModelSource
 from sae_lens_multilayer.sweeps import evaluation as sweep_evaluation
 from sae_lens_multilayer.text.prompts import Prompts, counted_positions
 
@@ -86,6 +87,7 @@ def expected(model, cfg) -> Prompts:
     store = MultiLayerActivationsStore.from_config(model, cfg)
     ids = store.get_batch_tokens(N_PROMPTS)
     kept = torch.zeros(ids.numel(), dtype=torch.bool)
+    assert isinstance(store.source, ModelSource)
     kept[store.source.token_indices(ids)] = True
     return Prompts(ids, kept.view(ids.shape))
 

@@ -105,6 +105,7 @@ class TestDeadLatents:
             lr=3e-2,
         )
         trainer = make_trainer(config, random_batches(12))
+        assert isinstance(trainer.sae, MultiLayerTrainingSAE)
         expected = torch.zeros(D_SAE, dtype=torch.int64)
         any_dead = False
         for _ in range(12):

@@ -59,6 +59,7 @@ from sae_lens_multilayer import (
 )
 from sae_lens_multilayer.models import loading
 from sae_lens_multilayer.models.kinds import as_model
+from sae_lens_multilayer.store.source import ModelSource
 from sae_lens_multilayer.training import checkpoint as checkpoint_module
 from sae_lens_multilayer.training import runner as runner_module
 from sae_lens_multilayer.training.evaluator import MultiLayerEvaluator
@@ -164,9 +165,12 @@ class TestQuality:
         )
         sae = runner.run()
         store = runner.activations_store
+        assert isinstance(store, MultiLayerActivationsStore)
+        assert isinstance(store.source, ModelSource)
+        activations = store.source.activations
 
         def vectors(tokens):
-            acts = store.source.activations(tokens)
+            acts = activations(tokens)
             rows = torch.cat([a.flatten(0, 1) for a in acts.values()])
             std, mean = torch.std_mean(rows, dim=1, keepdim=True)
             return (rows - mean) / std

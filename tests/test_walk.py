@@ -146,13 +146,15 @@ def test_runs_from_the_middle_of_a_model_spread_over_devices(
     """By accelerate, as with `device_map`: every second block is on the disk."""
     raw = random_model(architecture)
     names = block_names(raw.model)
+    main_device: Any = "cpu"
+    devices: dict[str, Any]
     devices = {name: ("cpu", "disk")[i % 2] for i, name in enumerate(names)}
     others = [n for n, _ in raw.model.get_submodule(trunk).named_children()]
     devices |= {f"{trunk}.{n}": "cpu" for n in others if n not in ("layers", "h")}
     dispatch_model(
         raw.model,
         devices | {"lm_head": "cpu"},
-        main_device="cpu",
+        main_device=main_device,
         offload_dir=str(tmp_path),
         force_hooks=True,
     )
@@ -441,7 +443,6 @@ def test_ablated_runs_of_blocks_that_read_the_tokens_again_keep_their_prompts(
         mamba_ngroups=1,
         num_mem_blocks=1,
         layers_block_type=["mamba", "hybrid"],
-        hybrid_layer_ids=[1],
         adapter_rank=4,
         initializer_range=initializer_range,
         pad_token_id=0,
@@ -461,7 +462,8 @@ def test_ablated_runs_of_softmax_attention_need_one_position():
 
 def assert_ablation_is_that_of_whole_passes(hf_model: Any, alike: Alike) -> None:
     names = ["model.layers.0", "model.layers.1"]
-    model = as_model(HookedProxyLM(hf_model, None, names))
+    no_tokenizer: Any = None
+    model = as_model(HookedProxyLM(hf_model, no_tokenizer, names))
     assert model.walk_obstacle is None
     assert model.alike == alike
     tokens = torch.randint(1, D_VOCAB, (3, N_POS))
@@ -509,7 +511,7 @@ def test_a_walk_lays_out_the_weights_of_a_hooked_transformer_once(
     sizes = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8}
     model: Any = HookedTransformer(HookedTransformerConfig(**sizes, **config))
     places = {name: x.data_ptr() for name, x in model.named_parameters()}
-    walk = as_model(model).walk(tokens)
+    walk: Any = as_model(model).walk(tokens)
     seen: list[Tensor] = []
     for point in (model.blocks[1].attn.hook_z, model.unembed.hook_out):
         point.add_hook(lambda x, hook: seen.append(x))
