@@ -63,7 +63,8 @@ class HookedTransformerWalk(Walk):
 def _with_laid_out_block(model: Any, block: int) -> Any:
     shallow = shallow_copy(model.blocks[block])
     modules = shallow._modules
-    modules["attn"] = _laid_out(modules["attn"], _ATTENTION)
+    if "attn" in modules:  # A user's own block may have none.
+        modules["attn"] = _laid_out(modules["attn"], _ATTENTION)
     if hasattr(modules.get("mlp"), "W_gate"):
         modules["mlp"] = _laid_out(modules["mlp"], _GATED_MLP)
     return with_submodule(model, ["blocks", str(block)], shallow)
